@@ -1,0 +1,567 @@
+"""What every stage must agree on, and the plumbing nobody wants to read five times.
+
+Notation, fixed here once. t = 0 is data. B batch, C channels, H W pixels, N solver steps, K classes.
+
+  noising        x_t = x_0 + t eps,  t in [0.002, 80],  eps ~ N(0, I)                        (EDM's time, arXiv 2206.00364)
+  PF-ODE         dx/dt = (x - D(x, t)) / t       its solution from t down to 0 is the flow map  Psi_{t->0}(x)
+  teacher        D(x, t) ~ E[x_0 | x_t]          a diffusion model
+  student        f(x, t) ~ Psi_{t->0}(x)         a consistency model: the same class `Denoiser`, another training target
+  labels         y (B,) int64 in 0..K-1; y = K is the null label; None means null for the whole batch
+
+Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
+model.py imports nothing of this project.
+"""
+import argparse, functools, hashlib, json, math, os, sys, time, zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class Refused(Exception):
+    """Bad input. The message is one sentence: what is wrong and how to mend it. `run` prints it and exits with code 2."""
+
+
+# === 1. networks ======================================================================================================
+# Layers cast their fp32 weights to the dtype of what flows through them. So one module runs in bf16, fp32 or
+# (for exact tests) float64, decided by its input alone, and there is no autocast, nor autocast cache, anywhere.
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Conv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm with at least 4 channels in each of at most 32 groups."""
+    def __init__(self, channels):
+        super().__init__(min(32, channels // 4), channels, eps=1e-6)
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def initialised(layer, gain=1.0):
+    """Xavier-uniform weights times `gain` (1e-5 closes a residual branch at the start), zero bias."""
+    nn.init.xavier_uniform_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Block(nn.Module):
+    """Residual block of DDPM++: norm, conv, add the time embedding, norm, dropout, conv; then self-attention.
+    Both sums are scaled by sqrt(1/2). `resample` is "down", "up" or None."""
+    def __init__(self, c_in, c_out, emb_dim, dropout=0.0, attention=False, resample=None):
+        super().__init__()
+        self.resample, self.dropout = resample, dropout
+        self.norm0 = Norm(c_in)
+        self.conv0 = initialised(Conv(c_in, c_out, 3, padding=1))
+        self.affine = initialised(Linear(emb_dim, c_out))
+        self.norm1 = Norm(c_out)
+        self.conv1 = initialised(Conv(c_out, c_out, 3, padding=1), 1e-5)
+        self.skip = initialised(Conv(c_in, c_out, 1)) if c_in != c_out or resample else None
+        if attention:
+            self.norm2 = Norm(c_out)
+            self.qkv = initialised(Conv(c_out, 3 * c_out, 1), 0.2 ** 0.5)
+            self.proj = initialised(Conv(c_out, c_out, 1), 1e-5)
+        self.attention = attention
+
+    def scale(self, x):
+        if self.resample == "down": return F.avg_pool2d(x, 2)
+        if self.resample == "up":   return F.interpolate(x, scale_factor=2, mode="nearest")
+        return x
+
+    def forward(self, x, emb):                                                     # x (B, c_in, H, W), emb (B, emb_dim)
+        h = self.conv0(self.scale(F.silu(self.norm0(x))))                          # (B, c_out, H', W')
+        h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
+        h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
+        x = ((self.skip(self.scale(x)) if self.skip else x) + h) * 0.5 ** 0.5
+        if self.attention:
+            H, W = x.shape[2:]
+            q, k, v = rearrange(self.qkv(self.norm2(x)), "b (c three) h w -> three b 1 (h w) c", three=3)
+            a = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=H, w=W)
+            x = (x + self.proj(a)) * 0.5 ** 0.5
+        return x
+
+
+class DDPMpp(nn.Module):
+    """The DDPM++ U-Net of Song et al. (2011.13456) in EDM's configuration (2206.00364, table 7). Parameter names and
+    constructor arguments are EDM's, so its published weights fit by name; EDM's augmentation input is not built.
+
+    forward(x, noise, y): x (B,C,H,W) in the dtype the body shall run in, noise (B,) >= fp32, y (B,) or None -> (B,C,H,W).
+    """
+    def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=128, channel_mult=(2, 2, 2),
+                 num_blocks=4, attn_resolutions=(16,), dropout=0.0):
+        super().__init__()
+        emb_dim, self.label_dim, self.model_channels = 4 * model_channels, label_dim, model_channels
+        if label_dim:
+            self.map_label = initialised(Linear(label_dim, model_channels))
+        self.map_layer0 = initialised(Linear(model_channels, emb_dim))
+        self.map_layer1 = initialised(Linear(emb_dim, emb_dim))
+        block = functools.partial(Block, emb_dim=emb_dim, dropout=dropout)
+        sizes = [img_resolution >> level for level in range(len(channel_mult))]
+        widths = [model_channels * m for m in channel_mult]
+
+        self.enc, skips, c = nn.ModuleDict(), [], model_channels
+        for level, (s, width) in enumerate(zip(sizes, widths)):
+            if level == 0:
+                self.enc[f"{s}x{s}_conv"] = initialised(Conv(img_channels, c, 3, padding=1))
+            else:
+                self.enc[f"{s}x{s}_down"] = block(c, c, resample="down")
+            skips.append(c)
+            for i in range(num_blocks):
+                self.enc[f"{s}x{s}_block{i}"] = block(c, width, attention=s in attn_resolutions)
+                c = width
+                skips.append(c)
+
+        self.dec = nn.ModuleDict()
+        for level, (s, width) in reversed(list(enumerate(zip(sizes, widths)))):
+            if level == len(sizes) - 1:
+                self.dec[f"{s}x{s}_in0"] = block(c, c, attention=True)
+                self.dec[f"{s}x{s}_in1"] = block(c, c)
+            else:
+                self.dec[f"{s}x{s}_up"] = block(c, c, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{s}x{s}_block{i}"] = block(c + skips.pop(), width,
+                                                      attention=i == num_blocks and s in attn_resolutions)
+                c = width
+        s = img_resolution
+        self.dec[f"{s}x{s}_aux_norm"] = Norm(c)
+        self.dec[f"{s}x{s}_aux_conv"] = initialised(Conv(c, img_channels, 3, padding=1), 1e-5)
+
+    def embed(self, noise, y):                                                     # -> (B, emb_dim), never in bf16
+        half = torch.arange(self.model_channels // 2, device=noise.device, dtype=noise.dtype)
+        angles = noise[:, None] * 1e-4 ** (half / (len(half) - 1))                 # (B, model_channels / 2)
+        emb = torch.cat([angles.sin(), angles.cos()], dim=1)
+        if self.label_dim:
+            y = torch.full_like(noise, self.label_dim, dtype=torch.int64) if y is None else y
+            onehot = F.one_hot(y, self.label_dim + 1)[:, :-1].to(emb.dtype)        # the null label is the zero vector
+            emb = emb + self.map_label(onehot * self.label_dim ** 0.5)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+
+    def forward(self, x, noise, y=None):
+        emb, skips = self.embed(noise, y), []
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("conv") else layer(x, emb)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            if "aux" in name: continue
+            x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
+        norm, conv = list(self.dec.values())[-2:]
+        return conv(F.silu(norm(x)))
+
+
+# === 2. parameterisation ==============================================================================================
+
+class Denoiser(nn.Module):
+    """EDM preconditioning (2206.00364, eq. 7 and table 1) around a raw network: diffusion teacher *and* consistency model.
+
+        D(x, t) = c_skip x + c_out F(c_in x, ln(t)/4, y),   c_skip(0) = 1, c_out(0) = 0, hence D(x, 0) = x exactly.
+
+    x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the body F runs in `body_dtype`:
+    in bf16 ln(t)/4 could not tell t from t (1 - 1/q) for q >= 64, and the sum would lose the correction it adds.
+    float64 in computes in float64 throughout.
+    """
+    def __init__(self, net, sigma_data=0.5):
+        super().__init__()
+        self.net, self.sigma_data, self.body_dtype = net, sigma_data, torch.float32
+
+    def forward(self, x, t, y=None):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, t = x.to(dtype), t.to(dtype)
+        s = t[:, None, None, None]                                                 # (B, 1, 1, 1)
+        total = s ** 2 + self.sigma_data ** 2
+        c_skip, c_out, c_in = self.sigma_data ** 2 / total, s * self.sigma_data * total.rsqrt(), total.rsqrt()
+        c_noise = t.clamp(min=1e-6).log() / 4                                      # (B,)  finite at t = 0
+        body = dtype if dtype == torch.float64 else self.body_dtype
+        return c_skip * x + c_out * self.net((c_in * x).to(body), c_noise, y).to(dtype)
+
+
+# === 3. data sets =====================================================================================================
+# `network` is the architecture a stage builds when no input file brings its own. label_dropout: share of null labels.
+
+DATASETS = {
+    #               shape (C, H, W)        classes     label_dropout      network
+    "digits":  dict(shape=(1, 8, 8),       classes=10, label_dropout=0.1, network=dict(           # 0.6M, ours
+                    model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0)),
+    "cifar10": dict(shape=(3, 32, 32),     classes=0,  label_dropout=0.0, network=dict(           # 55.73M, EDM
+                    model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)),
+}
+
+
+def own_data(shape, classes):
+    """The row of a data set nobody listed (ours): halve down to at most 8 pixels, widths and depth by the resolution."""
+    size, mult = shape[-1], [1 if shape[-1] <= 16 else 2]
+    while size % 2 == 0 and size > 8 or len(mult) < 2:
+        size, mult = size // 2, mult + [2]
+    small = shape[-1] <= 16
+    return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0, network=dict(
+        model_channels=32 if shape[-1] <= 8 else 64 if small else 128, channel_mult=tuple(mult),
+        num_blocks=1 if small else 2, attn_resolutions=(size,), dropout=0.0))
+
+
+def find_data(data):
+    """--data NAME | PATH | NAME=PATH -> (recipe row, run name, path of the images)."""
+    name, _, path = data.partition("=")
+    if name in DATASETS:
+        return name, name, path or f"data/{name}.npz"
+    if path or not (os.path.exists(data) or Path(data).suffix or os.sep in data):
+        raise Refused(f"--data {data}: '{name}' is neither a file nor one of {', '.join(DATASETS)}; "
+                      "give one of these names, the path of an .npz, or NAME=PATH.")
+    return "own data", Path(data).stem, data
+
+
+# === 4. checkpoints ===================================================================================================
+# NAME.safetensors: weights + one metadata key `config`, the header (JSON). The header alone rebuilds the network.
+
+def save(path, tensors, header):
+    """Write {name: tensor} and a JSON-able header to `path`. The file appears whole or not at all: temporary name,
+    flush, rename. Raises Refused where the disk does not take it; what was there before is then untouched."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(tensors, part, metadata={"format": "pt", "config": json.dumps(header)})
+        with open(part, "rb+") as f: os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as e:
+        part.unlink(missing_ok=True)
+        raise Refused(f"{path} could not be written ({e}); free some space or choose another --out, nothing was lost.")
+
+
+def read(path):
+    """-> ({name: tensor} on the CPU, header). Raises Refused for a file that is missing, damaged or not one of ours."""
+    if not os.path.isfile(path):
+        raise Refused(f"{path} does not exist.")
+    try:
+        with safe_open(path, "pt") as f:
+            tensors, header = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["config"])
+        return tensors, header
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+        raise Refused(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
+                      "make it again or copy it again.")
+
+
+def build(header):
+    """An untrained model of the architecture that a header describes: {"network": {...}, "sigma_data": s, ...}."""
+    network = dict(header["network"])
+    networks = {"DDPMpp": DDPMpp}
+    return Denoiser(networks[network.pop("class")](**network), header["sigma_data"])
+
+
+def load(path, device="cpu", **network):
+    """-> (model in eval mode with its fp32 body, header). `network`: constructor arguments that replace the header's,
+    such as dropout=0.2. Raises Refused as `read` does, and where the weights do not fit the network of the header."""
+    tensors, header = read(path)
+    try:
+        header["network"].update(network)
+        model = build(header)
+        model.load_state_dict(tensors)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise Refused(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
+                      "it is damaged or was written by another program.")
+    return model.to(device).eval(), header
+
+
+def fresh_header(row):
+    """The header of a network that no file describes yet, from its DATASETS row."""
+    C, H, _ = row["shape"]
+    network = {"class": "DDPMpp", "img_resolution": H, "img_channels": C, "label_dim": row["classes"]} | row["network"]
+    return {"kind": "Denoiser", "network": network, "sigma_data": 0.5, "t_min": 0.002, "t_max": 80.0,
+            "label_dropout": row["label_dropout"]}
+
+
+def image_shape(header):
+    """-> (C, H, W)"""
+    network = header["network"]
+    return network["img_channels"], network["img_resolution"], network["img_resolution"]
+
+
+def sha256(path):
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# === 5. images ========================================================================================================
+
+def read_images(path, row=None):
+    """ADM-layout npz: arr_0 uint8 (N,H,W,C), arr_1 integer labels (N,), optional.
+
+    row: the DATASETS row the images have to agree with; None accepts any and makes one with `own_data`.
+    -> images uint8 (N,C,H,W), labels int64 (N,) (all 0 = all null where there are no classes), row. Raises Refused.
+    """
+    if not os.path.isfile(path):
+        raise Refused(f"{path} does not exist; --data takes an .npz with arr_0 uint8 (N,H,W,C) and, optionally, labels arr_1.")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            x, y = f["arr_0"], f["arr_1"] if "arr_1" in f else None
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as e:
+        raise Refused(f"{path} is damaged or not an ADM-layout npz with arr_0 uint8 (N,H,W,C) ({type(e).__name__}: {e}).")
+    if x.dtype != np.uint8 or x.ndim != 4 or len(x) == 0:
+        raise Refused(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1.")
+    N, H, W, C = x.shape
+    if row and (C, H, W) != tuple(row["shape"]):
+        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels, the recipe is for {row['shape'][0]} channels "
+                      f"and {row['shape'][1]}x{row['shape'][2]}; give the plain path to use it as your own data.")
+    if C not in (1, 3) or H != W or H % 4:
+        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels; they have to be square with a side "
+                      "divisible by 4 and 1 or 3 channels.")
+    if y is not None and (y.shape != (N,) or y.dtype.kind not in "iu" or y.min() < 0):
+        raise Refused(f"{path}: arr_1 is {y.dtype} {y.shape}; labels have to be {N} integers >= 0.")
+    row = row or own_data((C, H, W), 0 if y is None else int(y.max()) + 1)
+    K = row["classes"]
+    if K and y is None:
+        raise Refused(f"{path} has no labels (arr_1), but the recipe has {K} classes.")
+    if K and y.max() >= K:
+        raise Refused(f"{path}: label {y.max()} is out of range, the recipe has classes 0..{K - 1}.")
+    images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(y.astype(np.int64)) if K else torch.zeros(N, dtype=torch.int64)
+    return images, labels, row
+
+
+def to_float(images):
+    """uint8 0..255 -> fp32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """[-1, 1] -> uint8 0..255, rounded to nearest: the inverse of to_float."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(path, rows, names):
+    """A picture: each of `rows` uint8 (n,H,W,C), C 1 or 3, is one line with its name before it. Small images are enlarged."""
+    from PIL import Image, ImageDraw, ImageFont
+    n, H, W, C = rows[0].shape
+    scale, gap = max(1, 48 // H), 4
+    tile, font = scale * max(H, W) + gap, ImageFont.load_default(14)
+    margin = gap + max(int(font.getlength(name)) for name in names) + gap
+    sheet = Image.new("RGB", (margin + n * tile, gap + len(rows) * tile), "white")
+    for i, (row, name) in enumerate(zip(rows, names)):
+        ImageDraw.Draw(sheet).text((gap, gap + i * tile + tile // 2 - 10), name, "black", font)
+        for j, image in enumerate(row):
+            image = Image.fromarray(np.repeat(image, 3 // C, axis=2)).resize((scale * W, scale * H), Image.NEAREST)
+            sheet.paste(image, (margin + j * tile, gap + i * tile))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def batch_indices(n, seed, start, count):
+    """Positions start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..." -> (count,) int64.
+    A function of its arguments alone: that is what makes a resumed run see the same images."""
+    at = torch.arange(start, start + count)
+    return torch.cat([epoch_order(n, seed, e)[at[at // n == e] % n] for e in range(start // n, (start + count - 1) // n + 1)])
+
+
+def drop_labels(y, header):
+    """Each label becomes the null label with the probability the teacher was trained with."""
+    return torch.where(torch.rand(len(y), device=y.device) < header["label_dropout"], header["network"]["label_dim"], y)
+
+
+def random_labels(n, header, device):
+    """Uniform labels, a share of them null. All null (0) where there are no classes. -> (n,) int64"""
+    return drop_labels(torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device), header)
+
+
+# === 6. running a stage ===============================================================================================
+
+BODY = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Docstrings as they are, and the default behind every flag."""
+
+
+def parser(doc, recipes, reads, writes, precision=None):
+    """The flags all training stages share. --data picks the row of `recipes` whose numbers become the defaults, before
+    --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="digits")
+    row, name, path = find_data(first.parse_known_args()[0].data)
+    precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    p.add_argument("--data", default="digits", metavar="NAME|PATH|NAME=PATH", help=f"one of {', '.join(DATASETS)}, an .npz, or both")
+    if reads:
+        p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none", help="weights to start from")
+    p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", help="result; FILE.resume beside it continues")
+    p.add_argument("--steps", type=positive, help="optimiser steps in all")
+    p.add_argument("--batch", type=positive, help="global batch: what one loss averages over, on all ranks together")
+    p.add_argument("--lr", type=float, help="peak learning rate")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="steps between saves")
+    p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
+    p.add_argument("--precision", choices=BODY, default=precision, help="of the network's body; all else is fp32")
+    p.set_defaults(**recipes[row], row=row, name=name, path=path)
+    return p
+
+
+def positive(text):
+    value = int(text)
+    if value < 1: raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return value
+
+
+def setup(batch):
+    """-> rank, world, device, this rank's share of the batch. torchrun's variables start a process group, plain python is world 1."""
+    rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if batch % world:
+        raise Refused(f"--batch {batch} cannot be split evenly over {world} processes; choose a multiple of {world}.")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    # TF32 is off for convolutions and matrix products alike (torch's default differs between the two).
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if cuda: torch.cuda.set_device(device)
+    if world > 1: dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, device, batch // world
+
+
+def parallel(model, world):
+    """DDP around `model` where there is more than one process. Gradients come out averaged over the global batch."""
+    if world == 1: return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def reseed(*numbers):
+    """Seed torch from (seed, rank, step): a step's randomness is a function of these, so a resumed run repeats it."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
+
+
+def update(net, ema, opt, lr, decay):
+    """One optimiser step and the EMA after it -> gradient norm (0-dim tensor)."""
+    norm = nn.utils.clip_grad_norm_(net.parameters(), math.inf)
+    for group in opt.param_groups: group["lr"] = lr
+    opt.step()
+    opt.zero_grad(set_to_none=True)
+    with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    return norm
+
+
+def parent(path, made_by, stage=None, **kwargs):
+    """The file a stage starts from: `load`, and a sentence with the command that makes the file where it is missing."""
+    if not os.path.isfile(path):
+        raise Refused(f"{path} does not exist; `{made_by}` makes it.")
+    model, header = load(path, **kwargs)
+    if stage and header["stage"] != stage:
+        raise Refused(f"{path} was written by stage {header['stage']}, this has to be a {stage} file; `{made_by}` makes one.")
+    if header["step"] < header["steps"]:
+        print(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; the command that made it continues it.")
+    return model, header
+
+
+def first_weights(init, made_by, header, device, **network):
+    """--init FILE|none -> (model, header): the file's, or a new network as `header` describes it."""
+    if init != "none":
+        return parent(init, made_by, device=device, **network)
+    header = header | {"network": header["network"] | network}
+    return build(header).to(device), header
+
+
+def check_fit(init, header, row):
+    """The images have to be of the shape, and of no more classes, than the weights were trained for."""
+    if image_shape(header) != tuple(row["shape"]) or header["network"]["label_dim"] != row["classes"]:
+        raise Refused(f"{init} is for {image_shape(header)} images and {header['network']['label_dim']} classes, the data have "
+                      f"{tuple(row['shape'])} and {row['classes']}; give the --data it was trained on.")
+
+
+# What may differ between a run and its continuation. A change of anything else would change the mathematics.
+FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "trajectories"}
+
+
+def stamp(args, stage, unit, world, **files):
+    """What a stage adds to the header: who it is, and the settings that a continuation has to share, in which the files
+    it reads stand by their sha256. `unit`: what the batch counts, "images" or "pairs"."""
+    settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
+    settings |= {f"sha256 of {k}": sha256(v) for k, v in files.items() if v and v != "none"}
+    return {"stage": stage, "data": args.name, "steps": args.steps, "unit": unit, "settings": json.loads(json.dumps(settings)),
+            "argv": sys.argv, "torch": torch.__version__, "python": sys.version.split()[0],
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def resume_file(out):
+    return str(out).removesuffix(".safetensors") + ".resume.safetensors"
+
+
+def save_run(out, step, net, ema, opt, header):
+    """The resume file (net, EMA, moments, step) first: it is the truth. Then NAME.safetensors: the EMA and its header."""
+    state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for name, p in net.named_parameters():
+        state |= {f"opt.{slot}.{name}": v for slot, v in opt.state[p].items()}
+    header = header | {"step": step, header["unit"]: step * header["settings"]["batch"]}
+    save(resume_file(out), state, header)
+    save(out, ema.state_dict(), header)
+
+
+def resume_run(out, net, ema, opt, header):
+    """Continue an interrupted run: load its state into net, ema and opt -> the step it had reached, 0 for a new run."""
+    path = resume_file(out)
+    if not os.path.exists(path):
+        return 0
+    state, old = read(path)
+    was, now = old["settings"], header["settings"]
+    changed = [f"{k} was {was.get(k)}, is {now.get(k)}" for k in sorted(was | now) if was.get(k) != now.get(k)]
+    if changed:
+        raise Refused(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old settings to "
+                      "continue it, another --out to keep both, or delete it to start over.")
+    def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
+    net.load_state_dict(part("net."))
+    ema.load_state_dict(part("ema."))
+    for slot in {k.split(".")[1] for k in state if k.startswith("opt.")}:
+        values = part(f"opt.{slot}.")
+        for name, p in net.named_parameters():
+            opt.state[p][slot] = values[name].to(p.device if values[name].dim() else "cpu")
+    if int(os.environ.get("RANK", 0)) == 0:
+        if not os.path.exists(out) or read(out)[1]["step"] != old["step"]:
+            save(out, ema.state_dict(), old)               # killed between the two saves
+        print(f"{out} is finished ({old['step']:,} steps)." if old["step"] == old["steps"] else
+              f"continuing {out} at step {old['step']:,}.", flush=True)
+    return old["step"]
+
+
+class Log:
+    """One line per `every` steps on rank 0: mean loss since the last line over all ranks, rate, time left."""
+    def __init__(self, args, unit, world, step):
+        self.args, self.unit, self.world, self.losses = args, unit, world, []
+        self.clock, self.last = time.time(), step
+
+    def __call__(self, step, loss, norm, lr):
+        self.losses.append(loss.detach())
+        if step % self.args.log_every and step != self.args.steps: return
+        mean = torch.stack(self.losses).mean()
+        if self.world > 1: dist.all_reduce(mean, dist.ReduceOp.AVG if mean.is_cuda else dist.ReduceOp.SUM)
+        mean = mean.item() / (1 if mean.is_cuda else self.world)
+        if not math.isfinite(mean):
+            raise Refused(f"the loss is {mean} at step {step}; continue from the last save with a smaller --lr or --precision fp32.")
+        seconds = (time.time() - self.clock) / (step - self.last)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"step {step:>7,}/{self.args.steps:,}  {self.unit} {step * self.args.batch:,}  loss {mean:.5f}  "
+                  f"grad {norm.item():.3f}  lr {lr:.2e}  {self.args.batch / seconds:,.0f} {self.unit}/s  "
+                  f"left {(self.args.steps - step) * seconds:,.0f} s", flush=True)
+        self.losses, self.clock, self.last = [], time.time(), step
+
+
+def run(main):
+    """Call a script's main. A Refused becomes one sentence on stderr and exit code 2, without a traceback."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+    except Refused as e:
+        print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()

@@ -1,0 +1,135 @@
+"""Sampling: images from any checkpoint, in one or two steps, or in N solver steps from the diffusion teacher.
+
+  reads   FILE[:STEPS] ...                   STEPS is the number of network calls
+  writes  runs/D/samples.png                 one row per FILE:STEPS, the same seeds in each column
+          runs/D/samples.npz                 where one FILE is given: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
+  run     python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
+          python sample.py runs/digits/pretrain.safetensors:16 runs/digits/midtrain_cm.safetensors:1 --n 16 --real
+  cost    STEPS network calls an image
+
+Image k, its label and its noise are a function of seed k alone, whatever --n. Convolutions on batches of other sizes
+differ in their last bits, so seeds are always drawn in blocks of 64 (block = seed // 64), and cut afterwards.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+import model, solve
+
+# === the method =======================================================================================================
+
+def consistency_sampler(f, eps, times, y):
+    """Multistep consistency sampling (2303.01469, algorithm 1): jump to t = 0, add noise up to the next time, jump again.
+    eps (S,B,C,H,W) one noise a step, times S descending numbers, y (B,) -> (B,C,H,W)"""
+    x = torch.zeros_like(eps[0])
+    for t, noise in zip(times, eps):
+        x = f(x + t * noise, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
+    return x
+
+
+def step_times(steps, t_max, mid_t):
+    """80, then geometrically down to mid_t: for two steps just (80, mid_t). -> list of `steps` numbers"""
+    return [t_max * (mid_t / t_max) ** (i / max(1, steps - 1)) for i in range(steps)]
+
+
+def draw_block(block, steps, shape, classes):
+    """The randomness of seeds 64 block .. 64 block + 63, each from its own generator.
+    -> labels (64,) int64, noise (steps,64,C,H,W), both on the CPU: every device gets the same numbers"""
+    labels, noise = [], []
+    for seed in range(64 * block, 64 * block + 64):
+        g = torch.Generator().manual_seed(seed)
+        labels.append(torch.randint(max(1, classes), (), generator=g))
+        noise.append(torch.randn(steps, *shape, generator=g))
+    return torch.stack(labels), torch.stack(noise, dim=1)
+
+
+# === the run ==========================================================================================================
+
+@torch.no_grad()
+def generate(net, header, seeds, steps, labels="random", mid_t=None):
+    """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order.
+    net, header as model.load returns them; labels "random" | "balanced" | a class; mid_t None: the header's."""
+    device, K, mid_t = next(net.parameters()).device, header["network"]["label_dim"], mid_t or header.get("mid_t")
+    teacher = header["stage"] == "pretrain"
+    for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1):
+        y, eps = draw_block(block, 1 if teacher else steps, model.image_shape(header), K)
+        if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
+        elif labels != "random": y = torch.full((64,), int(labels))
+        y_, eps = y.to(device), eps.to(device)
+        if teacher:
+            x = solve.solve_teacher(lambda x, t: net(x, t, y_), header["t_max"] * eps[0], steps,
+                                    t_max=header["t_max"], t_min=header["t_min"])[0][-1]
+        else:
+            x = consistency_sampler(net, eps, step_times(steps, header["t_max"], mid_t), y_)
+        keep = slice(max(seeds.start - 64 * block, 0), min(seeds.stop - 64 * block, 64))
+        yield rearrange(model.to_uint8(x), "b c h w -> b h w c").cpu().numpy()[keep], y.numpy()[keep]
+
+
+def open_model(text, steps, device):
+    """FILE or FILE:STEPS -> model, header, steps. Without STEPS: `steps`, else 16 for a teacher and 1 for the others."""
+    path, colon, count = text.rpartition(":")
+    if not (colon and count.isdigit()): path, count = text, steps
+    net, header = model.load(path, device)
+    return net, header, int(count or (16 if header["stage"] == "pretrain" else 1))
+
+
+def seed_range(text):
+    """A-B -> range(A, B + 1)"""
+    first, _, last = text.partition("-")
+    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B")
+    return range(int(first), int(last) + 1)
+
+
+def real_images(path, labels):
+    """For each label the next real image of that class (any image where there are no classes). -> uint8 (n,H,W,C)"""
+    images, y, row = model.read_images(path)
+    queues = {int(k): iter((y == k).nonzero().flatten().tolist() * len(labels)) for k in y.unique()}
+    at = [next(queues[int(k) if row["classes"] else 0]) for k in labels]
+    return rearrange(images[at], "n c h w -> n h w c").numpy()
+
+
+def sampling_flags(p):
+    """Flags that sample.py and fid.py share."""
+    p.add_argument("--steps", type=model.positive, help="network calls, for a FILE without :STEPS (default: teacher 16, others 1)")
+    p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
+    p.add_argument("--labels", default="random", metavar="random|balanced|K", help="drawn from the seed, seed modulo classes, or one class")
+    p.add_argument("--mid-t", type=float, metavar="T", help="noise level of the second step (default: the file's)")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
+    p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="checkpoints")
+    p.add_argument("--n", type=model.positive, default=64, help="number of images")
+    sampling_flags(p)
+    p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")
+    p.add_argument("--data", metavar="NAME|PATH", help="where --real finds them (default: what the first FILE was trained on)")
+    p.add_argument("--out", metavar="X.npz", help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
+    args = p.parse_args()
+    seeds = args.seeds or range(args.n)
+
+    device = model.setup(1)[2]
+    rows, names = [], []
+    for text in args.files:
+        net, header, steps = open_model(text, args.steps, device)
+        blocks = list(generate(net, header, seeds, steps, args.labels, args.mid_t))
+        images, labels = (np.concatenate(a) for a in zip(*blocks))
+        rows.append(images)
+        names.append(f"{header['stage']} {steps}")
+    data = header["data"]
+    out = Path(args.out or f"runs/{data}/samples.npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if len(rows) == 1:
+        np.savez(out, arr_0=images, arr_1=labels)
+    if args.real:
+        rows.insert(0, real_images(model.find_data(args.data or data)[2], labels))
+        names.insert(0, "real")
+    model.save_grid(out.with_suffix(".png"), rows, names)
+    print(f"{len(images):,} images of each of {', '.join(names)}: " + (f"{out}, " if len(args.files) == 1 else "") + f"{out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    model.run(main)

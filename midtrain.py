@@ -55,6 +55,8 @@ def pairs(states, times, y, i):
     return states[at, path], times.to(i.device)[at].to(states.dtype), states[-1, path], y[path]
 
 
+# === the run ==========================================================================================================
+
 def pool_size(batch, nfe, at_least=128):
     """Trajectories to solve at once on one rank: at least 128, and a whole number of batches.
 
@@ -65,8 +67,6 @@ def pool_size(batch, nfe, at_least=128):
     unit = batch // math.gcd(batch, nfe)
     return -(-at_least // unit) * unit
 
-
-# === the run ==========================================================================================================
 
 @torch.no_grad()
 def solve_pool(teacher, header, count, args, device):
@@ -111,10 +111,10 @@ def main():
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "pairs", world, step)
-    N = args.nfe // 2 if args.solver == "heun" else args.nfe
+    paths = read_paths(args.trajectories, header, device) if args.trajectories else None
+    N = len(paths[1]) - 1 if paths else args.nfe // 2 if args.solver == "heun" else args.nfe       # pairs a trajectory
     size = pool_size(batch, N)
     steps_per_pool = size * N // batch
-    paths = read_paths(args.trajectories, header, device) if args.trajectories else None
     while True:
         done = step == args.steps
         if rank == 0 and step > start and (done or step % args.save_every == 0):

@@ -11,7 +11,7 @@ Notation, fixed here once. t = 0 is data. B batch, C channels, H W pixels, N sol
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, functools, hashlib, json, math, os, sys, time, zipfile
+import argparse, contextlib, functools, hashlib, json, math, os, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -166,15 +166,17 @@ class DDPMpp(nn.Module):
 class Denoiser(nn.Module):
     """EDM preconditioning (2206.00364, eq. 7 and table 1) around a raw network: diffusion teacher *and* consistency model.
 
-        D(x, t) = c_skip x + c_out F(c_in x, ln(t)/4, y),   c_skip(0) = 1, c_out(0) = 0, hence D(x, 0) = x exactly.
+        D(x, t) = c_skip x + c_out F(c_in x, c_noise, y),   c_skip(0) = 1, c_out(0) = 0, hence D(x, 0) = x exactly.
+
+    c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
     x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the body F runs in `body_dtype`:
     in bf16 ln(t)/4 could not tell t from t (1 - 1/q) for q >= 64, and the sum would lose the correction it adds.
     float64 in computes in float64 throughout.
     """
-    def __init__(self, net, sigma_data=0.5):
+    def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
         super().__init__()
-        self.net, self.sigma_data, self.body_dtype = net, sigma_data, torch.float32
+        self.net, self.sigma_data, self.noise_scale, self.body_dtype = net, sigma_data, noise_scale, torch.float32
 
     def forward(self, x, t, y=None):
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -182,7 +184,7 @@ class Denoiser(nn.Module):
         s = t[:, None, None, None]                                                 # (B, 1, 1, 1)
         total = s ** 2 + self.sigma_data ** 2
         c_skip, c_out, c_in = self.sigma_data ** 2 / total, s * self.sigma_data * total.rsqrt(), total.rsqrt()
-        c_noise = t.clamp(min=1e-6).log() / 4                                      # (B,)  finite at t = 0
+        c_noise = self.noise_scale * t.clamp(min=1e-6).log() / 4                   # (B,)  finite at t = 0
         body = dtype if dtype == torch.float64 else self.body_dtype
         return c_skip * x + c_out * self.net((c_in * x).to(body), c_noise, y).to(dtype)
 
@@ -236,7 +238,7 @@ def save(path, tensors, header):
         with open(part, "rb+") as f: os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): part.unlink()
         raise Refused(f"{path} could not be written ({e}); free some space or choose another --out, nothing was lost.")
 
 
@@ -257,7 +259,7 @@ def build(header):
     """An untrained model of the architecture that a header describes: {"network": {...}, "sigma_data": s, ...}."""
     network = dict(header["network"])
     networks = {"DDPMpp": DDPMpp}
-    return Denoiser(networks[network.pop("class")](**network), header["sigma_data"])
+    return Denoiser(networks[network.pop("class")](**network), header["sigma_data"], header.get("noise_scale",1.0))
 
 
 def load(path, device="cpu", **network):

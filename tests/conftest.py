@@ -1,0 +1,77 @@
+"""What the tests share: the stored reference outputs, a Gaussian mixture with a closed-form denoiser, and a way to run a
+script's real command line inside this process (starting Python and torch anew costs seconds each time)."""
+import importlib, json, os, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def vectors(name):
+    """-> tensors, metadata of tests/vectors/NAME.safetensors (outputs of the methods' reference implementations)"""
+    path = ROOT / "tests/vectors" / f"{name}.safetensors"
+    with safe_open(path, "pt") as f: meta = f.metadata()
+    return load_file(path), meta | {"config": json.loads(meta["config"])}
+
+
+def relerr(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def mixture_denoiser(means, stds, weights):
+    """E[x_0 | x_t] for data ~ sum_k w_k N(mu_k, s_k^2 I), as a function of x (B, d), t (B,)."""
+    def denoise(x, t):
+        v = stds ** 2 + t[:, None] ** 2                                                     # (B, k)
+        gap = x[:, None] - means                                                            # (B, k, d)
+        log_g = weights.log() - v.log() * x.shape[1] / 2 - gap.square().sum(-1) / (2 * v)
+        return (log_g.softmax(1)[..., None] * (means + (stds ** 2 / v)[..., None] * gap)).sum(1)
+    return denoise
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run("midtrain", "--steps", 4) -> SimpleNamespace(code, out, err): the script's main() under its real arguments."""
+    def call(script, *args):
+        import contextlib, io
+        import model
+        module, out, err, argv = importlib.import_module(script), io.StringIO(), io.StringIO(), sys.argv
+        sys.argv, code = [f"{script}.py", *map(str, args)], 0
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): model.run(module.main)
+        except SystemExit as e:
+            code = e.code or 0
+        finally:
+            sys.argv = argv
+        return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+    return call
+
+
+def write_npz(path, n=24, size=8, channels=3, classes=4, **arrays):
+    g = np.random.default_rng(0)
+    images = g.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+    labels = {"arr_1": np.arange(n) % classes} if classes else {}
+    np.savez(path, **({"arr_0": images} | labels | arrays))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def chain(run, tmp_path_factory):
+    """A directory in which the whole chain ran for a few steps on the embedded digits, with every path by default."""
+    folder, before = tmp_path_factory.mktemp("chain"), os.getcwd()
+    os.chdir(folder)
+    (folder / "data").symlink_to(ROOT / "data")
+    try:
+        for script, *args in [("pretrain",), ("solve", "--n", 8, "--nfe", 8), ("midtrain", "--nfe", 4), ("posttrain_cm",)]:
+            small = () if script == "solve" else ("--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2)
+            done = run(script, *small, *args)
+            assert done.code == 0, done.err
+    finally:
+        os.chdir(before)
+    return folder

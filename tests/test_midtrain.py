@@ -1,0 +1,121 @@
+"""The mid-training loss against closed forms and the reference, and the pool of trajectories."""
+import pytest
+import torch
+
+import midtrain, model, solve
+from conftest import mixture_denoiser, relerr, vectors
+
+S = 0.5                                                        # data ~ N(0, S^2): everything is known
+
+
+def exact_map(x, t, y=None, t_end=0.002):
+    """Psi_{t -> 0.002}, the map that ends where the trajectories end."""
+    scale = ((S ** 2 + t_end ** 2) / (S ** 2 + t ** 2)).sqrt()
+    return x * scale.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def exact_pairs(n, dtype=torch.float64):
+    """Points of exact trajectories at all of the 16 input times, with their ends."""
+    times = solve.log_uniform_times(16)
+    i = torch.arange(n) % 16
+    x_T = 80 * torch.randn(n, 1, 8, 8, dtype=torch.float64)
+    x = x_T * ((S ** 2 + times[i] ** 2) / (S ** 2 + 80 ** 2)).sqrt()[:, None, None, None]
+    x_end = x_T * ((S ** 2 + 0.002 ** 2) / (S ** 2 + 80 ** 2)) ** 0.5
+    return x.to(dtype), times[i].to(dtype), x_end.to(dtype)
+
+
+@pytest.mark.parametrize("distance", [midtrain.l2, midtrain.huber])
+def test_loss_is_zero_for_the_exact_flow_map_and_only_there(distance):
+    x, t, x_end = exact_pairs(64)
+    loss = midtrain.cmt_loss(exact_map, x, t, x_end, None, distance)
+    assert loss.shape == (64,) and loss.max() < 1e-9
+    posterior_mean = lambda x, t, y: S ** 2 / (S ** 2 + t ** 2)[:, None, None, None] * x
+    assert midtrain.cmt_loss(posterior_mean, x, t, x_end, None, distance).mean() > 0.1
+
+
+@pytest.mark.parametrize("distance", [midtrain.l2, midtrain.huber])
+def test_a_gradient_step_moves_a_network_towards_the_flow_map(distance):
+    """1,024 fixed pairs and a small step: plain descent of a smooth function; nothing here is left to chance."""
+    torch.manual_seed(0)
+    f = model.Denoiser(model.DDPMpp(8, 1, 0, 8, (1, 2), 1, (4,)))
+    x, t, x_end = exact_pairs(1024, torch.float32)
+    far = lambda: (f(x, t) - exact_map(x, t)).square().mean().item()
+    before = far()
+    midtrain.cmt_loss(f, x, t, x_end, None, distance).mean().backward()
+    size = sum(p.grad.square().sum() for p in f.parameters()).sqrt()
+    with torch.no_grad():
+        for p in f.parameters(): p -= 1e-2 * p.grad / size
+    assert far() < before - 1e-5
+
+
+def test_loss_reproduces_the_reference():
+    v, meta = vectors("cmt_loss")
+    denoise = mixture_denoiser(*(v[f"in/mix_{k}"] for k in ("means", "stds", "weights")))
+    N = meta["config"]["kwargs"]["NFE"]
+    mini = len(v["in/images"]) // N
+    x_T = (v["in/images"][:mini].double() + 80 * v["in/eps"].double()).flatten(1)
+    states, times = solve.dpm_solver_pp(denoise, x_T, solve.log_uniform_times(N))
+    step_major = torch.arange(N * mini) % mini * N + torch.arange(N * mini) // mini
+    x, t, x_end, _ = midtrain.pairs(states, times, torch.zeros(mini), step_major)
+    assert relerr(x, v["out64/student_x"]) < 1e-12 and relerr(t, v["out64/student_t"]) < 1e-12
+    for name, distance in [("MSE", midtrain.l2), ("MAE", lambda a, b: torch.linalg.vector_norm(a - b, dim=1))]:
+        a = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        student = lambda x, t, y: x * (0.25 / (t[:, None] ** 2 + 0.25)) + a * x.tanh()
+        loss = midtrain.cmt_loss(student, x, t, x_end, None, distance)
+        loss.sum().backward()
+        assert relerr(loss.detach(), v[f"out64/{name}/loss"]) < 1e-12
+        assert relerr(a.grad, v[f"out64/{name}/grad_a"]) < 1e-12
+
+
+def test_huber_is_the_pseudo_huber_norm_without_cancellation():
+    a = torch.randn(5, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    b, c = torch.randn(5, 3, 8, 8, dtype=torch.float64), 0.00054 * (3 * 8 * 8) ** 0.5
+    assert torch.allclose(midtrain.huber(a, b), ((a - b).square().sum((1, 2, 3)) + c ** 2).sqrt() - c)
+    midtrain.huber(a, a.detach()).sum().backward()
+    assert torch.equal(a.grad, torch.zeros_like(a))
+    near = torch.full((1, 3, 8, 8), 1e-7)
+    assert relerr(midtrain.huber(near, torch.zeros_like(near)).double(), near.double().square().sum() / (2 * c)) < 1e-3
+    assert 0.0598 < 0.00054 * (3 * 64 * 64) ** 0.5 < 0.06              # ECT's 0.06 at 64x64x3
+
+
+@pytest.mark.parametrize("batch, nfe", [(128, 16), (8, 16), (24, 16), (6, 4), (100, 7)])
+def test_pool_is_a_whole_number_of_batches(batch, nfe):
+    size = midtrain.pool_size(batch, nfe)
+    assert size * nfe % batch == 0 and 128 <= size < 128 + batch
+
+
+@pytest.mark.parametrize("source", ["solved", "file"])
+def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
+    """The real command line over two pools, the second one cut (or one epoch of a file), every pair recorded."""
+    monkeypatch.chdir(chain)
+    monkeypatch.setattr(midtrain, "pool_size", lambda batch, nfe, n=8: n)
+    solved, used, solve_pool, pairs = [], [], midtrain.solve_pool, midtrain.pairs
+    def watched_pool(*args):
+        solved.append(solve_pool(*args))
+        return solved[-1]
+    def watched_pairs(*args):
+        used.append(pairs(*args))
+        return used[-1]
+    monkeypatch.setattr(midtrain, "solve_pool", watched_pool)
+    monkeypatch.setattr(midtrain, "pairs", watched_pairs)
+    extra = ["--trajectories", "runs/digits/trajectories.safetensors"] if source == "file" else ["--nfe", 8]
+    steps = 8 if source == "file" else 12
+    done = run("midtrain", "--steps", steps, "--batch", 8, "--out", tmp_path / "a.safetensors", *extra)
+    assert done.code == 0, done.err
+    if source == "file":
+        file = model.read("runs/digits/trajectories.safetensors")[0]
+        solved = [(file["states"].transpose(0, 1), file["times"], file["labels"])]
+    assert [len(y) for _, _, y in solved] == ([8] if source == "file" else [8, 4])
+    states = {s.numpy().tobytes(): (states[-1, j], times[i].float(), y[j])
+              for states, times, y in solved for i in range(8) for j, s in enumerate(states[i])}
+    x, t, x_end, y = (torch.cat(a) for a in zip(*used))
+    assert len(states) == len(x) == steps * 8
+    for k in range(len(x)):
+        end, time, label = states.pop(x[k].numpy().tobytes())            # a state used twice is not there any more
+        assert torch.equal(end, x_end[k]) and time == t[k] and label == y[k]
+
+
+def test_network_in_the_loop_never_sees_the_end_as_input():
+    states, times = torch.randn(5, 3, 2), torch.tensor([80.0, 9.0, 1.0, 0.1, 0.002], dtype=torch.float64)
+    x, t, x_end, y = midtrain.pairs(states, times, torch.arange(3), torch.arange(12))
+    assert t.min() > 0.05 and t.shape == (12,) and torch.equal(x_end, states[-1].repeat_interleave(4, 0))

@@ -1,0 +1,120 @@
+"""Networks, preconditioning, checkpoints, data order."""
+import numpy as np
+import pytest
+import torch
+
+import model
+from conftest import relerr, vectors
+
+KWARGS = "img_resolution img_channels label_dim model_channels channel_mult num_blocks attn_resolutions dropout".split()
+
+
+def reference_denoiser(name):
+    tensors, meta = vectors(name)
+    net = model.DDPMpp(**{k: meta["config"]["kwargs"][k] for k in KWARGS})
+    net.load_state_dict({k.removeprefix("w/model."): v for k, v in tensors.items()
+                         if k.startswith("w/model.") and "resample_filter" not in k and "map_augment" not in k})
+    y = tensors["in/class_labels"].argmax(1) if "in/class_labels" in tensors else None
+    return model.Denoiser(net).eval(), tensors, y
+
+
+@pytest.mark.parametrize("name", ["edm_ddpmpp_uncond", "edm_ddpmpp_cond"])
+def test_network_reproduces_edm(name):
+    D, v, y = reference_denoiser(name)
+    x, t = v["in/x"], v["in/sigma"]
+    c_in, c_noise = (t ** 2 + 0.25).rsqrt()[:, None, None, None], t.log() / 4
+    with torch.no_grad():
+        assert relerr(D(x, t, y), v["out64/D"]) < 5e-6
+        assert relerr(D.net(c_in * x, c_noise, y), v["out64/F"]) < 5e-6
+        exact = D(x.double(), t.double(), y)                            # fp32 weights, float64 arithmetic throughout
+        assert exact.dtype == torch.float64 and relerr(exact, v["out64/D"]) < 1e-9
+        if y is not None:
+            null = torch.full_like(y, D.net.label_dim)
+            assert relerr(D(x.double(), t.double()), v["out64/D_nolabel"]) < 1e-9
+            assert torch.equal(D(x, t, null), D(x, t))
+
+
+def tiny(dropout=0.0, label_dim=3):
+    torch.manual_seed(0)
+    D = model.Denoiser(model.DDPMpp(8, 1, label_dim, 8, (1, 2), 1, (4,), dropout))
+    for p in D.parameters(): p.data += 0.05 * torch.randn_like(p)       # a fresh network outputs nearly 0
+    return D
+
+
+def test_identity_at_time_zero():
+    x = 100 * torch.randn(4, 1, 8, 8)
+    D = tiny()
+    for t in (0.0, 1e-12):
+        assert torch.equal(D(x, torch.full((4,), t)), x) or t > 0
+        assert D(x, torch.full((4,), t)).isfinite().all()
+
+
+def test_bf16_body_keeps_fp32_around_it():
+    D, x, t = tiny().eval(), torch.randn(4, 1, 8, 8), torch.full((4,), 1e-3)
+    exact = D(x, t)
+    D.body_dtype = torch.bfloat16
+    assert D(x, t).dtype == torch.float32
+    # c_out(1e-3) is 1e-3: a bf16 body moves the output by about 1e-3 * 2^-8; a bf16 sum would move it by 2^-9 of x
+    assert 0 < (D(x, t) - exact).abs().max() < 1e-4
+    t = torch.full((4,), 80.0)
+    r = t * (1 - 1 / 4096)
+    assert (D.net.embed(t.log() / 4, None) - D.net.embed(r.log() / 4, None)).abs().max() > 0
+
+
+def test_parameter_counts():
+    count = lambda name, label_dim, size, channels: sum(p.numel() for p in model.DDPMpp(
+        size, channels, label_dim, **model.DATASETS[name]["network"]).parameters())
+    with torch.device("meta"):
+        assert count("cifar10", 0, 32, 3) == 55_733_891 - 9 * 128         # the published count less its augmentation input
+        assert count("digits", 10, 8, 1) == 749_089
+
+
+@pytest.mark.parametrize("size", [4, 8, 12, 16, 20, 28, 32, 64, 100, 256])
+def test_own_data_network_fits_every_side_divisible_by_four(size):
+    row = model.own_data((3, size, size), 2)
+    network = row["network"] | dict(model_channels=8, num_blocks=1)
+    D = model.Denoiser(model.DDPMpp(size, 3, 2, **network))
+    assert D(torch.randn(1, 3, size, size), torch.ones(1), torch.zeros(1, dtype=torch.int64)).shape == (1, 3, size, size)
+
+
+def test_equal_rng_state_gives_equal_dropout_masks_with_and_without_grad():
+    D, x, t = tiny(dropout=0.5).train(), torch.randn(4, 1, 8, 8), torch.ones(4)
+    torch.manual_seed(7); with_grad = D(x, t)
+    torch.manual_seed(7)
+    with torch.no_grad(): without = D(x, t)
+    assert torch.equal(with_grad, without) and not torch.equal(D(x, t), with_grad)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    D = tiny()
+    header = {"network": {"class": "DDPMpp", "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_channels": 8,
+                          "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}, "sigma_data": 0.5}
+    x, t = torch.randn(2, 1, 8, 8), torch.ones(2)
+    expected = D.eval()(x, t)
+    model.save(tmp_path / "a.safetensors", D.to(memory_format=torch.channels_last).state_dict(), header)
+    E, read = model.load(tmp_path / "a.safetensors", dropout=0.25)
+    assert read["network"]["dropout"] == 0.25 and not E.training
+    assert torch.equal(E(x, t), expected)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_uint8_round_trip():
+    x = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(model.to_uint8(model.to_float(x)), x)
+    assert model.to_uint8(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def test_data_order_is_a_stream_of_whole_epochs_cut_anywhere():
+    whole = model.batch_indices(10, 3, 0, 40)
+    assert all(sorted(whole[i:i + 10].tolist()) == list(range(10)) for i in (0, 10, 20, 30))
+    assert torch.equal(whole[7:29], model.batch_indices(10, 3, 7, 22))
+    assert not torch.equal(whole[:10], whole[10:20])
+    assert not torch.equal(whole[:10], model.batch_indices(10, 4, 0, 10))
+
+
+def test_images_keep_pixels_and_labels(tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=x, arr_1=np.array([0, 2, 1, 2, 0], dtype=np.uint8))
+    images, labels, row = model.read_images(str(tmp_path / "a.npz"))
+    assert images.dtype == torch.uint8 and torch.equal(images.permute(0, 2, 3, 1), torch.from_numpy(x))
+    assert labels.tolist() == [0, 2, 1, 2, 0] and row["classes"] == 3

@@ -1,0 +1,58 @@
+"""Anybody can lift one function: each method function runs alone in an empty file that imports torch and einops."""
+import ast
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+x, eps, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.rand(4) + 0.1
+times = torch.tensor([80.0, 9.0, 1.0, 0.1], dtype=torch.float64)
+shrink = lambda x, t, y=None: x / (1 + t)[:, None, None, None]
+cov = torch.eye(3) + 1
+
+CALLS = {
+    "pretrain.edm_loss": (shrink, x, eps, t, None),
+    "pretrain.log_normal": (4, -1.2, 1.2, "cpu"),
+    "solve.log_uniform_times": (16,),
+    "solve.karras_times": (16,),
+    "solve.dpm_solver_pp": (shrink, x, times),
+    "solve.euler": (shrink, x, times),
+    "solve.heun": (shrink, x, times),
+    "midtrain.cmt_loss": (shrink, x, t, eps, None, lambda a, b: (a - b).flatten(1).norm(dim=1)),
+    "midtrain.l2": (x, eps),
+    "midtrain.huber": (x, eps),
+    "midtrain.pairs": (torch.randn(4, 5, 1, 8, 8), times, torch.arange(5), torch.arange(15)),
+    "posttrain_cm.ect_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.0),
+    "posttrain_cm.ect_r": (t, 256, 0),
+    "sample.consistency_sampler": (shrink, torch.stack([x, eps]), [80.0, 0.8], None),
+    "sample.step_times": (2, 80.0, 0.8),
+    "sample.draw_block": (0, 2, (1, 8, 8), 10),
+    "fid.frechet_distance": (torch.zeros(3), cov, torch.ones(3), cov),
+    "fid.statistics": ([torch.randn(9, 3), torch.randn(9, 3)],),
+}
+
+
+def method_functions():
+    for stage in ("pretrain", "solve", "midtrain", "posttrain_cm", "sample", "fid"):
+        source = (ROOT / f"{stage}.py").read_text()
+        _, _, method = source.partition("# === the method ===")
+        method = method.partition("\n# ===")[0]
+        for node in ast.parse(method[method.index("\n"):]).body:
+            assert isinstance(node, ast.FunctionDef), f"{stage}.py: only functions stand under 'the method'"
+            yield f"{stage}.{node.name}", ast.unparse(node), node.end_lineno - node.lineno + 1
+
+
+FUNCTIONS = list(method_functions())
+
+
+def test_every_method_function_is_tried_here():
+    assert {name for name, _, _ in FUNCTIONS} == set(CALLS)
+
+
+@pytest.mark.parametrize("name, source, lines", FUNCTIONS, ids=[name for name, _, _ in FUNCTIONS])
+def test_runs_alone_and_is_short(name, source, lines):
+    space = {}
+    exec("import torch, einops\n" + source, space)
+    assert space[name.split(".")[1]](*CALLS[name]) is not None
+    assert lines <= 35 if name == "solve.dpm_solver_pp" else lines <= 30

@@ -1,0 +1,265 @@
+"""The command lines: the whole chain, one's own data, resuming, two ranks, and every refusal."""
+import hashlib, json, os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+import midtrain, model, pretrain
+from conftest import ROOT, relerr, write_npz
+
+SMALL = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
+STAGES = ["pretrain", "midtrain", "posttrain_cm"]
+RESULT = {"pretrain": "pretrain", "midtrain": "midtrain_cm", "posttrain_cm": "posttrain_cm"}
+
+
+def digest(folder):
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_chain_writes_what_the_next_stage_needs(chain):
+    for stage in STAGES:
+        net, header = model.load(chain / f"runs/digits/{RESULT[stage]}.safetensors")
+        assert header["stage"] == RESULT[stage] and header["step"] == header["steps"] == 4 and header["data"] == "digits"
+        assert header[header["unit"]] == 32 and header["settings"]["batch"] == 8
+    assert (chain / "runs/digits/trajectories.png").exists()
+    tensors, made = model.read(chain / "runs/digits/trajectories.safetensors")
+    assert {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} == {
+        "states": ((8, 9, 1, 8, 8), torch.float32), "times": ((9,), torch.float64), "labels": ((8,), torch.int64)}
+
+
+def test_mid_training_starts_from_the_teacher(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    assert run("midtrain", *SMALL, "--lr", 1e-12, "--out", tmp_path / "a.safetensors").code == 0
+    teacher, student = model.read("runs/digits/pretrain.safetensors")[0], model.read(tmp_path / "a.safetensors")[0]
+    assert all(torch.allclose(teacher[k], student[k], atol=1e-6) for k in teacher)
+    assert run("midtrain", *SMALL, "--lr", 1e-12, "--init", "none", "--out", tmp_path / "b.safetensors").code == 0
+    scratch = model.read(tmp_path / "b.safetensors")[0]
+    assert not torch.allclose(teacher["net.map_layer0.weight"], scratch["net.map_layer0.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("channels, classes", [(3, 4), (1, 0)])
+def test_own_data_end_to_end(run, tmp_path, monkeypatch, channels, classes):
+    """Any ADM-layout npz, from elsewhere, every path by default."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    data = write_npz(tmp_path / "elsewhere/photos.npz", size=12, channels=channels, classes=classes)
+    for script in ("pretrain", "midtrain", "posttrain_cm"):
+        done = run(script, "--data", data, *SMALL, *(["--nfe", 4] if script == "midtrain" else []))
+        assert done.code == 0, done.err
+    done = run("sample", "runs/photos/pretrain.safetensors:2", "runs/photos/posttrain_cm.safetensors:2", "--n", 4, "--real", "--data", data)
+    assert done.code == 0, done.err
+    assert (tmp_path / "runs/photos/samples.png").exists()
+    done = run("fid", "runs/photos/midtrain_cm.safetensors:1", "--ref", data, "--n", 8, "--features", "pixels")
+    assert done.code == 0 and json.loads(done.out.splitlines()[-1])["n_ref"] == 24
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_run_continues_bit_for_bit(run, chain, tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(chain)
+    monkeypatch.setattr(midtrain, "pool_size", lambda batch, nfe: 4)          # 2 steps a pool of 4 calls: cut inside a pool
+    args = ["--steps", 6, "--batch", 8, "--save-every", 3, *(["--nfe", 4] if stage == "midtrain" else [])]
+    whole, cut, save_run = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors", model.save_run
+    assert run(stage, *args, "--out", whole).code == 0
+
+    def save_and_die(*a):
+        save_run(*a)
+        raise model.Refused("the power went out")
+    monkeypatch.setattr(model, "save_run", save_and_die)
+    assert run(stage, *args, "--out", cut).code == 2
+    monkeypatch.setattr(model, "save_run", save_run)
+    assert model.read(cut)[1]["step"] == 3
+    assert "continuing" in run(stage, *args, "--out", cut).out
+    for name in ("whole", "cut"): assert model.read(tmp_path / f"{name}.safetensors")[1]["step"] == 6
+    for suffix in (".safetensors", ".resume.safetensors"):
+        a, b = (model.read(tmp_path / (name + suffix))[0] for name in ("whole", "cut"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+    before = digest(tmp_path)
+    assert "is finished" in run(stage, *args, "--out", cut).out and digest(tmp_path) == before
+    other = run(stage, *args, "--out", cut, "--lr", 0.5)
+    assert other.code == 2 and "lr was" in other.err and digest(tmp_path) == before
+
+
+def test_killed_between_the_two_files(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    out = tmp_path / "a.safetensors"
+    assert run("midtrain", *SMALL, "--out", out).code == 0
+    finished = model.read(out)
+    model.save(out, {k: 0 * v for k, v in finished[0].items()}, finished[1] | {"step": 2})       # the older of two saves
+    assert run("midtrain", *SMALL, "--out", out).code == 0
+    assert model.read(out)[1]["step"] == 4 and all(torch.equal(v, finished[0][k]) for k, v in model.read(out)[0].items())
+
+
+def test_another_teacher_is_noticed(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    tensors, header = model.read("runs/digits/pretrain.safetensors")
+    teacher, out = tmp_path / "teacher.safetensors", tmp_path / "a.safetensors"
+    for scale, code in [(1.0, 0), (1.1, 2)]:
+        model.save(teacher, {k: scale * v for k, v in tensors.items()}, header)
+        done = run("midtrain", *SMALL, "--teacher", teacher, "--init", teacher, "--out", out)
+        assert done.code == code
+    assert "sha256 of teacher was" in done.err
+
+
+# --- refusals: one sentence, exit code 2, nothing on disk touched -------------------------------------------------------
+
+def refused(done, *words):
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1 and "Traceback" not in done.err, done.err
+    assert all(w in done.err for w in words), done.err
+
+
+@pytest.mark.parametrize("script, words", [
+    ("pretrain", ["data/digits.npz"]), ("solve", ["runs/digits/pretrain.safetensors", "python pretrain.py --data digits"]),
+    ("midtrain", ["runs/digits/pretrain.safetensors", "python pretrain.py --data digits"]),
+    ("posttrain_cm", ["data/digits.npz"])])
+def test_missing_predecessor(run, tmp_path, monkeypatch, script, words):
+    monkeypatch.chdir(tmp_path)
+    refused(run(script), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_mid_training_names_its_command(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    refused(run("posttrain_cm"), "runs/digits/midtrain_cm.safetensors", "python midtrain.py --data digits")
+
+
+def test_bad_files(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    good = Path("runs/digits/pretrain.safetensors").read_bytes()
+    tensors, header = model.read("runs/digits/pretrain.safetensors")
+    bad = tmp_path / "bad.safetensors"
+    before = digest(chain)
+    for content in (good[:len(good) // 2], good[:4], b"", b"PK\x03\x04 not this", good[:8] + b"x" + good[9:]):
+        bad.write_bytes(content)
+        refused(run("midtrain", *SMALL, "--teacher", bad, "--init", bad, "--out", tmp_path / "out.safetensors"), "damaged")
+        refused(run("sample", bad), "damaged")
+    model.save(bad, {k: v for k, v in list(tensors.items())[1:]}, header)
+    refused(run("sample", bad), "do not fit")
+    model.save(bad, tensors, {"stage": "pretrain"})
+    refused(run("sample", bad), "do not fit")
+    refused(run("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"), "stage midtrain_cm", "pretrain")
+    refused(run("midtrain", "--trajectories", "runs/digits/pretrain.safetensors", "--out", tmp_path / "out.safetensors"), "trajectories")
+    assert digest(chain) == before and not (tmp_path / "out.safetensors").exists()
+
+
+def test_unfinished_teacher_warns(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    tensors, header = model.read("runs/digits/pretrain.safetensors")
+    model.save(tmp_path / "half.safetensors", tensors, header | {"step": 2})
+    done = run("midtrain", *SMALL, "--teacher", tmp_path / "half.safetensors", "--out", tmp_path / "out.safetensors")
+    assert done.code == 0 and "stopped at step 2 of 4" in done.out
+
+
+IMAGES = np.zeros((6, 8, 8, 3), np.uint8)
+
+@pytest.mark.parametrize("arrays, words", [
+    (dict(arr_0=np.zeros((6, 8, 8, 4), np.uint8)), ["4 channels"]),
+    (dict(arr_0=np.zeros((6, 8, 12, 3), np.uint8)), ["8x12", "square"]),
+    (dict(arr_0=np.zeros((6, 6, 6, 3), np.uint8)), ["6x6", "divisible by 4"]),
+    (dict(arr_0=np.zeros((6, 8, 8, 3), np.float32)), ["float32", "uint8"]),
+    (dict(arr_0=np.zeros((0, 8, 8, 3), np.uint8)), ["N >= 1"]),
+    (dict(arr_0=IMAGES, arr_1=np.array([0, 1, 2, 3, 4, -1])), ["labels", ">= 0"]),
+    (dict(arr_0=IMAGES, arr_1=np.zeros(5, int)), ["6 integers"]),
+    (dict(arr_0=IMAGES, arr_1=np.zeros(6)), ["float64"]),
+    (dict(x=IMAGES), ["arr_0"])])
+def test_bad_images(run, tmp_path, monkeypatch, arrays, words):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", **arrays)
+    refused(run("pretrain", "--data", "a.npz", *SMALL), "a.npz", *words)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_images_that_do_not_fit_the_recipe_or_the_weights(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    rgb = write_npz(tmp_path / "rgb.npz")
+    eleven = write_npz(tmp_path / "eleven.npz", channels=1, classes=11)
+    refused(run("pretrain", "--data", f"digits={rgb}", *SMALL), "3 channels", "the recipe is for 1")
+    refused(run("pretrain", "--data", f"digits={eleven}", *SMALL), "label 10 is out of range", "0..9")
+    refused(run("posttrain_cm", "--data", rgb, "--init", "runs/digits/midtrain_cm.safetensors", *SMALL), "(1, 8, 8)", "(3, 8, 8)")
+    (tmp_path / "cut.npz").write_bytes(Path(rgb).read_bytes()[:300])
+    refused(run("pretrain", "--data", tmp_path / "cut.npz", *SMALL), "cut.npz", "damaged")
+    refused(run("pretrain", "--data", "digist", *SMALL), "digist", "digits, cifar10")
+
+
+def test_indivisible_batch(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for script in STAGES:
+        refused(run(script, "--batch", 8, "--out", tmp_path / "a.safetensors"), "--batch 8", "3 processes", "multiple of 3")
+
+
+def test_heun_needs_an_even_number_of_calls(run, chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    for script in ("midtrain", "solve"): refused(run(script, "--solver", "heun", "--nfe", 5), "even")
+
+
+def test_unwritable_directory_keeps_what_was_there(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(model.Refused, match="could not be written"):
+        model.save(tmp_path / "file" / "a.safetensors", {"x": torch.zeros(1)}, {})
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+# --- several processes --------------------------------------------------------------------------------------------------
+
+def small_net():
+    torch.manual_seed(0)
+    net = model.Denoiser(model.DDPMpp(8, 1, 3, 8, (1, 2), 1, (4,)))
+    for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)
+    return net
+
+
+def losses(net, part):
+    """The three training losses on `part` of one fixed batch of 8."""
+    import posttrain_cm
+    g = torch.Generator().manual_seed(1)
+    x, eps = torch.randn(2, 8, 1, 8, 8, generator=g)[:, part]
+    t, y = (torch.rand(8, generator=g) + 0.5)[part], (torch.arange(8) % 4)[part]
+    yield pretrain.edm_loss(net, x, eps, t, y)
+    yield midtrain.cmt_loss(net, x + t[:, None, None, None] * eps, t, x, y, midtrain.huber)
+    yield posttrain_cm.ect_loss(net, x, eps, t, 0.9 * t, y, 1 / t, 0.0)
+
+
+def rank_main(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world, batch = model.setup(8)[1], 4
+    ddp = model.parallel(small_net(), world)
+    for k in range(3):
+        ddp.zero_grad()
+        for i, loss in enumerate(losses(ddp, slice(rank * batch, (rank + 1) * batch))):
+            if i == k: loss.mean().backward()
+        torch.save({n: p.grad for n, p in ddp.module.named_parameters()}, f"{folder}/{k}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_ranks_average_to_one_process_on_the_global_batch(tmp_path):
+    torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path)), nprocs=2)
+    for k in range(3):
+        net = small_net()
+        for i, loss in enumerate(losses(net, slice(0, 8))):
+            if i == k: loss.mean().backward()
+        one, two = (torch.load(tmp_path / f"{k}-{rank}.pt") for rank in (0, 1))
+        for name, p in net.named_parameters():
+            assert torch.equal(one[name], two[name])
+            assert p.grad.abs().max() == 0 or relerr(one[name], p.grad) < 1e-5, (k, name)
+
+
+def test_torchrun_with_two_ranks(chain, tmp_path):
+    out = tmp_path / "a.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", ROOT / "midtrain.py",
+               "--steps", "4", "--batch", "8", "--nfe", "4", "--log-every", "2", "--out", out]
+    done = subprocess.run([str(c) for c in command], cwd=chain, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step ") == 2 and model.load(out)[1]["step"] == 4          # one log line a period, not one a rank

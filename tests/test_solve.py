@@ -1,0 +1,74 @@
+"""Solvers against stored reference trajectories, their order of convergence, and the Gaussian's closed form."""
+import inspect, math
+
+import pytest
+import torch
+
+import solve
+from conftest import mixture_denoiser, vectors
+
+
+def mixture(v, dtype=torch.float64):
+    return mixture_denoiser(*(v[f"in/mix_{k}"].to(dtype) for k in ("means", "stds", "weights")))
+
+
+@pytest.mark.parametrize("N", [4, 8, 16, 32])
+def test_dpm_solver_reproduces_the_reference(N):
+    v, _ = vectors("dpm_solver")
+    for dtype, out, tolerance in [(torch.float64, "out64", 1e-12), (torch.float32, "out", 2e-5)]:
+        states, times = solve.dpm_solver_pp(mixture(v, dtype), v["in/x_T"].to(dtype), solve.log_uniform_times(N))
+        assert states.dtype == dtype and times.dtype == torch.float64
+        assert (times - v[f"out64/N{N}/timesteps"]).abs().max() < 1e-12
+        assert (states - v[f"{out}/N{N}/traj"]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("N", [5, 9, 18])
+def test_heun_reproduces_the_reference(N):
+    v, _ = vectors("edm_heun")
+    denoise = mixture(v)
+    times = torch.cat([solve.karras_times(N - 1), torch.zeros(1, dtype=torch.float64)])        # EDM appends t = 0
+    states, _ = solve.heun(lambda x, t: (x - denoise(x, t)) / t[:, None], v["in/latents"] * times[0], times)
+    assert (times - v[f"out64/N{N}/t_steps"]).abs().max() < 1e-12
+    assert (states - v[f"out64/N{N}/traj"]).abs().max() < 1e-12
+
+
+def order(solver, v):
+    """Slope of the end-point error over N = 128, 256, 512, in float64."""
+    errors = [(solver(N) - v["out64/ode_endpoint"]).abs().max().item() for N in (128, 512)]
+    return math.log(errors[0] / errors[1]) / math.log(4)
+
+
+def test_observed_orders():
+    v, _ = vectors("dpm_solver")
+    denoise, x = mixture(v), v["in/x_T"].double()
+    end = lambda k, f=solve.dpm_solver_pp: lambda N: f(denoise, x, solve.log_uniform_times(N), order=k)[0][-1]
+    assert abs(order(end(1), v) - 1) < 0.15
+    assert abs(order(end(2), v) - 2) < 0.15
+    assert abs(order(end(3), v) - 2) < 0.15, "the released third-order step is of order 2"
+
+    released, corrected = "x = x + phi2 * D1 - phi3 * D2", "x = x + phi2 * D1 - 2 * phi3 * D2"
+    source = inspect.getsource(solve.dpm_solver_pp)
+    assert source.count(released) == 1
+    space = dict(vars(solve))
+    exec(source.replace(released, corrected), space)
+    assert abs(order(end(3, space["dpm_solver_pp"]), v) - 3) < 0.2
+
+    velocity = lambda x, t: (x - denoise(x, t)) / t[:, None]
+    assert abs(order(lambda N: solve.euler(velocity, x, solve.karras_times(N))[0][-1], v) - 1) < 0.15
+    assert abs(order(lambda N: solve.heun(velocity, x, solve.karras_times(N))[0][-1], v) - 2) < 0.15
+
+
+@pytest.mark.parametrize("solver", solve.SOLVERS)
+def test_gaussian_closed_form_and_count_of_calls(solver):
+    """Data N(0, s^2): D = s^2 x / (s^2 + t^2), and the flow map multiplies by sqrt((s^2 + t_end^2) / (s^2 + t^2))."""
+    s, x, calls = 0.5, 80 * torch.randn(16, 3, dtype=torch.float64), []
+    def denoise(x, t):
+        calls.append(t)
+        assert t.shape == (16,) and t.dtype == x.dtype
+        return s ** 2 / (s ** 2 + t[:, None] ** 2) * x
+    states, times = solve.solve_teacher(denoise, x, 256, solver)
+    assert len(calls) == 256 and len(states) == len(times) == (129 if solver == "heun" else 257)
+    assert torch.equal(states[0], x) and times[0] == 80 and abs(times[-1] - 0.002) < 1e-12
+    exact = x * ((s ** 2 + times ** 2) / (s ** 2 + 80 ** 2)).sqrt()[:, None, None]
+    error = ((states - exact).abs().amax((1, 2)) / exact.abs().amax((1, 2))).max()
+    assert error < {"dpm1": 0.03, "euler": 0.03}.get(solver, 1e-3)

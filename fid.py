@@ -52,7 +52,7 @@ def main():
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
-    device = model.setup(1)[2]
+    device = model.setup(None)[2]
 
     if args.file.endswith(".npz"):
         images = rearrange(model.read_images(args.file)[0], "n c h w -> n h w c")

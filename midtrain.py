@@ -87,13 +87,12 @@ def read_paths(path, header, device):
 
 def main():
     p = model.parser(__doc__, RECIPES, reads="pretrain", writes="midtrain_cm")
-    p.add_argument("--teacher", metavar="FILE", help="denoiser to imitate (default: runs/D/pretrain.safetensors)")
+    p.add_argument("--teacher", default=p.get_default("init"), metavar="FILE", help="denoiser to imitate")
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, hence states (heun: half as many)")
     p.add_argument("--solver", choices=solve.SOLVERS, help="dpm1-3: DPM-Solver++ of that order")
     p.add_argument("--distance", choices=["huber", "l2"], default="huber", help="between prediction and trajectory end")
     p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file instead of solving on the fly")
     args = p.parse_args()
-    args.teacher = args.teacher or f"runs/{args.name}/pretrain.safetensors"
     solve.check_nfe(args.nfe, args.solver)
     rank, world, device, batch = model.setup(args.batch)
 

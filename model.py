@@ -25,7 +25,13 @@ from safetensors.torch import save_file
 
 
 class Refused(Exception):
-    """Bad input. The message is one sentence: what is wrong and how to mend it. `run` prints it and exits with code 2."""
+    """Bad input. The message is one sentence: what is wrong and how to mend it. `run` prints it and exits with `code`."""
+    code = 2
+
+
+class Diverged(Refused):
+    """A training run that produces nothing but infinities and NaNs."""
+    code = 3
 
 
 # === 1. networks ======================================================================================================
@@ -386,15 +392,22 @@ BODY = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Docstrings as they are, and the default behind every flag."""
+    """Docstrings as they are, and the default behind every flag that has one."""
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def given_data():
+    """`find_data` of the command line's --data, looked up first because every other default depends on it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="digits")
+    return find_data(first.parse_known_args()[0].data)
 
 
 def parser(doc, recipes, reads, writes, precision=None):
     """The flags all training stages share. --data picks the row of `recipes` whose numbers become the defaults, before
     --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="digits")
-    row, name, path = find_data(first.parse_known_args()[0].data)
+    row, name, path = given_data()
     precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH|NAME=PATH", help=f"one of {', '.join(DATASETS)}, an .npz, or both")
@@ -420,9 +433,12 @@ def positive(text):
 
 
 def setup(batch):
-    """-> rank, world, device, this rank's share of the batch. torchrun's variables start a process group, plain python is world 1."""
+    """-> rank, world, device, this rank's share of the global batch. torchrun's variables start a process group; plain
+    python is world 1, and scripts that have no batch (None) run in one process only."""
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if batch % world:
+    if batch is None and world > 1:
+        raise Refused("this script runs in one process; start it with plain python.")
+    if batch and batch % world:
         raise Refused(f"--batch {batch} cannot be split evenly over {world} processes; choose a multiple of {world}.")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -430,7 +446,7 @@ def setup(batch):
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if cuda: torch.cuda.set_device(device)
     if world > 1: dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, device, batch // world
+    return rank, world, device, batch and batch // world
 
 
 def parallel(model, world):
@@ -445,12 +461,14 @@ def reseed(*numbers):
 
 
 def update(net, ema, opt, lr, decay):
-    """One optimiser step and the EMA after it -> gradient norm (0-dim tensor)."""
-    norm = nn.utils.clip_grad_norm_(net.parameters(), math.inf)
-    for group in opt.param_groups: group["lr"] = lr
-    opt.step()
+    """One optimiser step and the EMA after it -> gradient norm. A step whose norm is not finite is skipped: it enters
+    neither weights, moments nor EMA. After DDP all ranks hold the same gradient, so they skip together."""
+    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]).item()
+    if math.isfinite(norm):
+        for group in opt.param_groups: group["lr"] = lr
+        opt.step()
+        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
     opt.zero_grad(set_to_none=True)
-    with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
     return norm
 
 
@@ -536,34 +554,39 @@ def resume_run(out, net, ema, opt, header):
 
 
 class Log:
-    """One line per `every` steps on rank 0: mean loss since the last line over all ranks, rate, time left."""
+    """One line per --log-every steps on rank 0: mean loss since the last line over all ranks, rate, time left.
+    Raises Diverged after 10 skipped steps in a row."""
     def __init__(self, args, unit, world, step):
-        self.args, self.unit, self.world, self.losses = args, unit, world, []
-        self.clock, self.last = time.time(), step
+        self.args, self.unit, self.world = args, unit, world
+        self.losses, self.skipped, self.in_a_row, self.last, self.clock = [], 0, 0, step, time.time()
 
     def __call__(self, step, loss, norm, lr):
-        self.losses.append(loss.detach())
+        if math.isfinite(norm):
+            self.losses.append(loss.detach())
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            if self.in_a_row == 10:
+                raise Diverged(f"the gradient was not finite for 10 steps in a row, the last one {step}; "
+                               "what was saved is good; start again from it (--init) with a smaller --lr or --precision fp32.")
         if step % self.args.log_every and step != self.args.steps: return
-        mean = torch.stack(self.losses).mean()
-        if self.world > 1: dist.all_reduce(mean, dist.ReduceOp.AVG if mean.is_cuda else dist.ReduceOp.SUM)
-        mean = mean.item() / (1 if mean.is_cuda else self.world)
-        if not math.isfinite(mean):
-            raise Refused(f"the loss is {mean} at step {step}; continue from the last save with a smaller --lr or --precision fp32.")
+        mean = torch.stack(self.losses).mean() / self.world if self.losses else torch.tensor(math.nan)
+        if self.world > 1: dist.all_reduce(mean)
         seconds = (time.time() - self.clock) / (step - self.last)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"step {step:>7,}/{self.args.steps:,}  {self.unit} {step * self.args.batch:,}  loss {mean:.5f}  "
-                  f"grad {norm.item():.3f}  lr {lr:.2e}  {self.args.batch / seconds:,.0f} {self.unit}/s  "
-                  f"left {(self.args.steps - step) * seconds:,.0f} s", flush=True)
-        self.losses, self.clock, self.last = [], time.time(), step
+            print(f"step {step:>7,}/{self.args.steps:,}  {self.unit} {step * self.args.batch:,}  loss {mean.item():.5f}  "
+                  f"grad {norm:.3f}  lr {lr:.2e}  {self.args.batch / seconds:,.0f} {self.unit}/s  "
+                  f"left {(self.args.steps - step) * seconds:,.0f} s" + (f"  skipped {self.skipped}" if self.skipped else ""), flush=True)
+        self.losses, self.last, self.clock = [], step, time.time()
 
 
 def run(main):
-    """Call a script's main. A Refused becomes one sentence on stderr and exit code 2, without a traceback."""
+    """Call a script's main. A Refused becomes one sentence on stderr and exit code 2 (3: diverged), without a traceback."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
     except Refused as e:
         print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.code)
     finally:
         if dist.is_initialized(): dist.destroy_process_group()

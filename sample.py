@@ -111,7 +111,7 @@ def main():
     args = p.parse_args()
     seeds = args.seeds or range(args.n)
 
-    device = model.setup(1)[2]
+    device = model.setup(None)[2]
     rows, names = [], []
     for text in args.files:
         net, header, steps = open_model(text, args.steps, device)

@@ -117,9 +117,7 @@ def error_table(denoise, x, t_max, t_min):
 
 
 def main():
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="digits")
-    name = model.find_data(first.parse_known_args()[0].data)[1]
+    name = model.given_data()[1]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH", help="names the runs/D/ of the default paths")
     p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE", help="a denoiser")
@@ -131,7 +129,7 @@ def main():
     args = p.parse_args()
     check_nfe(args.nfe, args.solver)
 
-    device = model.setup(1)[2]
+    device = model.setup(None)[2]
     teacher, header = model.parent(args.teacher, f"python pretrain.py --data {args.data}", stage="pretrain", device=device)
     model.reseed(args.seed)
     x = header["t_max"] * torch.randn(args.n, *model.image_shape(header), device=device)

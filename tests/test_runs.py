@@ -263,3 +263,24 @@ def test_torchrun_with_two_ranks(chain, tmp_path):
     done = subprocess.run([str(c) for c in command], cwd=chain, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step ") == 2 and model.load(out)[1]["step"] == 4          # one log line a period, not one a rank
+
+
+# --- runs that go wrong -------------------------------------------------------------------------------------------------
+
+def test_bad_steps_are_skipped_and_ten_in_a_row_stop_the_run(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    loss, calls = midtrain.cmt_loss, []
+    def sometimes_nan(*args):
+        calls.append(len(calls))
+        return loss(*args) * (float("nan") if len(calls) in bad else 1)
+    monkeypatch.setattr(midtrain, "cmt_loss", sometimes_nan)
+    args = "--steps", 20, "--batch", 8, "--nfe", 4, "--save-every", 2, "--log-every", 1
+    bad = {3, 4}
+    done = run("midtrain", *args, "--out", tmp_path / "a.safetensors")
+    assert done.code == 0 and "skipped 2" in done.out
+    assert all(v.isfinite().all() for v in model.read(tmp_path / "a.resume.safetensors")[0].values())
+    calls.clear()
+    bad = range(5, 99)
+    stopped = run("midtrain", *args, "--out", tmp_path / "b.safetensors")
+    assert stopped.code == 3 and "10 steps in a row" in stopped.err and len(stopped.err.splitlines()) == 1
+    assert all(v.isfinite().all() for v in model.read(tmp_path / "b.resume.safetensors")[0].values())

@@ -1,0 +1,39 @@
+"""Every command in the README and in the scripts' docstrings names a script and flags that exist."""
+import argparse, importlib, re, shlex, sys
+
+import pytest
+
+from conftest import ROOT
+
+
+def commands():
+    for file in sorted([ROOT / "README.md", *ROOT.glob("*.py")]):
+        for line in file.read_text().splitlines():
+            found = re.match(r"\s*(?:run\s+|\$ )?(?:python|torchrun (?:-\S+ )+)\s?(\w+)\.py(.*)", line)
+            if found: yield pytest.param(found[1], found[2].split("  ")[0], id=f"{file.name}: {found[1]}{found[2].split('  ')[0]}")
+
+
+@pytest.mark.parametrize("script, args", list(commands()))
+def test_command_parses(script, args, monkeypatch, tmp_path):
+    class Parsed(Exception): pass
+    parse = argparse.ArgumentParser.parse_args
+    def parse_and_stop(self, *a):
+        parse(self, *a)
+        raise Parsed
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(args, comments=True)])
+    with pytest.raises(Parsed): importlib.import_module(script).main()
+
+
+def test_the_chain_of_the_readme_is_there():
+    text = " ".join(c.id for c in commands() if c.id.startswith("README"))
+    assert all(f"{s}" in text for s in ("pretrain", "solve", "midtrain", "posttrain_cm", "sample", "fid"))
+
+
+@pytest.mark.parametrize("script", ["pretrain", "midtrain", "posttrain_cm"])
+def test_help_prints_the_defaults_of_that_data_set(run, script):
+    recipes = importlib.import_module(script).RECIPES
+    for data in ("digits", "cifar10"):
+        done = run(script, "--data", data, "--help")
+        assert done.code == 0 and f"(default: {recipes[data]['steps']})" in done.out
+        assert all("%(default)s" not in line for line in done.out.splitlines())

@@ -88,8 +88,9 @@ def test_equal_rng_state_gives_equal_dropout_masks_with_and_without_grad():
 def test_checkpoint_round_trip(tmp_path):
     D = tiny()
     header = {"network": {"class": "DDPMpp", "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_channels": 8,
-                          "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}, "sigma_data": 0.5}
+                          "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}, "sigma_data": 0.5, "noise_scale": 2.0}
     x, t = torch.randn(2, 1, 8, 8), torch.ones(2)
+    D.noise_scale = 2.0
     expected = D.eval()(x, t)
     model.save(tmp_path / "a.safetensors", D.to(memory_format=torch.channels_last).state_dict(), header)
     E, read = model.load(tmp_path / "a.safetensors", dropout=0.25)

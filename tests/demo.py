@@ -65,7 +65,7 @@ def read_header(path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=1, help="training seeds")
-    p.add_argument("--intervals", type=int, nargs="+", default=[100], help="steps between two doublings of plain ECT")
+    p.add_argument("--intervals", type=int, nargs="+", default=[225], help="steps between two doublings of plain ECT")
     args = p.parse_args()
     started = time.time()
 

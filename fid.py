@@ -1,12 +1,14 @@
 """Evaluation: the Frechet distance between two sets of images.
 
-  reads   FILE: images as an .npz (arr_0 uint8 NHWC), or a checkpoint FILE[:STEPS] to sample from; --ref likewise, or a data set's name
+  reads   FILE: images as an .npz (arr_0 uint8 NHWC), or a checkpoint FILE[:STEPS] to sample from;
+          --ref: such an .npz, or a data set's name
   prints  a line, and last the same as JSON
   run     python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
-  expect  digits: real halves against each other 0.4, a good model below 0.5, one step of a diffusion model about 7
+  expect  digits: real halves against each other 0.4, a good model below 0.5, one step of a teacher about 7
 
-`--features pixels` compares the flattened images themselves, scaled to [-1, 1]. That number is called FD-pixels and is no
-FID: it serves small images, up to 3,072 values each, for which no Inception network means anything.
+`--features pixels` compares the flattened images themselves, scaled to [-1, 1]. That number is called
+FD-pixels and is no FID: it serves small images, up to 3,072 values each, for which no Inception network means
+anything.
 """
 import argparse, json
 
@@ -15,11 +17,12 @@ from einops import rearrange
 
 import model, sample
 
-# === the method =======================================================================================================
+# === the method =============================================================================================
 
 def frechet_distance(mu_a, cov_a, mu_b, cov_b):
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians (1706.08500, eq. 6). mu (d,), cov (d,d) -> 0-dim float64.
-    tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2): two symmetric eigenproblems, also exact for singular covariances."""
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians (1706.08500, eq. 6).
+    mu (d,), cov (d,d) -> 0-dim float64. tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2): two symmetric
+    eigenproblems, also exact for singular covariances."""
     mu_a, cov_a, mu_b, cov_b = (m.double() for m in (mu_a, cov_a, mu_b, cov_b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                          # A^(1/2)
@@ -28,7 +31,7 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
 
 
 def statistics(batches):
-    """Mean and unbiased covariance of feature batches (n, d), streamed in float64. -> n, mu (d,), cov (d,d)"""
+    """Mean and unbiased covariance of feature batches (n, d), summed in float64. -> n, mu (d,), cov (d,d)"""
     n, total, outer = 0, 0, 0
     for x in batches:
         x = x.double()
@@ -37,7 +40,7 @@ def statistics(batches):
     return n, mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
 
 
-# === the run ==========================================================================================================
+# === the run ================================================================================================
 
 def pixels(images):
     """uint8 (n,H,W,C) -> (n, HWC) in [-1, 1]"""
@@ -47,7 +50,8 @@ def pixels(images):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("file", metavar="FILE[:STEPS]", help="an .npz of images or a checkpoint")
-    p.add_argument("--ref", metavar="NAME|NPZ", help="what to compare with (default: the data the checkpoint was trained on)")
+    p.add_argument("--ref", metavar="NAME|NPZ",
+                   help="what to compare with (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["pixels"], required=True, help="what to compare")
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
@@ -57,23 +61,28 @@ def main():
     if args.file.endswith(".npz"):
         images = rearrange(model.read_images(args.file)[0], "n c h w -> n h w c")
         batches, what = images.split(1000), {"file": args.file}
-        if not args.ref: raise model.Refused("--ref is missing; name the data set or the .npz to compare with.")
+        if not args.ref:
+            raise model.Refused("--ref is missing; name the data set or the .npz to compare with.")
     else:
         net, header, steps = sample.open_model(args.file, args.steps, device)
         seeds = args.seeds or range(args.n)
         batches = (x for x, _ in sample.generate(net, header, seeds, steps, args.labels, args.mid_t))
-        what = {"file": args.file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
+        what = {"file": args.file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
+                "labels": args.labels}
     ref = model.find_data(args.ref or header["data"])[2]
     reference = rearrange(model.read_images(ref)[0], "n c h w -> n h w c")
     if reference[0].numel() > 3072:
-        raise model.Refused(f"{ref}: {reference[0].numel():,} values an image are too many for --features pixels (at most 3,072).")
+        raise model.Refused(f"{ref}: {reference[0].numel():,} values an image are too many "
+                            "for --features pixels (at most 3,072).")
 
     n_ref, mu_ref, cov_ref = statistics(pixels(x) for x in reference.split(1000))
     n, mu, cov = statistics(pixels(x) for x in batches)
     if min(n, n_ref) < 2 or mu.shape != mu_ref.shape:
-        raise model.Refused(f"{n} images of {len(mu)} values against {n_ref} of {len(mu_ref)}: give at least two of each, of one shape.")
+        raise model.Refused(f"{n} images of {len(mu)} values against {n_ref} of {len(mu_ref)}: "
+                            "give at least two of each, of one shape.")
     fd = frechet_distance(mu, cov, mu_ref, cov_ref).item()
-    print(f"FD-pixels {fd:.4f}  {n:,} images against the {n_ref:,} of {ref}  " + "  ".join(f"{k} {v}" for k, v in what.items()))
+    print(f"FD-pixels {fd:.4f}  {n:,} images against the {n_ref:,} of {ref}  "
+          + "  ".join(f"{k} {v}" for k, v in what.items()))
     print(json.dumps({"fd": fd, "name": "FD-pixels", "n": n, "ref": ref, "n_ref": n_ref} | what))
 
 

@@ -1,4 +1,4 @@
-"""Stage 3, consistency mid-training (CMT): regress every state of the teacher's ODE trajectories onto the end.
+"""Stage 3, consistency mid-training (CMT): regress each state of the teacher's trajectories onto their end.
 
   reads   runs/D/pretrain.safetensors      the teacher, and the student's first weights; no images
   writes  runs/D/midtrain_cm.safetensors   EMA weights of a one- or two-step sampler, for posttrain_cm.py
@@ -7,7 +7,8 @@
   cost    per pair: one forward of the teacher, one forward and one backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 1 to about 0.35
 
-The targets are fixed. There is no stop-gradient, no time sampling, no loss weighting and no schedule to tune.
+The targets are fixed before the student sees them: it never learns from its own predictions. Times are the
+solver's, each equally often, and every pair has weight 1.
 """
 import copy, math
 
@@ -17,9 +18,9 @@ import model, solve
 
 RECIPES = {
     # cifar10: the paper's, except dropout and mid_t (the released code's) and the distance, LPIPS-VGG in the
-    # paper, pseudo-Huber here because it needs no files. The other rows are ours. steps and batch count (state, end)
+    # paper, pseudo-Huber here because it needs no files. The other rows are ours. batch counts (state, end)
     # pairs, nfe of them a trajectory; mid_t is the noise level of the second of two sampling steps.
-    "digits":   dict(steps=1000,    batch=64,  lr=3e-3, ema=0.99,  solver="dpm3", nfe=16,
+    "digits":   dict(steps=900,     batch=64,  lr=3e-3, ema=0.99,  solver="dpm3", nfe=16,
                      dropout=0.0, mid_t=0.7757),
     "cifar10":  dict(steps=300_000, batch=128, lr=2e-4, ema=0.999, solver="dpm3", nfe=16,
                      dropout=0.2, mid_t=0.7757),
@@ -31,11 +32,11 @@ RECIPES = {
 # === the method =============================================================================================
 
 def cmt_loss(f, x, t, x_end, y, distance):
-    """Consistency mid-training (2509.24526), one number per pair.
+    """Consistency mid-training (2509.24526), one number per pair. Solver times: t_0 = 80 > ... > t_N = 0.002.
     x (B,C,H,W) states of solved trajectories, t (B,) the solver's own times, x_end (B,C,H,W) where they end,
     y (B,) the labels they were solved with, distance(a, b) -> (B,).  -> (B,)"""
     # L = E_{x_T} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
-    return distance(f(x, t, y), x_end.detach())
+    return distance(f(x, t, y), x_end)
 
 
 def l2(a, b):
@@ -55,20 +56,21 @@ def pairs(states, times, y, i):
     states (N+1,P,C,H,W), times (N+1,), y (P,)  ->  x (B,C,H,W), t (B,), x_end (B,C,H,W), y (B,)"""
     N = len(times) - 1
     path, at = i // N, i % N                       # at < N: the end itself is never an input
-    return states[at, path], times.to(i.device)[at].to(states.dtype), states[-1, path], y[path]
+    return states[at, path], times[at].to(states.dtype), states[-1, path], y[path]
 
 
 # === the run ================================================================================================
 
-def pool_size(batch, nfe, at_least=128):
-    """Trajectories to solve at once on one rank: at least 128, and a whole number of batches.
+def pool_size(batch, N, at_least=128):
+    """Trajectories, of N pairs each, to solve at once on a rank: at least 128, and a whole number of batches.
 
     The paper solves batch / N of them for each step, 8 for a batch of 128. That starves a GPU, and puts the
-    16 states of a trajectory, near copies of each other, into one batch. We solve many, then draw shuffled batches
-    until every state has been used once; the cost per pair is the paper's. Pool p is a function of
-    (seed, rank, p): a resumed run solves it again, nothing is stored."""
-    unit = batch // math.gcd(batch, nfe)
-    return -(-at_least // unit) * unit
+    16 states of a trajectory, near copies of each other, into one batch. We solve many, then draw shuffled
+    batches until every state has been used once. The last pool is cut to what is left of the run, so the cost
+    per pair is the paper's. A pool's randomness is a function of (seed, rank, its number): a resumed run
+    solves it again, nothing is stored."""
+    unit = math.lcm(batch, N) // N
+    return math.ceil(at_least / unit) * unit
 
 
 @torch.no_grad()
@@ -79,7 +81,7 @@ def solve_pool(teacher, header, count, args, device):
     y = model.random_labels(count, header, device)
     states, times = solve.solve_teacher(lambda x, t: teacher(x, t, y), x, args.nfe, args.solver,
                                         header["t_max"], header["t_min"])
-    return states, times, y
+    return states, times.to(device), y
 
 
 def read_paths(path, header, device):
@@ -87,14 +89,15 @@ def read_paths(path, header, device):
     tensors, made = model.read(path)
     shape = model.image_shape(header)
     if made.get("stage") != "solve" or tuple(tensors["states"].shape[2:]) != shape:
-        raise model.Refused(f"{path} does not hold trajectories of {shape} images; `python solve.py` does that.")
-    return tensors["states"].transpose(0, 1).to(device), tensors["times"], tensors["labels"].to(device)
+        raise model.Refused(f"{path} does not hold trajectories of {shape} images; solve.py writes them.")
+    states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
+    return states.transpose(0, 1), times, y
 
 
 def main():
     p = model.parser(__doc__, RECIPES, reads="pretrain", writes="midtrain_cm")
     p.add_argument("--teacher", default=p.get_default("init"), metavar="FILE", help="denoiser to imitate")
-    p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, each a state (heun: two)")
+    p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
     p.add_argument("--solver", choices=solve.SOLVERS, help="dpm1-3: DPM-Solver++ of that order")
     p.add_argument("--distance", choices=["huber", "l2"], default="huber", help="of the loss")
     p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file, do not solve")
@@ -103,21 +106,23 @@ def main():
     rank, world, device, batch = model.setup(args.batch)
 
     made_by = f"python pretrain.py --data {args.data}"
-    teacher, header = model.parent(args.teacher, made_by, stage="pretrain", device=device)
+    teacher, teacher_header = model.parent(args.teacher, made_by, stage="pretrain", device=device)
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, made_by, header, device, dropout=args.dropout)
+    net, header = model.first_weights(args.init, made_by, teacher_header, device, dropout=args.dropout)
     header |= model.stamp(args, "midtrain_cm", "pairs", world, init=args.init, teacher=args.teacher,
                           trajectories=args.trajectories)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    teacher.requires_grad_(False).body_dtype = net.train().body_dtype = model.BODY[args.precision]
+    teacher.requires_grad_(False)                                                  # in eval mode, as loaded
+    net.train()
+    teacher.body_dtype = net.body_dtype = model.BODY[args.precision]
     ddp = model.parallel(net, world)
     opt = torch.optim.RAdam(net.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8)
     distance = {"huber": huber, "l2": l2}[args.distance]
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "pairs", world, step)
-    paths = read_paths(args.trajectories, header, device) if args.trajectories else None
+    paths = read_paths(args.trajectories, teacher_header, device) if args.trajectories else None
     N = args.nfe // 2 if args.solver == "heun" else args.nfe                       # pairs a trajectory
     if paths: N = len(paths[1]) - 1
     size = pool_size(batch, N)
@@ -134,8 +139,8 @@ def main():
             if step % steps_per_pool == 0 or paths is None:
                 number = step // steps_per_pool
                 model.reseed(args.seed, rank, "pool", number)
-                still_needed = -(-(args.steps - number * steps_per_pool) * batch // N)
-                paths = solve_pool(teacher, header, min(size, still_needed), args, device)
+                still_needed = math.ceil((args.steps - number * steps_per_pool) * batch / N)
+                paths = solve_pool(teacher, teacher_header, min(size, still_needed), args, device)
                 order = torch.randperm(len(paths[2]) * N, device=device)
             i = order[step % steps_per_pool * batch:][:batch]
         x, t, x_end, y = pairs(*paths, i.to(device))

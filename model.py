@@ -2,10 +2,10 @@
 
 Notation, fixed here once. t = 0 is data. B batch, C channels, H W pixels, N solver steps, K classes.
 
-  noising        x_t = x_0 + t eps,  t in [0.002, 80],  eps ~ N(0, I)                        (EDM's time, arXiv 2206.00364)
+  noising        x_t = x_0 + t eps,  t in [0.002, 80],  eps ~ N(0, I)          (EDM's time, arXiv 2206.00364)
   PF-ODE         dx/dt = (x - D(x, t)) / t       its solution from t down to 0 is the flow map  Psi_{t->0}(x)
   teacher        D(x, t) ~ E[x_0 | x_t]          a diffusion model
-  student        f(x, t) ~ Psi_{t->0}(x)         a consistency model: the same class `Denoiser`, another training target
+  student        f(x, t) ~ Psi_{t->0}(x)         a consistency model: same `Denoiser`, another training target
   labels         y (B,) int64 in 0..K-1; y = K is the null label; None means null for the whole batch
 
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 
 
 class Refused(Exception):
-    """Bad input. The message is one sentence: what is wrong and how to mend it. `run` prints it and exits with `code`."""
+    """Bad input. The message says in one sentence what is wrong and how to mend it. `run` prints it and exits
+    with `code`."""
     code = 2
 
 
@@ -34,9 +35,9 @@ class Diverged(Refused):
     code = 3
 
 
-# === 1. networks ======================================================================================================
+# === 1. networks ============================================================================================
 # Layers cast their fp32 weights to the dtype of what flows through them. So one module runs in bf16, fp32 or
-# (for exact tests) float64, decided by its input alone, and there is no autocast, nor autocast cache, anywhere.
+# (for exact tests) float64, decided by its input alone, and there is no autocast, nor its cache, anywhere.
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -87,8 +88,8 @@ class Block(nn.Module):
         if self.resample == "up":   return F.interpolate(x, scale_factor=2, mode="nearest")
         return x
 
-    def forward(self, x, emb):                                                     # x (B, c_in, H, W), emb (B, emb_dim)
-        h = self.conv0(self.scale(F.silu(self.norm0(x))))                          # (B, c_out, H', W')
+    def forward(self, x, emb):                                           # x (B, c_in, H, W), emb (B, emb_dim)
+        h = self.conv0(self.scale(F.silu(self.norm0(x))))                # (B, c_out, H', W')
         h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
         h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
         x = ((self.skip(self.scale(x)) if self.skip else x) + h) * 0.5 ** 0.5
@@ -101,10 +102,11 @@ class Block(nn.Module):
 
 
 class DDPMpp(nn.Module):
-    """The DDPM++ U-Net of Song et al. (2011.13456) in EDM's configuration (2206.00364, table 7). Parameter names and
-    constructor arguments are EDM's, so its published weights fit by name; EDM's augmentation input is not built.
+    """The DDPM++ U-Net of Song et al. (2011.13456) in EDM's configuration (2206.00364, table 7). Parameter
+    names and constructor arguments are EDM's, so its published weights fit by name; EDM's augmentation input
+    is not built.
 
-    forward(x, noise, y): x (B,C,H,W) in the dtype the body shall run in, noise (B,) >= fp32, y (B,) or None -> (B,C,H,W).
+    forward(x, noise, y): x (B,C,H,W) in the body's dtype, noise (B,) >= fp32, y (B,) or None -> (B,C,H,W).
     """
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=128, channel_mult=(2, 2, 2),
                  num_blocks=4, attn_resolutions=(16,), dropout=0.0):
@@ -145,13 +147,13 @@ class DDPMpp(nn.Module):
         self.dec[f"{s}x{s}_aux_norm"] = Norm(c)
         self.dec[f"{s}x{s}_aux_conv"] = initialised(Conv(c, img_channels, 3, padding=1), 1e-5)
 
-    def embed(self, noise, y):                                                     # -> (B, emb_dim), never in bf16
+    def embed(self, noise, y):                                               # -> (B, emb_dim), never in bf16
         half = torch.arange(self.model_channels // 2, device=noise.device, dtype=noise.dtype)
-        angles = noise[:, None] * 1e-4 ** (half / (len(half) - 1))                 # (B, model_channels / 2)
+        angles = noise[:, None] * 1e-4 ** (half / (len(half) - 1))           # (B, model_channels / 2)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)
         if self.label_dim:
             y = torch.full_like(noise, self.label_dim, dtype=torch.int64) if y is None else y
-            onehot = F.one_hot(y, self.label_dim + 1)[:, :-1].to(emb.dtype)        # the null label is the zero vector
+            onehot = F.one_hot(y, self.label_dim + 1)[:, :-1].to(emb.dtype)  # null label: the zero vector
             emb = emb + self.map_label(onehot * self.label_dim ** 0.5)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
@@ -167,49 +169,52 @@ class DDPMpp(nn.Module):
         return conv(F.silu(norm(x)))
 
 
-# === 2. parameterisation ==============================================================================================
+# === 2. parameterisation ====================================================================================
 
 class Denoiser(nn.Module):
-    """EDM preconditioning (2206.00364, eq. 7 and table 1) around a raw network: diffusion teacher *and* consistency model.
+    """EDM preconditioning (2206.00364, eq. 7 and table 1) around a raw network: diffusion teacher *and*
+    consistency model.
 
-        D(x, t) = c_skip x + c_out F(c_in x, c_noise, y),   c_skip(0) = 1, c_out(0) = 0, hence D(x, 0) = x exactly.
+        D(x, t) = c_skip x + c_out F(c_in x, c_noise, y),   c_skip(0) = 1, c_out(0) = 0: D(x, 0) = x exactly.
 
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
-    x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the body F runs in `body_dtype`:
-    in bf16 ln(t)/4 could not tell t from t (1 - 1/q) for q >= 64, and the sum would lose the correction it adds.
-    float64 in computes in float64 throughout.
+    x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the body F runs in
+    `body_dtype`: in bf16 ln(t)/4 could not tell t from t (1 - 1/q) for q >= 64, and the sum would lose the
+    correction it adds. float64 in computes in float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
         super().__init__()
-        self.net, self.sigma_data, self.noise_scale, self.body_dtype = net, sigma_data, noise_scale, torch.float32
+        self.net, self.body_dtype = net, torch.float32
+        self.sigma_data, self.noise_scale = sigma_data, noise_scale
 
     def forward(self, x, t, y=None):
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, t = x.to(dtype), t.to(dtype)
-        s = t[:, None, None, None]                                                 # (B, 1, 1, 1)
+        s = t[:, None, None, None]                                           # (B, 1, 1, 1)
         total = s ** 2 + self.sigma_data ** 2
         c_skip, c_out, c_in = self.sigma_data ** 2 / total, s * self.sigma_data * total.rsqrt(), total.rsqrt()
-        c_noise = self.noise_scale * t.clamp(min=1e-6).log() / 4                   # (B,)  finite at t = 0
+        c_noise = self.noise_scale * t.clamp(min=1e-6).log() / 4             # (B,)  finite at t = 0
         body = dtype if dtype == torch.float64 else self.body_dtype
         return c_skip * x + c_out * self.net((c_in * x).to(body), c_noise, y).to(dtype)
 
 
-# === 3. data sets =====================================================================================================
-# `network` is the architecture a stage builds when no input file brings its own. label_dropout: share of null labels.
-# noise_scale: 4 is ours, for small networks (digits: a little better in every stage than 1, one seed each).
+# === 3. data sets ===========================================================================================
+# `network` is the architecture a stage builds when no input file brings its own: for digits ours, of 0.75M
+# parameters, for cifar10 EDM's, of 55.73M. label_dropout: share of null labels. noise_scale: 4 is ours, for
+# small networks (digits: a little better in every stage than 1, one seed each).
 
 DATASETS = {
     #               shape (C, H, W)    classes     label_dropout      noise_scale      network
-    "digits":  dict(shape=(1, 8, 8),   classes=10, label_dropout=0.1, noise_scale=4.0, network=dict(          # 0.75M, ours
-                    model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0)),
-    "cifar10": dict(shape=(3, 32, 32), classes=0,  label_dropout=0.0, noise_scale=1.0, network=dict(          # 55.73M, EDM
-                    model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)),
+    "digits":  dict(shape=(1, 8, 8),   classes=10, label_dropout=0.1, noise_scale=4.0, network=dict(
+        model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0)),
+    "cifar10": dict(shape=(3, 32, 32), classes=0,  label_dropout=0.0, noise_scale=1.0, network=dict(
+        model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)),
 }
 
 
 def own_data(shape, classes):
-    """The row of a data set nobody listed (ours): halve down to at most 8 pixels, widths and depth by the resolution."""
+    """The row of a data set nobody listed (ours): halve down to <= 8 pixels, size the rest by resolution."""
     size, mult = shape[-1], [1 if shape[-1] <= 16 else 2]
     while size % 2 == 0 and size > 8 or len(mult) < 2:
         size, mult = size // 2, mult + [2]
@@ -231,12 +236,13 @@ def find_data(data):
     return "own data", Path(data).stem, data
 
 
-# === 4. checkpoints ===================================================================================================
-# NAME.safetensors: weights + one metadata key `config`, the header (JSON). The header alone rebuilds the network.
+# === 4. checkpoints =========================================================================================
+# NAME.safetensors: weights + one metadata key `config`, the header (JSON), which alone rebuilds the network.
 
 def save(path, tensors, header):
-    """Write {name: tensor} and a JSON-able header to `path`. The file appears whole or not at all: temporary name,
-    flush, rename. Raises Refused where the disk does not take it; what was there before is then untouched."""
+    """Write {name: tensor} and a JSON-able header to `path`. The file appears whole or not at all: temporary
+    name, flush, rename. Raises Refused where the disk does not take it; what was there before is then
+    untouched."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -247,11 +253,12 @@ def save(path, tensors, header):
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError): part.unlink()
-        raise Refused(f"{path} could not be written ({e}); free some space or choose another --out, nothing was lost.")
+        raise Refused(f"{path} could not be written ({e}); "
+                      "free some space or choose another --out, nothing was lost.")
 
 
 def read(path):
-    """-> ({name: tensor} on the CPU, header). Raises Refused for a file that is missing, damaged or not one of ours."""
+    """-> ({name: tensor} on the CPU, header). Raises Refused if the file is missing, damaged or not ours."""
     if not os.path.isfile(path):
         raise Refused(f"{path} does not exist.")
     try:
@@ -264,15 +271,16 @@ def read(path):
 
 
 def build(header):
-    """An untrained model of the architecture that a header describes: {"network", "sigma_data", "noise_scale"}."""
+    """An untrained model of the architecture a header describes: {"network", "sigma_data", "noise_scale"}."""
     network = dict(header["network"])
     networks = {"DDPMpp": DDPMpp}
     return Denoiser(networks[network.pop("class")](**network), header["sigma_data"], header["noise_scale"])
 
 
 def load(path, device="cpu", **network):
-    """-> (model in eval mode with its fp32 body, header). `network`: constructor arguments that replace the header's,
-    such as dropout=0.2. Raises Refused as `read` does, and where the weights do not fit the network of the header."""
+    """-> (model in eval mode with its fp32 body, header). `network`: constructor arguments that replace the
+    header's, such as dropout=0.2. Raises Refused as `read` does, and where the weights do not fit the network
+    of the header."""
     tensors, header = read(path)
     try:
         header["network"].update(network)
@@ -287,7 +295,8 @@ def load(path, device="cpu", **network):
 def fresh_header(row):
     """The header of a network that no file describes yet, from its DATASETS row."""
     C, H, _ = row["shape"]
-    network = {"class": "DDPMpp", "img_resolution": H, "img_channels": C, "label_dim": row["classes"]} | row["network"]
+    network = {"class": "DDPMpp", "img_resolution": H, "img_channels": C, "label_dim": row["classes"]}
+    network |= row["network"]
     return {"kind": "Denoiser", "network": network, "sigma_data": 0.5, "noise_scale": row["noise_scale"],
             "t_min": 0.002, "t_max": 80.0, "label_dropout": row["label_dropout"]}
 
@@ -302,30 +311,33 @@ def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# === 5. images ========================================================================================================
+# === 5. images ==============================================================================================
 
 def read_images(path, row=None):
     """ADM-layout npz: arr_0 uint8 (N,H,W,C), arr_1 integer labels (N,), optional.
 
     row: the DATASETS row the images have to agree with; None accepts any and makes one with `own_data`.
-    -> images uint8 (N,C,H,W), labels int64 (N,) (all 0 = all null where there are no classes), row. Raises Refused.
+    -> images uint8 (N,C,H,W), labels int64 (N,) (all 0 = all null without classes), row. Raises Refused.
     """
     if not os.path.isfile(path):
-        raise Refused(f"{path} does not exist; --data takes an .npz with arr_0 uint8 (N,H,W,C) and, optionally, labels arr_1.")
+        raise Refused(f"{path} does not exist; --data takes an .npz with arr_0 uint8 (N,H,W,C) and, "
+                      "optionally, labels arr_1.")
     try:
         with np.load(path, allow_pickle=False) as f:
             x, y = f["arr_0"], f["arr_1"] if "arr_1" in f else None
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as e:
-        raise Refused(f"{path} is damaged or not an ADM-layout npz with arr_0 uint8 (N,H,W,C) ({type(e).__name__}: {e}).")
+        raise Refused(f"{path} is damaged or not an ADM-layout npz with arr_0 uint8 (N,H,W,C) "
+                      f"({type(e).__name__}: {e}).")
     if x.dtype != np.uint8 or x.ndim != 4 or len(x) == 0:
         raise Refused(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1.")
     N, H, W, C = x.shape
     if row and (C, H, W) != tuple(row["shape"]):
-        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels, the recipe is for {row['shape'][0]} channels "
-                      f"and {row['shape'][1]}x{row['shape'][2]}; give the plain path to use it as your own data.")
+        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels, the recipe is for "
+                      f"{row['shape'][0]} channels and {row['shape'][1]}x{row['shape'][2]}; "
+                      "give the plain path to use it as your own data.")
     if C not in (1, 3) or H != W or H % 4:
-        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels; they have to be square with a side "
-                      "divisible by 4 and 1 or 3 channels.")
+        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels; they have to be square with "
+                      "a side divisible by 4 and 1 or 3 channels.")
     if y is not None and (y.shape != (N,) or y.dtype.kind not in "iu" or y.min() < 0):
         raise Refused(f"{path}: arr_1 is {y.dtype} {y.shape}; labels have to be {N} integers >= 0.")
     row = row or own_data((C, H, W), 0 if y is None else int(y.max()) + 1)
@@ -350,7 +362,8 @@ def to_uint8(x):
 
 
 def save_grid(path, rows, names):
-    """A picture: each of `rows` uint8 (n,H,W,C), C 1 or 3, is one line with its name before it. Small images are enlarged."""
+    """A picture: each of `rows` uint8 (n,H,W,C), C 1 or 3, is one line with its name before it, small images
+    enlarged."""
     from PIL import Image, ImageDraw, ImageFont
     n, H, W, C = rows[0].shape
     scale, gap = max(1, 48 // H), 4
@@ -360,7 +373,8 @@ def save_grid(path, rows, names):
     for i, (row, name) in enumerate(zip(rows, names)):
         ImageDraw.Draw(sheet).text((gap, gap + i * tile + tile // 2 - 10), name, "black", font)
         for j, image in enumerate(row):
-            image = Image.fromarray(np.repeat(image, 3 // C, axis=2)).resize((scale * W, scale * H), Image.NEAREST)
+            image = Image.fromarray(np.repeat(image, 3 // C, axis=2))
+            image = image.resize((scale * W, scale * H), Image.NEAREST)
             sheet.paste(image, (margin + j * tile, gap + i * tile))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
@@ -372,15 +386,17 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, seed, start, count):
-    """Positions start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..." -> (count,) int64.
-    A function of its arguments alone: that is what makes a resumed run see the same images."""
+    """Positions start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..."
+    -> (count,) int64. A function of its arguments alone, so a resumed run sees the same images."""
     at = torch.arange(start, start + count)
-    return torch.cat([epoch_order(n, seed, e)[at[at // n == e] % n] for e in range(start // n, (start + count - 1) // n + 1)])
+    return torch.cat([epoch_order(n, seed, e)[at[at // n == e] % n]
+                      for e in range(start // n, (start + count - 1) // n + 1)])
 
 
 def drop_labels(y, header):
     """Each label becomes the null label with the probability the teacher was trained with."""
-    return torch.where(torch.rand(len(y), device=y.device) < header["label_dropout"], header["network"]["label_dim"], y)
+    return torch.where(torch.rand(len(y), device=y.device) < header["label_dropout"],
+                       header["network"]["label_dim"], y)
 
 
 def random_labels(n, header, device):
@@ -388,7 +404,7 @@ def random_labels(n, header, device):
     return drop_labels(torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device), header)
 
 
-# === 6. running a stage ===============================================================================================
+# === 6. running a stage =====================================================================================
 
 BODY = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -407,23 +423,29 @@ def given_data():
 
 
 def parser(doc, recipes, reads, writes, precision=None):
-    """The flags all training stages share. --data picks the row of `recipes` whose numbers become the defaults, before
-    --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
+    """The flags all training stages share. --data picks the row of `recipes` whose numbers are the defaults,
+    before --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
     row, name, path = given_data()
     precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
-    p.add_argument("--data", default="digits", metavar="NAME|PATH|NAME=PATH", help=f"one of {', '.join(DATASETS)}, an .npz, or both")
+    p.add_argument("--data", default="digits", metavar="NAME|PATH|NAME=PATH",
+                   help=f"one of {', '.join(DATASETS)}, an .npz, or both")
     if reads:
-        p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none", help="weights to start from")
-    p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", help="result; FILE.resume beside it continues")
+        p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
+                       help="weights to start from")
+    p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE",
+                   help="result; FILE.resume beside it continues")
     p.add_argument("--steps", type=positive, help="optimiser steps in all")
-    p.add_argument("--batch", type=positive, help="global batch: what one loss averages over, on all ranks together")
+    p.add_argument("--batch", type=positive,
+                   help="global batch: what one loss averages over, on all ranks together")
     p.add_argument("--lr", type=float, help="peak learning rate")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
+    p.add_argument("--ema", type=float,
+                   help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="steps between saves")
     p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
-    p.add_argument("--precision", choices=BODY, default=precision, help="of the network's body; all else is fp32")
+    p.add_argument("--precision", choices=BODY, default=precision,
+                   help="of the network's body; all else is fp32")
     p.set_defaults(**recipes[row], row=row, name=name, path=path)
     return p
 
@@ -435,13 +457,15 @@ def positive(text):
 
 
 def setup(batch):
-    """-> rank, world, device, this rank's share of the global batch. torchrun's variables start a process group; plain
-    python is world 1, and scripts that have no batch (None) run in one process only."""
-    rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    """-> rank, world, device, this rank's share of the global batch. torchrun's variables start a process
+    group; plain python is world 1, and scripts that have no batch (None) run in one process only."""
+    rank, local, world = (int(os.environ.get(k, d))
+                          for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if batch is None and world > 1:
         raise Refused("this script runs in one process; start it with plain python.")
     if batch and batch % world:
-        raise Refused(f"--batch {batch} cannot be split evenly over {world} processes; choose a multiple of {world}.")
+        raise Refused(f"--batch {batch} cannot be split evenly over {world} processes; "
+                      f"choose a multiple of {world}.")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     # TF32 is off for convolutions and matrix products alike (torch's default differs between the two).
@@ -452,19 +476,20 @@ def setup(batch):
 
 
 def parallel(model, world):
-    """DDP around `model` where there is more than one process. Gradients come out averaged over the global batch."""
+    """DDP around `model` where there are several processes: it averages gradients over the global batch."""
     if world == 1: return model
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def reseed(*numbers):
-    """Seed torch from (seed, rank, step): a step's randomness is a function of these, so a resumed run repeats it."""
+    """Seed torch from (seed, rank, step): a step's randomness is a function of these, so a resumed run
+    repeats it."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
 
 
 def update(net, ema, opt, lr, decay):
-    """One optimiser step and the EMA after it -> gradient norm. A step whose norm is not finite is skipped: it enters
-    neither weights, moments nor EMA. After DDP all ranks hold the same gradient, so they skip together."""
+    """One optimiser step and the EMA after it -> gradient norm. A step whose norm is not finite is skipped:
+    it enters neither weights, moments nor EMA. All ranks hold the same gradient, so they skip together."""
     norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]).item()
     if math.isfinite(norm):
         for group in opt.param_groups: group["lr"] = lr
@@ -475,14 +500,16 @@ def update(net, ema, opt, lr, decay):
 
 
 def parent(path, made_by, stage=None, **kwargs):
-    """The file a stage starts from: `load`, and a sentence with the command that makes the file where it is missing."""
+    """The file a stage starts from: `load`, and if it is missing a sentence with the command to make it."""
     if not os.path.isfile(path):
         raise Refused(f"{path} does not exist; `{made_by}` makes it.")
     model, header = load(path, **kwargs)
     if stage and header["stage"] != stage:
-        raise Refused(f"{path} was written by stage {header['stage']}, this has to be a {stage} file; `{made_by}` makes one.")
+        raise Refused(f"{path} was written by stage {header['stage']}, this has to be a {stage} file; "
+                      f"`{made_by}` makes one.")
     if header["step"] < header["steps"]:
-        print(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; the command that made it continues it.")
+        print(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
+              "the command that made it continues it.")
     return model, header
 
 
@@ -497,8 +524,9 @@ def first_weights(init, made_by, header, device, **network):
 def check_fit(init, header, row):
     """The images have to be of the shape, and of no more classes, than the weights were trained for."""
     if image_shape(header) != tuple(row["shape"]) or header["network"]["label_dim"] != row["classes"]:
-        raise Refused(f"{init} is for {image_shape(header)} images and {header['network']['label_dim']} classes, the data have "
-                      f"{tuple(row['shape'])} and {row['classes']}; give the --data it was trained on.")
+        raise Refused(f"{init} is for {image_shape(header)} images and {header['network']['label_dim']} "
+                      f"classes, the data have {tuple(row['shape'])} and {row['classes']}; "
+                      "give the --data it was trained on.")
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
@@ -506,11 +534,12 @@ FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "tr
 
 
 def stamp(args, stage, unit, world, **files):
-    """What a stage adds to the header: who it is, and the settings that a continuation has to share, in which the files
-    it reads stand by their sha256. `unit`: what the batch counts, "images" or "pairs"."""
+    """What a stage adds to the header: who it is, and the settings that a continuation has to share, in which
+    the files it reads stand by their sha256. `unit`: what the batch counts, "images" or "pairs"."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
     settings |= {f"sha256 of {k}": sha256(v) for k, v in files.items() if v and v != "none"}
-    return {"stage": stage, "data": args.name, "steps": args.steps, "unit": unit, "settings": json.loads(json.dumps(settings)),
+    return {"stage": stage, "data": args.name, "steps": args.steps, "unit": unit,
+            "settings": json.loads(json.dumps(settings)),
             "argv": sys.argv, "torch": torch.__version__, "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
@@ -520,8 +549,10 @@ def resume_file(out):
 
 
 def save_run(out, step, net, ema, opt, header):
-    """The resume file (net, EMA, moments, step) first: it is the truth. Then NAME.safetensors: the EMA and its header."""
-    state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    """The resume file (net, EMA, moments, step) first: it is the truth. Then NAME.safetensors: the EMA and
+    its header."""
+    state = {f"net.{k}": v for k, v in net.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for name, p in net.named_parameters():
         state |= {f"opt.{slot}.{name}": v for slot, v in opt.state[p].items()}
     header = header | {"step": step, header["unit"]: step * header["settings"]["batch"]}
@@ -530,16 +561,17 @@ def save_run(out, step, net, ema, opt, header):
 
 
 def resume_run(out, net, ema, opt, header):
-    """Continue an interrupted run: load its state into net, ema and opt -> the step it had reached, 0 for a new run."""
+    """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
     path = resume_file(out)
     if not os.path.exists(path):
         return 0
     state, old = read(path)
     was, now = old["settings"], header["settings"]
-    changed = [f"{k} was {was.get(k)}, is {now.get(k)}" for k in sorted(was | now) if was.get(k) != now.get(k)]
+    changed = [f"{k} was {was.get(k)}, is {now.get(k)}"
+               for k in sorted(was | now) if was.get(k) != now.get(k)]
     if changed:
-        raise Refused(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old settings to "
-                      "continue it, another --out to keep both, or delete it to start over.")
+        raise Refused(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
+                      "settings to continue it, another --out to keep both, or delete it to start over.")
     def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     net.load_state_dict(part("net."))
     ema.load_state_dict(part("ema."))
@@ -556,7 +588,7 @@ def resume_run(out, net, ema, opt, header):
 
 
 class Log:
-    """One line per --log-every steps on rank 0: mean loss since the last line over all ranks, rate, time left.
+    """Rank 0: one line per --log-every steps, mean loss since the last line over all ranks, rate, time left.
     Raises Diverged after 10 skipped steps in a row."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world = args, unit, world
@@ -570,20 +602,24 @@ class Log:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             if self.in_a_row == 10:
                 raise Diverged(f"the gradient was not finite for 10 steps in a row, the last one {step}; "
-                               "what was saved is good; start again from it (--init) with a smaller --lr or --precision fp32.")
+                               "what was saved is good; start again from it (--init) with a smaller --lr "
+                               "or --precision fp32.")
         if step % self.args.log_every and step != self.args.steps: return
         mean = torch.stack(self.losses).mean() / self.world if self.losses else torch.tensor(math.nan)
         if self.world > 1: dist.all_reduce(mean)
         seconds = (time.time() - self.clock) / (step - self.last)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"step {step:>7,}/{self.args.steps:,}  {self.unit} {step * self.args.batch:,}  loss {mean.item():.5f}  "
-                  f"grad {norm:.3f}  lr {lr:.2e}  {self.args.batch / seconds:,.0f} {self.unit}/s  "
-                  f"left {(self.args.steps - step) * seconds:,.0f} s" + (f"  skipped {self.skipped}" if self.skipped else ""), flush=True)
+            print(f"step {step:>7,}/{self.args.steps:,}  {self.unit} {step * self.args.batch:,}  "
+                  f"loss {mean.item():.5f}  grad {norm:.3f}  lr {lr:.2e}  "
+                  f"{self.args.batch / seconds:,.0f} {self.unit}/s  "
+                  f"left {(self.args.steps - step) * seconds:,.0f} s"
+                  + (f"  skipped {self.skipped}" if self.skipped else ""), flush=True)
         self.losses, self.last, self.clock = [], step, time.time()
 
 
 def run(main):
-    """Call a script's main. A Refused becomes one sentence on stderr and exit code 2 (3: diverged), without a traceback."""
+    """Call a script's main. A Refused becomes one sentence on stderr and exit code 2 (3: diverged), without a
+    traceback."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main()

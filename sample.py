@@ -1,14 +1,15 @@
 """Sampling: images from any checkpoint, in one or two steps, or in N solver steps from the diffusion teacher.
 
-  reads   FILE[:STEPS] ...                   STEPS is the number of network calls
-  writes  runs/D/samples.png                 one row per FILE:STEPS, the same seeds in each column
-          runs/D/samples.npz                 where one FILE is given: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
+  reads   FILE[:STEPS] ...       STEPS is the number of network calls
+  writes  runs/D/samples.png     one row per FILE:STEPS, the same seeds in each column
+          runs/D/samples.npz     where one FILE is given: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
   run     python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
-          python sample.py runs/digits/pretrain.safetensors:16 runs/digits/midtrain_cm.safetensors:1 --n 16 --real
+          python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
   cost    STEPS network calls an image
 
-Image k, its label and its noise are a function of seed k alone, whatever --n. Convolutions on batches of other sizes
-differ in their last bits, so seeds are always drawn in blocks of 64 (block = seed // 64), and cut afterwards.
+Image k, its label and its noise are a function of seed k alone, whatever --n. Convolutions on batches of
+other sizes differ in their last bits, so seeds are always drawn in blocks of 64 (block = seed // 64), and
+cut afterwards.
 """
 import argparse
 from pathlib import Path
@@ -19,11 +20,11 @@ from einops import rearrange
 
 import model, solve
 
-# === the method =======================================================================================================
+# === the method =============================================================================================
 
 def consistency_sampler(f, eps, times, y):
-    """Multistep consistency sampling (2303.01469, algorithm 1): jump to t = 0, add noise up to the next time, jump again.
-    eps (S,B,C,H,W) one noise a step, times S descending numbers, y (B,) -> (B,C,H,W)"""
+    """Multistep consistency sampling (2303.01469, algorithm 1): jump to t = 0, add noise up to the next time,
+    jump again. eps (S,B,C,H,W) one noise a step, times S descending numbers, y (B,) -> (B,C,H,W)"""
     x = torch.zeros_like(eps[0])
     for t, noise in zip(times, eps):
         x = f(x + t * noise, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
@@ -46,14 +47,14 @@ def draw_block(block, steps, shape, classes):
     return torch.stack(labels), torch.stack(noise, dim=1)
 
 
-# === the run ==========================================================================================================
+# === the run ================================================================================================
 
 @torch.no_grad()
 def generate(net, header, seeds, steps, labels="random", mid_t=None):
     """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order.
-    net, header as model.load returns them; labels "random" | "balanced" | a class; mid_t None: the header's."""
-    device, K, mid_t = next(net.parameters()).device, header["network"]["label_dim"], mid_t or header.get("mid_t")
-    teacher = header["stage"] == "pretrain"
+    net, header as from model.load; labels "random" | "balanced" | a class; mid_t None: the header's."""
+    device, K = next(net.parameters()).device, header["network"]["label_dim"]
+    teacher, mid_t = header["stage"] == "pretrain", mid_t or header.get("mid_t")
     for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1):
         y, eps = draw_block(block, 1 if teacher else steps, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
@@ -69,7 +70,7 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None):
 
 
 def open_model(text, steps, device):
-    """FILE or FILE:STEPS -> model, header, steps. Without STEPS: `steps`, else 16 for a teacher and 1 for the others."""
+    """FILE or FILE:STEPS -> model, header, steps. Without STEPS: `steps`, else teacher 16, others 1."""
     path, colon, count = text.rpartition(":")
     if not (colon and count.isdigit()): path, count = text, steps
     net, header = model.load(path, device)
@@ -85,7 +86,7 @@ def seed_range(text):
 
 
 def real_images(path, labels):
-    """For each label the next real image of that class (any image where there are no classes). -> uint8 (n,H,W,C)"""
+    """For each label the next real image of that class (any image without classes). -> uint8 (n,H,W,C)"""
     images, y, row = model.read_images(path)
     queues = {int(k): iter((y == k).nonzero().flatten().tolist() * len(labels)) for k in y.unique()}
     at = [next(queues[int(k) if row["classes"] else 0]) for k in labels]
@@ -94,10 +95,13 @@ def real_images(path, labels):
 
 def sampling_flags(p):
     """Flags that sample.py and fid.py share."""
-    p.add_argument("--steps", type=model.positive, help="network calls, for a FILE without :STEPS (default: teacher 16, others 1)")
+    p.add_argument("--steps", type=model.positive,
+                   help="network calls, for a FILE without :STEPS (default: teacher 16, others 1)")
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
-    p.add_argument("--labels", default="random", metavar="random|balanced|K", help="drawn from the seed, seed modulo classes, or one class")
-    p.add_argument("--mid-t", type=float, metavar="T", help="noise level of the second step (default: the file's)")
+    p.add_argument("--labels", default="random", metavar="random|balanced|K",
+                   help="drawn from the seed, seed modulo classes, or one class")
+    p.add_argument("--mid-t", type=float, metavar="T",
+                   help="noise level of the second step (default: the file's)")
 
 
 def main():
@@ -106,8 +110,10 @@ def main():
     p.add_argument("--n", type=model.positive, default=64, help="number of images")
     sampling_flags(p)
     p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")
-    p.add_argument("--data", metavar="NAME|PATH", help="where --real finds them (default: what the first FILE was trained on)")
-    p.add_argument("--out", metavar="X.npz", help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
+    p.add_argument("--data", metavar="NAME|PATH",
+                   help="where --real finds them (default: what the first FILE was trained on)")
+    p.add_argument("--out", metavar="X.npz",
+                   help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
     args = p.parse_args()
     seeds = args.seeds or range(args.n)
 
@@ -128,7 +134,8 @@ def main():
         rows.insert(0, real_images(model.find_data(args.data or data)[2], labels))
         names.insert(0, "real")
     model.save_grid(out.with_suffix(".png"), rows, names)
-    print(f"{len(images):,} images of each of {', '.join(names)}: " + (f"{out}, " if len(args.files) == 1 else "") + f"{out.with_suffix('.png')}")
+    print(f"{len(images):,} images of each of {', '.join(names)}: "
+          + (f"{out}, " if len(args.files) == 1 else "") + f"{out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

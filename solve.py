@@ -2,12 +2,14 @@
 
   reads   runs/D/pretrain.safetensors
   writes  runs/D/trajectories.safetensors   states (n,N+1,C,H,W) fp32, times (N+1,) float64, labels (n,)
-          runs/D/trajectories.png           one trajectory a row, from noise on the left to its end on the right
+          runs/D/trajectories.png           one trajectory a row, from noise (left) to its end (right)
   run     python solve.py
-  expect  a table: end-point error of every solver at 4..64 network calls against a fine solution, and its observed order
+  expect  a table: end-point error of every solver at 4..64 network calls against a fine solution, and its
+          observed order
 
-midtrain.py imports the solvers and makes its trajectories on the fly: those of one paper-scale run, 38.4M states of
-CIFAR-10, would be half a terabyte on disk. The file is for looking at, and for `midtrain.py --trajectories`.
+midtrain.py imports the solvers and makes its trajectories on the fly: those of one paper-scale run, 38.4M
+states of CIFAR-10, would be half a terabyte on disk. The file is for looking at, and for
+`midtrain.py --trajectories`.
 """
 import argparse, math
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 import model
 
-# === the method =======================================================================================================
+# === the method =============================================================================================
 # A solver takes a function of (x, t) with t (B,), a start x (B, ...) at times[0] and N+1 times, and returns
 #     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
 # States travel with their times: nothing downstream may rebuild a grid and label the states with it.
@@ -34,19 +36,20 @@ def karras_times(n, t_max=80.0, t_min=0.002, rho=7):
 
 
 def dpm_solver_pp(denoise, x, times, order=3):
-    """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of denoise(x, t) = D a
-    step; order k needs the D of k - 1 earlier steps, so orders climb 1, 2, 3 and, as released, descend 3, 2, 1 at the end.
-    times > 0, descending. -> states (N+1, B, ...), times (N+1,) float64"""
+    """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
+    denoise(x, t) = D a step; order k needs the D of k - 1 earlier steps, so orders climb 1, 2, 3 and, as
+    released, descend 3, 2, 1 at the end. times > 0, descending.
+    -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
-    h = (t[:-1] / t[1:]).log()                                       # h_i = ln(t_i / t_{i+1}), the step in lambda
+    h = (t[:-1] / t[1:]).log()                              # h_i = ln(t_i / t_{i+1}), the step in lambda
     phi1_all, h, t = torch.expm1(-h).tolist(), h.tolist(), t.tolist()
-    N, states, D = len(h), [x], []                                   # D: newest first
+    N, states, D = len(h), [x], []                          # D: newest first
     for i in range(N):
         D = [denoise(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device)), *D[:2]]
         k = min(order, i + 1, N - i)
         phi1 = phi1_all[i]
-        x = t[i + 1] / t[i] * x - phi1 * D[0]                        # order 1: (s/t) x + (1 - s/t) D_i
-        if k == 2:                                                   # order 2: ... with D_i + (D_i - D_{i-1}) / (2 r0)
+        x = t[i + 1] / t[i] * x - phi1 * D[0]               # order 1: (s/t) x + (1 - s/t) D_i
+        if k == 2:                                          # order 2: ... with D_i + (D_i - D_{i-1}) / (2 r0)
             x = x - phi1 * (D[0] - D[1]) / (2 * h[i - 1] / h[i])
         if k == 3:
             r0, r1 = h[i - 1] / h[i], h[i - 2] / h[i]
@@ -61,7 +64,7 @@ def dpm_solver_pp(denoise, x, times, order=3):
 
 
 def euler(velocity, x, times):
-    """x_s = x_t + (s - t) dx/dt. Calls velocity(x, t) N times. -> states (N+1, B, ...), times (N+1,) float64"""
+    """x_s = x_t + (s - t) dx/dt. N calls of velocity(x, t). -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
         x = x + (t[i + 1] - t[i]) * velocity(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device))
@@ -70,8 +73,9 @@ def euler(velocity, x, times):
 
 
 def heun(velocity, x, times):
-    """Euler's step, then the trapezoid over it (2206.00364, algorithm 1, no churn); a step into t = 0, where the velocity
-    does not exist, stays Euler's. Two calls a step. -> states (N+1, B, ...), times (N+1,) float64"""
+    """Euler's step, then the trapezoid over it (2206.00364, algorithm 1, no churn); a step into t = 0, where
+    the velocity does not exist, stays Euler's. Two calls a step.
+    -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
         v = velocity(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device))
@@ -84,16 +88,16 @@ def heun(velocity, x, times):
     return torch.stack(states), times.double()
 
 
-# === the run ==========================================================================================================
+# === the run ================================================================================================
 SOLVERS = ["dpm1", "dpm2", "dpm3", "euler", "heun"]
 
 
 def solve_teacher(denoise, x, nfe, solver="dpm3", t_max=80.0, t_min=0.002):
     """The PF-ODE of a denoiser with `nfe` network calls in all, each solver on its own grid.
-    denoise(x, t) = D, x (B, ...) at t_max. -> states (N+1, B, ...), times (N+1,) float64, the last one t_min"""
+    denoise(x, t) = D, x (B, ...) at t_max. -> states (N+1, B, ...), times (N+1,) float64 down to t_min"""
     if solver.startswith("dpm"):
         return dpm_solver_pp(denoise, x, log_uniform_times(nfe, t_max, t_min), order=int(solver[3]))
-    velocity = lambda x, t: (x - denoise(x, t)) / t.reshape(-1, *[1] * (x.dim() - 1))     # dx/dt = (x - D(x, t)) / t
+    velocity = lambda x, t: (x - denoise(x, t)) / t.reshape(-1, *[1] * (x.dim() - 1))     # dx/dt
     if solver == "euler":
         return euler(velocity, x, karras_times(nfe, t_max, t_min))
     return heun(velocity, x, karras_times(nfe // 2, t_max, t_min))
@@ -105,23 +109,28 @@ def check_nfe(nfe, solver):
 
 
 def error_table(denoise, x, t_max, t_min):
-    """Prints, per solver and number of network calls, the root-mean-square error per pixel of the end point against a
-    fine solution (dpm2, 256 calls), and the order observed between the last two columns."""
+    """Prints, per solver and number of network calls, the root-mean-square error per pixel of the end point
+    against a fine solution (dpm2, 256 calls), and the order observed between the last two columns."""
     budgets = [4, 8, 16, 32, 64]
     fine = solve_teacher(denoise, x, 256, "dpm2", t_max, t_min)[0][-1]
     print(f"end-point error over {len(x)} trajectories (RMS per pixel; pixels span [-1, 1])")
     print("  solver  " + "".join(f"{n:>9} calls" for n in budgets) + "   order")
     for solver in SOLVERS:
-        errors = [(solve_teacher(denoise, x, n, solver, t_max, t_min)[0][-1] - fine).square().mean().sqrt().item() for n in budgets]
-        print(f"  {solver:<8}" + "".join(f"{e:>15.6f}" for e in errors) + f"{math.log2(errors[-2] / errors[-1]):>8.2f}")
+        errors = [solve_teacher(denoise, x, n, solver, t_max, t_min)[0][-1] - fine for n in budgets]
+        errors = [e.square().mean().sqrt().item() for e in errors]
+        print(f"  {solver:<8}" + "".join(f"{e:>15.6f}" for e in errors)
+              + f"{math.log2(errors[-2] / errors[-1]):>8.2f}")
 
 
 def main():
     name = model.given_data()[1]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
-    p.add_argument("--data", default="digits", metavar="NAME|PATH", help="names the runs/D/ of the default paths")
-    p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE", help="a denoiser")
-    p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE", help="result; its picture lies beside it")
+    p.add_argument("--data", default="digits", metavar="NAME|PATH",
+                   help="names the runs/D/ of the default paths")
+    p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE",
+                   help="a denoiser")
+    p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
+                   help="result; its picture lies beside it")
     p.add_argument("--solver", choices=SOLVERS, default="dpm3", help="dpm1-3: DPM-Solver++ of that order")
     p.add_argument("--nfe", type=model.positive, default=16, help="network calls a trajectory")
     p.add_argument("--n", type=model.positive, default=64, help="trajectories")
@@ -130,17 +139,21 @@ def main():
     check_nfe(args.nfe, args.solver)
 
     device = model.setup(None)[2]
-    teacher, header = model.parent(args.teacher, f"python pretrain.py --data {args.data}", stage="pretrain", device=device)
+    teacher, header = model.parent(args.teacher, f"python pretrain.py --data {args.data}", stage="pretrain",
+                                   device=device)
     model.reseed(args.seed)
     x = header["t_max"] * torch.randn(args.n, *model.image_shape(header), device=device)
     y = torch.randint(max(1, header["network"]["label_dim"]), (args.n,), device=device)
     with torch.no_grad():
-        states, times = solve_teacher(lambda x, t: teacher(x, t, y), x, args.nfe, args.solver, header["t_max"], header["t_min"])
+        states, times = solve_teacher(lambda x, t: teacher(x, t, y), x, args.nfe, args.solver,
+                                      header["t_max"], header["t_min"])
         print("times  " + "  ".join(f"{t:.4g}" for t in times.tolist()))
         model.save(args.out, {"states": states.transpose(0, 1), "times": times, "labels": y},
                    {"stage": "solve", "data": name, "solver": args.solver, "nfe": args.nfe})
-        picture = model.to_uint8(states / (1 + times.to(device)).reshape(-1, 1, 1, 1, 1))     # x / (1 + t): noise fades into image
-        model.save_grid(Path(args.out).with_suffix(".png"), picture[:, :16].movedim(2, -1).transpose(0, 1).cpu().numpy(),
+        # x / (1 + t): noise fades into image
+        picture = model.to_uint8(states / (1 + times.to(device)).reshape(-1, 1, 1, 1, 1))
+        model.save_grid(Path(args.out).with_suffix(".png"),
+                        picture[:, :16].movedim(2, -1).transpose(0, 1).cpu().numpy(),
                         [f"label {k}" for k in y[:16].tolist()])
         k = min(64, args.n)
         error_table(lambda x, t: teacher(x, t, y[:k]), x[:k], header["t_max"], header["t_min"])

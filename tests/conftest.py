@@ -1,5 +1,6 @@
-"""What the tests share: the stored reference outputs, a Gaussian mixture with a closed-form denoiser, and a way to run a
-script's real command line inside this process (starting Python and torch anew costs seconds each time)."""
+"""What the tests share: the stored reference outputs, a Gaussian mixture with a closed-form denoiser, and a
+way to run a script's real command line inside this process (starting Python and torch anew costs seconds
+each time)."""
 import importlib, json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def vectors(name):
-    """-> tensors, metadata of tests/vectors/NAME.safetensors (outputs of the methods' reference implementations)"""
+    """-> tensors, metadata of tests/vectors/NAME.safetensors (outputs of the reference implementations)"""
     path = ROOT / "tests/vectors" / f"{name}.safetensors"
     with safe_open(path, "pt") as f: meta = f.metadata()
     return load_file(path), meta | {"config": json.loads(meta["config"])}
@@ -37,7 +38,8 @@ def mixture_denoiser(means, stds, weights):
 
 @pytest.fixture(scope="session")
 def run():
-    """run("midtrain", "--steps", 4) -> SimpleNamespace(code, out, err): the script's main() under its real arguments."""
+    """run("midtrain", "--steps", 4) -> SimpleNamespace(code, out, err): the script's main() under its real
+    arguments."""
     def call(script, *args):
         import contextlib, io
         import model
@@ -63,13 +65,15 @@ def write_npz(path, n=24, size=8, channels=3, classes=4, **arrays):
 
 @pytest.fixture(scope="session")
 def chain(run, tmp_path_factory):
-    """A directory in which the whole chain ran for a few steps on the embedded digits, with every path by default."""
+    """A directory in which the whole chain ran for a few steps on the embedded digits, all paths default."""
     folder, before = tmp_path_factory.mktemp("chain"), os.getcwd()
     os.chdir(folder)
     (folder / "data").symlink_to(ROOT / "data")
     try:
-        for script, *args in [("pretrain",), ("solve", "--n", 8, "--nfe", 8), ("midtrain", "--nfe", 4), ("posttrain_cm",)]:
-            small = () if script == "solve" else ("--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2)
+        for script, *args in [("pretrain",), ("solve", "--n", 8, "--nfe", 8), ("midtrain", "--nfe", 4),
+                              ("posttrain_cm",)]:
+            small = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
+            if script == "solve": small = ()
             done = run(script, *small, *args)
             assert done.code == 0, done.err
     finally:

@@ -1,15 +1,13 @@
-"""`make demo`: every stage on the embedded digits through its real command line, then one table and one picture.
+"""`make demo`: every stage on the embedded digits by its real command line, then one table and one picture.
 
-`make compare` is the same with several training seeds and several doubling intervals for the baseline, plain ECT from the
-diffusion teacher, which gets the total compute of mid- and post-training together, and of whose intervals the best counts.
-Both continue where they were interrupted. Compute is counted in network forwards per sample, a backward as two.
+`make compare` is the same with several training seeds and several doubling intervals for the baseline, plain
+ECT from the diffusion teacher, which gets the total compute of mid- and post-training together, and of whose
+intervals the best counts. Both continue where they were interrupted. Compute is counted in network forwards
+per sample, a backward as two.
 """
 import argparse, json, statistics, subprocess, sys, time
 
 import numpy as np
-
-N = 10_000
-
 
 def command(script, *args):
     line = [sys.executable, f"{script}.py", *map(str, args)]
@@ -25,8 +23,8 @@ def command(script, *args):
     return lines
 
 
-def fd(file, ref="digits"):
-    return json.loads(command("fid", file, "--ref", ref, "--n", N, "--features", "pixels")[-1])["fd"]
+def fd(file, n, ref="digits"):
+    return json.loads(command("fid", file, "--ref", ref, "--n", n, "--features", "pixels")[-1])["fd"]
 
 
 def halves():
@@ -34,7 +32,7 @@ def halves():
     with np.load("data/digits.npz") as f: images = np.random.default_rng(0).permutation(f["arr_0"])
     paths = [f"runs/digits/half{i}.npz" for i in (0, 1)]
     for path, half in zip(paths, np.array_split(images, 2)): np.savez(path, arr_0=half)
-    return fd(*paths)
+    return fd(paths[0], 2, ref=paths[1])
 
 
 def train(seed, intervals):
@@ -53,8 +51,10 @@ def train(seed, intervals):
     steps = (cost["mid"] + cost["post"]) // 4 // header["post"]["settings"]["batch"]
     ect = {k: file(f"ect_{k}") for k in intervals}
     for k in intervals:
-        command("posttrain_cm", "--seed", seed, "--init", pre, "--q", 2, "--double", k, "--steps", steps, "--out", ect[k])
-    return {"pre": pre, "mid": mid, "post": post, "ect": ect}, cost["mid"] / 1e6, (cost["mid"] + cost["post"]) / 1e6
+        command("posttrain_cm", "--seed", seed, "--init", pre, "--q", 2, "--double", k, "--steps", steps,
+                "--out", ect[k])
+    return ({"pre": pre, "mid": mid, "post": post, "ect": ect},
+            cost["mid"] / 1e6, (cost["mid"] + cost["post"]) / 1e6)
 
 
 def read_header(path):
@@ -65,7 +65,9 @@ def read_header(path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=1, help="training seeds")
-    p.add_argument("--intervals", type=int, nargs="+", default=[225], help="steps between two doublings of plain ECT")
+    p.add_argument("--n", type=int, default=5000, help="samples to judge a model by")
+    p.add_argument("--intervals", type=int, nargs="+", default=[190],
+                   help="steps between two doublings of plain ECT")
     args = p.parse_args()
     started = time.time()
 
@@ -76,15 +78,18 @@ def main():
                 ("after post-training", files["post"], (1, 2), total)]
         rows += [(f"plain ECT, doubling every {k}", path, (1, 2), total) for k, path in files["ect"].items()]
         for name, path, all_calls, cost in rows:
-            for calls in all_calls: table.setdefault((name, calls, cost), []).append(fd(f"{path}:{calls}"))
+            for calls in all_calls:
+                table.setdefault((name, calls, cost), []).append(fd(f"{path}:{calls}", args.n))
 
     floor = halves()
     command("sample", "runs/digits/pretrain.safetensors:16", "runs/digits/pretrain.safetensors:1",
             "runs/digits/midtrain_cm.safetensors:1", "runs/digits/posttrain_cm.safetensors:1",
-            "runs/digits/posttrain_cm.safetensors:2", "--real", "--labels", "balanced", "--n", 20, "--out", "runs/digits/demo.npz")
+            "runs/digits/posttrain_cm.safetensors:2", "--real", "--labels", "balanced", "--n", 20,
+            "--out", "runs/digits/demo.npz")
 
-    print(f"\nFD-pixels of {N:,} samples against the 1,797 real digits, {args.seeds} training seed(s)"
-          f"\n\n| | network calls | training compute after the teacher, M forwards | FD-pixels |\n|---|---|---|---|"
+    print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {args.seeds} training seed(s)"
+          f"\n\n| | network calls | training compute after the teacher, M forwards | FD-pixels |"
+          f"\n|---|---|---|---|"
           f"\n| real, one half against the other | | | {floor:.3f} |")
     for (name, calls, cost), values in table.items():
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""

@@ -35,7 +35,7 @@ def test_loss_is_zero_for_the_exact_flow_map_and_only_there(distance):
 
 @pytest.mark.parametrize("distance", [midtrain.l2, midtrain.huber])
 def test_a_gradient_step_moves_a_network_towards_the_flow_map(distance):
-    """1,024 fixed pairs and a small step: plain descent of a smooth function; nothing here is left to chance."""
+    """1,024 fixed pairs and a small step: plain descent of a smooth function, nothing left to chance."""
     torch.manual_seed(0)
     f = model.Denoiser(model.DDPMpp(8, 1, 0, 8, (1, 2), 1, (4,)))
     x, t, x_end = exact_pairs(1024, torch.float32)
@@ -58,7 +58,8 @@ def test_loss_reproduces_the_reference():
     step_major = torch.arange(N * mini) % mini * N + torch.arange(N * mini) // mini
     x, t, x_end, _ = midtrain.pairs(states, times, torch.zeros(mini), step_major)
     assert relerr(x, v["out64/student_x"]) < 1e-12 and relerr(t, v["out64/student_t"]) < 1e-12
-    for name, distance in [("MSE", midtrain.l2), ("MAE", lambda a, b: torch.linalg.vector_norm(a - b, dim=1))]:
+    for name, distance in [("MSE", midtrain.l2),
+                           ("MAE", lambda a, b: torch.linalg.vector_norm(a - b, dim=1))]:
         a = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         student = lambda x, t, y: x * (0.25 / (t[:, None] ** 2 + 0.25)) + a * x.tanh()
         loss = midtrain.cmt_loss(student, x, t, x_end, None, distance)
@@ -74,7 +75,8 @@ def test_huber_is_the_pseudo_huber_norm_without_cancellation():
     midtrain.huber(a, a.detach()).sum().backward()
     assert torch.equal(a.grad, torch.zeros_like(a))
     near = torch.full((1, 3, 8, 8), 1e-7)
-    assert relerr(midtrain.huber(near, torch.zeros_like(near)).double(), near.double().square().sum() / (2 * c)) < 1e-3
+    assert relerr(midtrain.huber(near, torch.zeros_like(near)).double(),
+                  near.double().square().sum() / (2 * c)) < 1e-3
     assert 0.0598 < 0.00054 * (3 * 64 * 64) ** 0.5 < 0.06              # ECT's 0.06 at 64x64x3
 
 
@@ -86,7 +88,7 @@ def test_pool_is_a_whole_number_of_batches(batch, nfe):
 
 @pytest.mark.parametrize("source", ["solved", "file"])
 def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
-    """The real command line over two pools, the second one cut (or one epoch of a file), every pair recorded."""
+    """The real command line over two pools, the second cut (or one epoch of a file), every pair recorded."""
     monkeypatch.chdir(chain)
     monkeypatch.setattr(midtrain, "pool_size", lambda batch, nfe, n=8: n)
     solved, used, solve_pool, pairs = [], [], midtrain.solve_pool, midtrain.pairs
@@ -111,7 +113,7 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
     x, t, x_end, y = (torch.cat(a) for a in zip(*used))
     assert len(states) == len(x) == steps * 8
     for k in range(len(x)):
-        end, time, label = states.pop(x[k].numpy().tobytes())            # a state used twice is not there any more
+        end, time, label = states.pop(x[k].numpy().tobytes())         # a state used twice is no longer there
         assert torch.equal(end, x_end[k]) and time == t[k] and label == y[k]
 
 

@@ -6,14 +6,16 @@ import torch
 import model
 from conftest import relerr, vectors
 
-KWARGS = "img_resolution img_channels label_dim model_channels channel_mult num_blocks attn_resolutions dropout".split()
+KWARGS = ("img_resolution img_channels label_dim model_channels channel_mult num_blocks attn_resolutions "
+          "dropout").split()
 
 
 def reference_denoiser(name):
     tensors, meta = vectors(name)
     net = model.DDPMpp(**{k: meta["config"]["kwargs"][k] for k in KWARGS})
     net.load_state_dict({k.removeprefix("w/model."): v for k, v in tensors.items()
-                         if k.startswith("w/model.") and "resample_filter" not in k and "map_augment" not in k})
+                         if k.startswith("w/model.") and "resample_filter" not in k
+                         and "map_augment" not in k})
     y = tensors["in/class_labels"].argmax(1) if "in/class_labels" in tensors else None
     return model.Denoiser(net).eval(), tensors, y
 
@@ -26,7 +28,7 @@ def test_network_reproduces_edm(name):
     with torch.no_grad():
         assert relerr(D(x, t, y), v["out64/D"]) < 5e-6
         assert relerr(D.net(c_in * x, c_noise, y), v["out64/F"]) < 5e-6
-        exact = D(x.double(), t.double(), y)                            # fp32 weights, float64 arithmetic throughout
+        exact = D(x.double(), t.double(), y)                  # fp32 weights, float64 arithmetic throughout
         assert exact.dtype == torch.float64 and relerr(exact, v["out64/D"]) < 1e-9
         if y is not None:
             null = torch.full_like(y, D.net.label_dim)
@@ -54,7 +56,7 @@ def test_bf16_body_keeps_fp32_around_it():
     exact = D(x, t)
     D.body_dtype = torch.bfloat16
     assert D(x, t).dtype == torch.float32
-    # c_out(1e-3) is 1e-3: a bf16 body moves the output by about 1e-3 * 2^-8; a bf16 sum would move it by 2^-9 of x
+    # c_out(1e-3) is 1e-3: a bf16 body moves the output by about 1e-3 * 2^-8, a bf16 sum by 2^-9 of x
     assert 0 < (D(x, t) - exact).abs().max() < 1e-4
     t = torch.full((4,), 80.0)
     r = t * (1 - 1 / 4096)
@@ -65,7 +67,7 @@ def test_parameter_counts():
     count = lambda name, label_dim, size, channels: sum(p.numel() for p in model.DDPMpp(
         size, channels, label_dim, **model.DATASETS[name]["network"]).parameters())
     with torch.device("meta"):
-        assert count("cifar10", 0, 32, 3) == 55_733_891 - 9 * 128         # the published count less its augmentation input
+        assert count("cifar10", 0, 32, 3) == 55_733_891 - 9 * 128    # as published, less augmentation input
         assert count("digits", 10, 8, 1) == 749_089
 
 
@@ -74,7 +76,8 @@ def test_own_data_network_fits_every_side_divisible_by_four(size):
     row = model.own_data((3, size, size), 2)
     network = row["network"] | dict(model_channels=8, num_blocks=1)
     D = model.Denoiser(model.DDPMpp(size, 3, 2, **network))
-    assert D(torch.randn(1, 3, size, size), torch.ones(1), torch.zeros(1, dtype=torch.int64)).shape == (1, 3, size, size)
+    assert D(torch.randn(1, 3, size, size), torch.ones(1),
+             torch.zeros(1, dtype=torch.int64)).shape == (1, 3, size, size)
 
 
 def test_equal_rng_state_gives_equal_dropout_masks_with_and_without_grad():
@@ -87,8 +90,10 @@ def test_equal_rng_state_gives_equal_dropout_masks_with_and_without_grad():
 
 def test_checkpoint_round_trip(tmp_path):
     D = tiny()
-    header = {"network": {"class": "DDPMpp", "img_resolution": 8, "img_channels": 1, "label_dim": 3, "model_channels": 8,
-                          "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}, "sigma_data": 0.5, "noise_scale": 2.0}
+    header = {"network": {"class": "DDPMpp", "img_resolution": 8, "img_channels": 1, "label_dim": 3,
+                          "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
+                          "attn_resolutions": [4]},
+              "sigma_data": 0.5, "noise_scale": 2.0}
     x, t = torch.randn(2, 1, 8, 8), torch.ones(2)
     D.noise_scale = 2.0
     expected = D.eval()(x, t)

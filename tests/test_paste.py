@@ -1,4 +1,4 @@
-"""Anybody can lift one function: each method function runs alone in an empty file that imports torch and einops."""
+"""Anybody can lift one function: each method function runs alone in a file that imports torch and einops."""
 import ast
 
 import pytest

@@ -26,7 +26,7 @@ def test_loss_reproduces_the_reference():
         loss = posttrain_cm.ect_loss(f, x0, eps, t, r, None, 1 / (t - r), c)
         loss.sum().backward()
         reference = v[f"out64/q{q}_stage{stage}_c{c}/loss"]
-        # sqrt(e + c^2) - c, as the reference has it, is only good to the spacing of float64 at c; ours does not cancel
+        # sqrt(e + c^2) - c, as the reference has it, is good to float64's spacing at c; ours does not cancel
         spacing = 2.0 ** -52 * c / (t - r)
         assert ((loss.detach() - reference).abs() <= 1e-12 * reference.max() + spacing).all(), case
         assert relerr(a.grad, v[f"out64/q{q}_stage{stage}_c{c}/grad_a"]) < 1e-12

@@ -10,7 +10,9 @@ def commands():
     for file in sorted([ROOT / "README.md", *ROOT.glob("*.py")]):
         for line in file.read_text().splitlines():
             found = re.match(r"\s*(?:run\s+|\$ )?(?:python|torchrun (?:-\S+ )+)\s?(\w+)\.py(.*)", line)
-            if found: yield pytest.param(found[1], found[2].split("  ")[0], id=f"{file.name}: {found[1]}{found[2].split('  ')[0]}")
+            if found:
+                yield pytest.param(found[1], found[2].split("  ")[0],
+                                   id=f"{file.name}: {found[1]}{found[2].split('  ')[0]}")
 
 
 @pytest.mark.parametrize("script, args", list(commands()))

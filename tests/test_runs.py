@@ -16,26 +16,31 @@ RESULT = {"pretrain": "pretrain", "midtrain": "midtrain_cm", "posttrain_cm": "po
 
 
 def digest(folder):
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest()
+            for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def test_chain_writes_what_the_next_stage_needs(chain):
     for stage in STAGES:
         net, header = model.load(chain / f"runs/digits/{RESULT[stage]}.safetensors")
-        assert header["stage"] == RESULT[stage] and header["step"] == header["steps"] == 4 and header["data"] == "digits"
+        assert header["stage"] == RESULT[stage] and header["data"] == "digits"
+        assert header["step"] == header["steps"] == 4
         assert header[header["unit"]] == 32 and header["settings"]["batch"] == 8
     assert (chain / "runs/digits/trajectories.png").exists()
     tensors, made = model.read(chain / "runs/digits/trajectories.safetensors")
     assert {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} == {
-        "states": ((8, 9, 1, 8, 8), torch.float32), "times": ((9,), torch.float64), "labels": ((8,), torch.int64)}
+        "states": ((8, 9, 1, 8, 8), torch.float32), "times": ((9,), torch.float64),
+        "labels": ((8,), torch.int64)}
 
 
 def test_mid_training_starts_from_the_teacher(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     assert run("midtrain", *SMALL, "--lr", 1e-12, "--out", tmp_path / "a.safetensors").code == 0
-    teacher, student = model.read("runs/digits/pretrain.safetensors")[0], model.read(tmp_path / "a.safetensors")[0]
+    teacher = model.read("runs/digits/pretrain.safetensors")[0]
+    student = model.read(tmp_path / "a.safetensors")[0]
     assert all(torch.allclose(teacher[k], student[k], atol=1e-6) for k in teacher)
-    assert run("midtrain", *SMALL, "--lr", 1e-12, "--init", "none", "--out", tmp_path / "b.safetensors").code == 0
+    assert run("midtrain", *SMALL, "--lr", 1e-12, "--init", "none",
+               "--out", tmp_path / "b.safetensors").code == 0
     scratch = model.read(tmp_path / "b.safetensors")[0]
     assert not torch.allclose(teacher["net.map_layer0.weight"], scratch["net.map_layer0.weight"], atol=1e-3)
 
@@ -49,17 +54,19 @@ def test_own_data_end_to_end(run, tmp_path, monkeypatch, channels, classes):
     for script in ("pretrain", "midtrain", "posttrain_cm"):
         done = run(script, "--data", data, *SMALL, *(["--nfe", 4] if script == "midtrain" else []))
         assert done.code == 0, done.err
-    done = run("sample", "runs/photos/pretrain.safetensors:2", "runs/photos/posttrain_cm.safetensors:2", "--n", 4, "--real", "--data", data)
+    done = run("sample", "runs/photos/pretrain.safetensors:2", "runs/photos/posttrain_cm.safetensors:2",
+               "--n", 4, "--real", "--data", data)
     assert done.code == 0, done.err
     assert (tmp_path / "runs/photos/samples.png").exists()
-    done = run("fid", "runs/photos/midtrain_cm.safetensors:1", "--ref", data, "--n", 8, "--features", "pixels")
+    done = run("fid", "runs/photos/midtrain_cm.safetensors:1", "--ref", data, "--n", 8,
+               "--features", "pixels")
     assert done.code == 0 and json.loads(done.out.splitlines()[-1])["n_ref"] == 24
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_run_continues_bit_for_bit(run, chain, tmp_path, monkeypatch, stage):
     monkeypatch.chdir(chain)
-    monkeypatch.setattr(midtrain, "pool_size", lambda batch, nfe: 4)          # 2 steps a pool of 4 calls: cut inside a pool
+    monkeypatch.setattr(midtrain, "pool_size", lambda batch, nfe: 4)    # 2 steps a pool: cut inside a pool
     args = ["--steps", 6, "--batch", 8, "--save-every", 3, *(["--nfe", 4] if stage == "midtrain" else [])]
     whole, cut, save_run = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors", model.save_run
     assert run(stage, *args, "--out", whole).code == 0
@@ -88,9 +95,10 @@ def test_killed_between_the_two_files(run, chain, tmp_path, monkeypatch):
     out = tmp_path / "a.safetensors"
     assert run("midtrain", *SMALL, "--out", out).code == 0
     finished = model.read(out)
-    model.save(out, {k: 0 * v for k, v in finished[0].items()}, finished[1] | {"step": 2})       # the older of two saves
+    model.save(out, {k: 0 * v for k, v in finished[0].items()}, finished[1] | {"step": 2})   # the older save
     assert run("midtrain", *SMALL, "--out", out).code == 0
-    assert model.read(out)[1]["step"] == 4 and all(torch.equal(v, finished[0][k]) for k, v in model.read(out)[0].items())
+    assert model.read(out)[1]["step"] == 4
+    assert all(torch.equal(v, finished[0][k]) for k, v in model.read(out)[0].items())
 
 
 def test_another_teacher_is_noticed(run, chain, tmp_path, monkeypatch):
@@ -104,15 +112,17 @@ def test_another_teacher_is_noticed(run, chain, tmp_path, monkeypatch):
     assert "sha256 of teacher was" in done.err
 
 
-# --- refusals: one sentence, exit code 2, nothing on disk touched -------------------------------------------------------
+# --- refusals: one sentence, exit code 2, nothing on disk touched -------------------------------------------
 
 def refused(done, *words):
-    assert done.code == 2 and len(done.err.strip().splitlines()) == 1 and "Traceback" not in done.err, done.err
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.err
+    assert "Traceback" not in done.err, done.err
     assert all(w in done.err for w in words), done.err
 
 
 @pytest.mark.parametrize("script, words", [
-    ("pretrain", ["data/digits.npz"]), ("solve", ["runs/digits/pretrain.safetensors", "python pretrain.py --data digits"]),
+    ("pretrain", ["data/digits.npz"]),
+    ("solve", ["runs/digits/pretrain.safetensors", "python pretrain.py --data digits"]),
     ("midtrain", ["runs/digits/pretrain.safetensors", "python pretrain.py --data digits"]),
     ("posttrain_cm", ["data/digits.npz"])])
 def test_missing_predecessor(run, tmp_path, monkeypatch, script, words):
@@ -135,14 +145,17 @@ def test_bad_files(run, chain, tmp_path, monkeypatch):
     before = digest(chain)
     for content in (good[:len(good) // 2], good[:4], b"", b"PK\x03\x04 not this", good[:8] + b"x" + good[9:]):
         bad.write_bytes(content)
-        refused(run("midtrain", *SMALL, "--teacher", bad, "--init", bad, "--out", tmp_path / "out.safetensors"), "damaged")
+        refused(run("midtrain", *SMALL, "--teacher", bad, "--init", bad,
+                    "--out", tmp_path / "out.safetensors"), "damaged")
         refused(run("sample", bad), "damaged")
     model.save(bad, {k: v for k, v in list(tensors.items())[1:]}, header)
     refused(run("sample", bad), "do not fit")
     model.save(bad, tensors, {"stage": "pretrain"})
     refused(run("sample", bad), "do not fit")
-    refused(run("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"), "stage midtrain_cm", "pretrain")
-    refused(run("midtrain", "--trajectories", "runs/digits/pretrain.safetensors", "--out", tmp_path / "out.safetensors"), "trajectories")
+    refused(run("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"),
+            "stage midtrain_cm", "pretrain")
+    refused(run("midtrain", "--trajectories", "runs/digits/pretrain.safetensors",
+                "--out", tmp_path / "out.safetensors"), "trajectories")
     assert digest(chain) == before and not (tmp_path / "out.safetensors").exists()
 
 
@@ -150,7 +163,8 @@ def test_unfinished_teacher_warns(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     tensors, header = model.read("runs/digits/pretrain.safetensors")
     model.save(tmp_path / "half.safetensors", tensors, header | {"step": 2})
-    done = run("midtrain", *SMALL, "--teacher", tmp_path / "half.safetensors", "--out", tmp_path / "out.safetensors")
+    done = run("midtrain", *SMALL, "--teacher", tmp_path / "half.safetensors",
+               "--out", tmp_path / "out.safetensors")
     assert done.code == 0 and "stopped at step 2 of 4" in done.out
 
 
@@ -179,7 +193,8 @@ def test_images_that_do_not_fit_the_recipe_or_the_weights(run, chain, tmp_path, 
     eleven = write_npz(tmp_path / "eleven.npz", channels=1, classes=11)
     refused(run("pretrain", "--data", f"digits={rgb}", *SMALL), "3 channels", "the recipe is for 1")
     refused(run("pretrain", "--data", f"digits={eleven}", *SMALL), "label 10 is out of range", "0..9")
-    refused(run("posttrain_cm", "--data", rgb, "--init", "runs/digits/midtrain_cm.safetensors", *SMALL), "(1, 8, 8)", "(3, 8, 8)")
+    refused(run("posttrain_cm", "--data", rgb, "--init", "runs/digits/midtrain_cm.safetensors", *SMALL),
+            "(1, 8, 8)", "(3, 8, 8)")
     (tmp_path / "cut.npz").write_bytes(Path(rgb).read_bytes()[:300])
     refused(run("pretrain", "--data", tmp_path / "cut.npz", *SMALL), "cut.npz", "damaged")
     refused(run("pretrain", "--data", "digist", *SMALL), "digist", "digits, cifar10")
@@ -189,7 +204,8 @@ def test_indivisible_batch(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     monkeypatch.setenv("WORLD_SIZE", "3")
     for script in STAGES:
-        refused(run(script, "--batch", 8, "--out", tmp_path / "a.safetensors"), "--batch 8", "3 processes", "multiple of 3")
+        refused(run(script, "--batch", 8, "--out", tmp_path / "a.safetensors"),
+                "--batch 8", "3 processes", "multiple of 3")
 
 
 def test_heun_needs_an_even_number_of_calls(run, chain, monkeypatch):
@@ -204,7 +220,7 @@ def test_unwritable_directory_keeps_what_was_there(tmp_path):
     assert (tmp_path / "file").read_text() == "kept"
 
 
-# --- several processes --------------------------------------------------------------------------------------------------
+# --- several processes --------------------------------------------------------------------------------------
 
 def small_net():
     torch.manual_seed(0)
@@ -225,7 +241,8 @@ def losses(net, part):
 
 
 def rank_main(rank, port, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     world, batch = model.setup(8)[1], 4
     ddp = model.parallel(small_net(), world)
@@ -258,14 +275,16 @@ def test_two_ranks_average_to_one_process_on_the_global_batch(tmp_path):
 
 def test_torchrun_with_two_ranks(chain, tmp_path):
     out = tmp_path / "a.safetensors"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", ROOT / "midtrain.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               f"--master_port={free_port()}", ROOT / "midtrain.py",
                "--steps", "4", "--batch", "8", "--nfe", "4", "--log-every", "2", "--out", out]
     done = subprocess.run([str(c) for c in command], cwd=chain, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step ") == 2 and model.load(out)[1]["step"] == 4          # one log line a period, not one a rank
+    # one log line a period, not one a rank
+    assert done.stdout.count("step ") == 2 and model.load(out)[1]["step"] == 4
 
 
-# --- runs that go wrong -------------------------------------------------------------------------------------------------
+# --- runs that go wrong -------------------------------------------------------------------------------------
 
 def test_bad_steps_are_skipped_and_ten_in_a_row_stop_the_run(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)

@@ -1,4 +1,4 @@
-"""Solvers against stored reference trajectories, their order of convergence, and the Gaussian's closed form."""
+"""Solvers against stored reference trajectories, their order of convergence, the Gaussian's closed form."""
 import inspect, math
 
 import pytest
@@ -16,7 +16,8 @@ def mixture(v, dtype=torch.float64):
 def test_dpm_solver_reproduces_the_reference(N):
     v, _ = vectors("dpm_solver")
     for dtype, out, tolerance in [(torch.float64, "out64", 1e-12), (torch.float32, "out", 2e-5)]:
-        states, times = solve.dpm_solver_pp(mixture(v, dtype), v["in/x_T"].to(dtype), solve.log_uniform_times(N))
+        states, times = solve.dpm_solver_pp(mixture(v, dtype), v["in/x_T"].to(dtype),
+                                            solve.log_uniform_times(N))
         assert states.dtype == dtype and times.dtype == torch.float64
         assert (times - v[f"out64/N{N}/timesteps"]).abs().max() < 1e-12
         assert (states - v[f"{out}/N{N}/traj"]).abs().max() < tolerance
@@ -26,7 +27,7 @@ def test_dpm_solver_reproduces_the_reference(N):
 def test_heun_reproduces_the_reference(N):
     v, _ = vectors("edm_heun")
     denoise = mixture(v)
-    times = torch.cat([solve.karras_times(N - 1), torch.zeros(1, dtype=torch.float64)])        # EDM appends t = 0
+    times = torch.cat([solve.karras_times(N - 1), torch.zeros(1, dtype=torch.float64)])    # EDM appends 0
     states, _ = solve.heun(lambda x, t: (x - denoise(x, t)) / t[:, None], v["in/latents"] * times[0], times)
     assert (times - v[f"out64/N{N}/t_steps"]).abs().max() < 1e-12
     assert (states - v[f"out64/N{N}/traj"]).abs().max() < 1e-12
@@ -60,7 +61,7 @@ def test_observed_orders():
 
 @pytest.mark.parametrize("solver", solve.SOLVERS)
 def test_gaussian_closed_form_and_count_of_calls(solver):
-    """Data N(0, s^2): D = s^2 x / (s^2 + t^2), and the flow map multiplies by sqrt((s^2 + t_end^2) / (s^2 + t^2))."""
+    """Data N(0, s^2): D = s^2 x / (s^2 + t^2); the flow map scales by sqrt((s^2 + t_end^2) / (s^2 + t^2))."""
     s, x, calls = 0.5, 80 * torch.randn(16, 3, dtype=torch.float64), []
     def denoise(x, t):
         calls.append(t)

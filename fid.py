@@ -69,7 +69,7 @@ def main():
         batches = (x for x, _ in sample.generate(net, header, seeds, steps, args.labels, args.mid_t))
         what = {"file": args.file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
                 "labels": args.labels}
-    ref = model.find_data(args.ref or header["data"])[2]
+    ref = model.find_data(args.ref)[2] if args.ref else header["data_path"]
     reference = rearrange(model.read_images(ref)[0], "n c h w -> n h w c")
     if reference[0].numel() > 3072:
         raise model.Refused(f"{ref}: {reference[0].numel():,} values an image are too many "

@@ -88,8 +88,9 @@ def read_paths(path, header, device):
     """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,)"""
     tensors, made = model.read(path)
     shape = model.image_shape(header)
-    if made.get("stage") != "solve" or tuple(tensors["states"].shape[2:]) != shape:
-        raise model.Refused(f"{path} does not hold trajectories of {shape} images; solve.py writes them.")
+    if made.get("stage") != "solve" or tuple(tensors["states"].shape[2:]) != shape \
+            or tensors["labels"].max() > header["network"]["label_dim"]:
+        raise model.Refused(f"{path} does not hold this teacher's trajectories; solve.py writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return states.transpose(0, 1), times, y
 
@@ -109,6 +110,8 @@ def main():
     teacher, teacher_header = model.parent(args.teacher, made_by, stage="pretrain", device=device)
     model.reseed(args.seed)
     net, header = model.first_weights(args.init, made_by, teacher_header, device, dropout=args.dropout)
+    model.check_fit(args.init, header, args.teacher, model.image_shape(teacher_header),
+                    teacher_header["network"]["label_dim"])
     header |= model.stamp(args, "midtrain_cm", "pairs", world, init=args.init, teacher=args.teacher,
                           trajectories=args.trajectories)
     header["mid_t"] = args.mid_t

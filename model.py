@@ -239,22 +239,28 @@ def find_data(data):
 # === 4. checkpoints =========================================================================================
 # NAME.safetensors: weights + one metadata key `config`, the header (JSON), which alone rebuilds the network.
 
-def save(path, tensors, header):
-    """Write {name: tensor} and a JSON-able header to `path`. The file appears whole or not at all: temporary
-    name, flush, rename. Raises Refused where the disk does not take it; what was there before is then
-    untouched."""
+@contextlib.contextmanager
+def whole_file(path):
+    """`with whole_file(path) as part:` write to `part`; `path` appears whole or not at all (flush, rename).
+    Raises Refused where the disk does not take it; what was there before is then untouched."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(tensors, part, metadata={"format": "pt", "config": json.dumps(header)})
+        yield part
         with open(part, "rb+") as f: os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError): part.unlink()
-        raise Refused(f"{path} could not be written ({e}); "
-                      "free some space or choose another --out, nothing was lost.")
+        raise Refused(f"{path} could not be written ({e}); free some space or choose another --out, "
+                      "what was saved before is untouched.")
+
+
+def save(path, tensors, header):
+    """Write {name: tensor} and a JSON-able header to `path`. Raises Refused as `whole_file` does."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with whole_file(path) as part:
+        save_file(tensors, part, metadata={"format": "pt", "config": json.dumps(header)})
 
 
 def read(path):
@@ -308,6 +314,8 @@ def image_shape(header):
 
 
 def sha256(path):
+    if not os.path.isfile(path):
+        raise Refused(f"{path} does not exist.")
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -325,7 +333,7 @@ def read_images(path, row=None):
     try:
         with np.load(path, allow_pickle=False) as f:
             x, y = f["arr_0"], f["arr_1"] if "arr_1" in f else None
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as e:
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as e:
         raise Refused(f"{path} is damaged or not an ADM-layout npz with arr_0 uint8 (N,H,W,C) "
                       f"({type(e).__name__}: {e}).")
     if x.dtype != np.uint8 or x.ndim != 4 or len(x) == 0:
@@ -376,8 +384,7 @@ def save_grid(path, rows, names):
             image = Image.fromarray(np.repeat(image, 3 // C, axis=2))
             image = image.resize((scale * W, scale * H), Image.NEAREST)
             sheet.paste(image, (margin + j * tile, gap + i * tile))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with whole_file(path) as part: sheet.save(part, "PNG")
 
 
 @functools.lru_cache(maxsize=2)
@@ -412,7 +419,8 @@ BODY = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Docstrings as they are, and the default behind every flag that has one."""
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False: return action.help
+        return super()._get_help_string(action)
 
 
 def given_data():
@@ -438,7 +446,7 @@ def parser(doc, recipes, reads, writes, precision=None):
     p.add_argument("--steps", type=positive, help="optimiser steps in all")
     p.add_argument("--batch", type=positive,
                    help="global batch: what one loss averages over, on all ranks together")
-    p.add_argument("--lr", type=float, help="peak learning rate")
+    p.add_argument("--lr", type=not_negative, help="peak learning rate")
     p.add_argument("--ema", type=float,
                    help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -456,11 +464,19 @@ def positive(text):
     return value
 
 
+def not_negative(text):
+    value = float(text)
+    if not 0 <= value < math.inf: raise argparse.ArgumentTypeError(f"{text} is not a number >= 0")
+    return value
+
+
 def setup(batch):
     """-> rank, world, device, this rank's share of the global batch. torchrun's variables start a process
     group; plain python is world 1, and scripts that have no batch (None) run in one process only."""
     rank, local, world = (int(os.environ.get(k, d))
                           for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if torch.cuda.is_available() and local >= torch.cuda.device_count():
+        raise Refused(f"there are only {torch.cuda.device_count()} GPUs; choose a smaller --nproc_per_node.")
     if batch is None and world > 1:
         raise Refused("this script runs in one process; start it with plain python.")
     if batch and batch % world:
@@ -521,12 +537,12 @@ def first_weights(init, made_by, header, device, **network):
     return build(header).to(device), header
 
 
-def check_fit(init, header, row):
-    """The images have to be of the shape, and of no more classes, than the weights were trained for."""
-    if image_shape(header) != tuple(row["shape"]) or header["network"]["label_dim"] != row["classes"]:
-        raise Refused(f"{init} is for {image_shape(header)} images and {header['network']['label_dim']} "
-                      f"classes, the data have {tuple(row['shape'])} and {row['classes']}; "
-                      "give the --data it was trained on.")
+def check_fit(init, header, source, shape, classes):
+    """The weights in `init` have to be for the images and classes of `source`, data or a teacher."""
+    mine = image_shape(header), header["network"]["label_dim"]
+    if mine != (tuple(shape), classes):
+        raise Refused(f"{init} is for {mine[0]} images and {mine[1]} classes, {source} for {tuple(shape)} "
+                      f"and {classes}; they have to agree.")
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
@@ -538,7 +554,7 @@ def stamp(args, stage, unit, world, **files):
     the files it reads stand by their sha256. `unit`: what the batch counts, "images" or "pairs"."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
     settings |= {f"sha256 of {k}": sha256(v) for k, v in files.items() if v and v != "none"}
-    return {"stage": stage, "data": args.name, "steps": args.steps, "unit": unit,
+    return {"stage": stage, "data": args.name, "data_path": args.path, "steps": args.steps, "unit": unit,
             "settings": json.loads(json.dumps(settings)),
             "argv": sys.argv, "torch": torch.__version__, "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
@@ -563,6 +579,11 @@ def save_run(out, step, net, ema, opt, header):
 def resume_run(out, net, ema, opt, header):
     """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
     path = resume_file(out)
+    if dist.is_initialized():
+        seen = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, os.path.exists(path))
+        if len(set(seen)) > 1:
+            raise Refused(f"some processes see {path}, others do not; --out has to be on a disk all share.")
     if not os.path.exists(path):
         return 0
     state, old = read(path)
@@ -580,7 +601,7 @@ def resume_run(out, net, ema, opt, header):
         for name, p in net.named_parameters():
             opt.state[p][slot] = values[name].to(p.device if values[name].dim() else "cpu")
     if int(os.environ.get("RANK", 0)) == 0:
-        if not os.path.exists(out) or read(out)[1]["step"] != old["step"]:
+        if not os.path.exists(out) or read(out)[1] != old:
             save(out, ema.state_dict(), old)               # killed between the two saves
         print(f"{out} is finished ({old['step']:,} steps)." if old["step"] == old["steps"] else
               f"continuing {out} at step {old['step']:,}.", flush=True)
@@ -602,10 +623,10 @@ class Log:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             if self.in_a_row == 10:
                 raise Diverged(f"the gradient was not finite for 10 steps in a row, the last one {step}; "
-                               "what was saved is good; start again from it (--init) with a smaller --lr "
-                               "or --precision fp32.")
+                               "what was saved is good; try a smaller --lr or --precision fp32, with "
+                               "another --out.")
         if step % self.args.log_every and step != self.args.steps: return
-        mean = torch.stack(self.losses).mean() / self.world if self.losses else torch.tensor(math.nan)
+        mean = torch.stack(self.losses).mean() / self.world if self.losses else loss.new_tensor(math.nan)
         if self.world > 1: dist.all_reduce(mean)
         seconds = (time.time() - self.clock) / (step - self.last)
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -626,5 +647,5 @@ def run(main):
     except Refused as e:
         print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(e.code)
-    finally:
+    else:
         if dist.is_initialized(): dist.destroy_process_group()

@@ -65,7 +65,7 @@ def main():
     made_by = f"python midtrain.py --data {args.data}"
     header = model.fresh_header(row)
     net, header = model.first_weights(args.init, made_by, header, device, dropout=args.dropout)
-    model.check_fit(args.init, header, row)
+    model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
     header |= model.stamp(args, "posttrain_cm", "images", world, init=args.init, data=args.path)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """Sampling: images from any checkpoint, in one or two steps, or in N solver steps from the diffusion teacher.
 
   reads   FILE[:STEPS] ...       STEPS is the number of network calls
-  writes  runs/D/samples.png     one row per FILE:STEPS, the same seeds in each column
+  writes  runs/D/samples.png     the first 20 images, one row per FILE:STEPS, the same seeds in each column
           runs/D/samples.npz     where one FILE is given: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
   run     python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
@@ -11,7 +11,7 @@ Image k, its label and its noise are a function of seed k alone, whatever --n. C
 other sizes differ in their last bits, so seeds are always drawn in blocks of 64 (block = seed // 64), and
 cut afterwards.
 """
-import argparse
+import argparse, itertools
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,9 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None):
     """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order.
     net, header as from model.load; labels "random" | "balanced" | a class; mid_t None: the header's."""
     device, K = next(net.parameters()).device, header["network"]["label_dim"]
-    teacher, mid_t = header["stage"] == "pretrain", mid_t or header.get("mid_t")
+    teacher, mid_t = header["stage"] == "pretrain", header.get("mid_t") if mid_t is None else mid_t
+    if labels not in ("random", "balanced") and not (labels.isdigit() and int(labels) < max(1, K)):
+        raise model.Refused(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
     for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1):
         y, eps = draw_block(block, 1 if teacher else steps, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
@@ -74,7 +76,9 @@ def open_model(text, steps, device):
     path, colon, count = text.rpartition(":")
     if not (colon and count.isdigit()): path, count = text, steps
     net, header = model.load(path, device)
-    return net, header, int(count or (16 if header["stage"] == "pretrain" else 1))
+    steps = int(count or (16 if header["stage"] == "pretrain" else 1))
+    if steps < 1: raise model.Refused(f"{text}: at least one step is needed.")
+    return net, header, steps
 
 
 def seed_range(text):
@@ -85,12 +89,14 @@ def seed_range(text):
     return range(int(first), int(last) + 1)
 
 
-def real_images(path, labels):
-    """For each label the next real image of that class (any image without classes). -> uint8 (n,H,W,C)"""
-    images, y, row = model.read_images(path)
-    queues = {int(k): iter((y == k).nonzero().flatten().tolist() * len(labels)) for k in y.unique()}
-    at = [next(queues[int(k) if row["classes"] else 0]) for k in labels]
-    return rearrange(images[at], "n c h w -> n h w c").numpy()
+def real_images(path, labels, K):
+    """For each label the next real image of that class; any image where K = 0. -> uint8 (n,H,W,C)"""
+    images, y, _ = model.read_images(path)
+    queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in y.unique().tolist()}
+    if not K: queues = {0: itertools.cycle(range(len(images)))}
+    if not set(labels.tolist()) <= queues.keys():
+        raise model.Refused(f"{path} has no images of some classes; leave out --real or choose --labels.")
+    return rearrange(images[[next(queues[k]) for k in labels.tolist()]], "n c h w -> n h w c").numpy()
 
 
 def sampling_flags(p):
@@ -118,20 +124,20 @@ def main():
     seeds = args.seeds or range(args.n)
 
     device = model.setup(None)[2]
-    rows, names = [], []
+    rows, names, headers = [], [], []
     for text in args.files:
         net, header, steps = open_model(text, args.steps, device)
-        blocks = list(generate(net, header, seeds, steps, args.labels, args.mid_t))
-        images, labels = (np.concatenate(a) for a in zip(*blocks))
-        rows.append(images)
+        images, labels = (np.concatenate(a) for a in
+                          zip(*generate(net, header, seeds, steps, args.labels, args.mid_t)))
+        rows.append(images[:20])
         names.append(f"{header['stage']} {steps}")
-    data = header["data"]
-    out = Path(args.out or f"runs/{data}/samples.npz")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if len(rows) == 1:
-        np.savez(out, arr_0=images, arr_1=labels)
+        headers.append(header)
+    out = Path(args.out or f"runs/{headers[0]['data']}/samples.npz").with_suffix(".npz")
+    if len(args.files) == 1:
+        with model.whole_file(out) as part, open(part, "wb") as f: np.savez(f, arr_0=images, arr_1=labels)
     if args.real:
-        rows.insert(0, real_images(model.find_data(args.data or data)[2], labels))
+        path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]
+        rows.insert(0, real_images(path, labels[:20], headers[0]["network"]["label_dim"]))
         names.insert(0, "real")
     model.save_grid(out.with_suffix(".png"), rows, names)
     print(f"{len(images):,} images of each of {', '.join(names)}: "

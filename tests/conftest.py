@@ -5,6 +5,8 @@ import importlib, json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")      # these tests are about a CPU; "0" tries a GPU
+
 import numpy as np
 import pytest
 import torch

@@ -90,7 +90,7 @@ def test_pool_is_a_whole_number_of_batches(batch, nfe):
 def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
     """The real command line over two pools, the second cut (or one epoch of a file), every pair recorded."""
     monkeypatch.chdir(chain)
-    monkeypatch.setattr(midtrain, "pool_size", lambda batch, nfe, n=8: n)
+    monkeypatch.setattr(midtrain, "pool_size", lambda batch, N: 8)
     solved, used, solve_pool, pairs = [], [], midtrain.solve_pool, midtrain.pairs
     def watched_pool(*args):
         solved.append(solve_pool(*args))

@@ -1,5 +1,5 @@
 """The command lines: the whole chain, one's own data, resuming, two ranks, and every refusal."""
-import hashlib, json, os, subprocess, sys
+import hashlib, importlib, json, os, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,9 @@ def test_own_data_end_to_end(run, tmp_path, monkeypatch, channels, classes):
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupted_run_continues_bit_for_bit(run, chain, tmp_path, monkeypatch, stage):
     monkeypatch.chdir(chain)
-    monkeypatch.setattr(midtrain, "pool_size", lambda batch, nfe: 4)    # 2 steps a pool: cut inside a pool
+    monkeypatch.setattr(midtrain, "pool_size", lambda batch, N: 4)      # 2 steps a pool: cut inside a pool
+    if stage != "pretrain":                                             # dropout draws from every step's RNG
+        monkeypatch.setitem(importlib.import_module(stage).RECIPES["digits"], "dropout", 0.3)
     args = ["--steps", 6, "--batch", 8, "--save-every", 3, *(["--nfe", 4] if stage == "midtrain" else [])]
     whole, cut, save_run = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors", model.save_run
     assert run(stage, *args, "--out", whole).code == 0
@@ -211,6 +213,28 @@ def test_indivisible_batch(run, chain, tmp_path, monkeypatch):
 def test_heun_needs_an_even_number_of_calls(run, chain, monkeypatch):
     monkeypatch.chdir(chain)
     for script in ("midtrain", "solve"): refused(run(script, "--solver", "heun", "--nfe", 5), "even")
+
+
+def test_bad_sampling_arguments(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    file, out = "runs/digits/midtrain_cm.safetensors", ("--out", tmp_path / "a.npz")
+    for labels in ("foo", "10", "-1"): refused(run("sample", file, f"--labels={labels}", *out), "--labels")
+    refused(run("sample", f"{file}:0", *out), "at least one step")
+    np.savez(tmp_path / "three.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8), arr_1=np.arange(3))
+    refused(run("sample", file, "--real", "--data", tmp_path / "three.npz", *out), "no images of some")
+    np.save(tmp_path / "plain.npy", np.zeros((3, 8, 8, 1), np.uint8))
+    refused(run("pretrain", "--data", tmp_path / "plain.npy"), "plain.npy", "npz")
+    refused(run("fid", tmp_path / "three.npz", "--features", "pixels"), "--ref is missing")
+
+
+def test_teacher_and_student_have_to_agree(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    out = "--out", tmp_path / "a.safetensors"
+    rgb = write_npz(tmp_path / "rgb.npz")
+    assert run("pretrain", "--data", rgb, *SMALL, "--out", tmp_path / "rgb.safetensors").code == 0
+    for flags, words in [(("--init", tmp_path / "rgb.safetensors"), ["(3, 8, 8)", "(1, 8, 8)", "agree"]),
+                         (("--trajectories", "nowhere.safetensors"), ["nowhere.safetensors", "not exist"])]:
+        refused(run("midtrain", *flags, *SMALL, *out), *words)
 
 
 def test_unwritable_directory_keeps_what_was_there(tmp_path):

@@ -84,13 +84,11 @@ def solve_pool(teacher, header, count, args, device):
     return states, times.to(device), y
 
 
-def read_paths(path, header, device):
-    """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,)"""
+def read_paths(path, teacher, device):
+    """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). It has to be made with the same teacher."""
     tensors, made = model.read(path)
-    shape = model.image_shape(header)
-    if made.get("stage") != "solve" or tuple(tensors["states"].shape[2:]) != shape \
-            or tensors["labels"].max() > header["network"]["label_dim"]:
-        raise model.Refused(f"{path} does not hold this teacher's trajectories; solve.py writes them.")
+    if made.get("sha256 of teacher") != model.sha256(teacher):
+        raise model.Refused(f"{path} does not hold trajectories of {teacher}; solve.py --teacher writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return states.transpose(0, 1), times, y
 
@@ -125,7 +123,7 @@ def main():
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "pairs", world, step)
-    paths = read_paths(args.trajectories, teacher_header, device) if args.trajectories else None
+    paths = read_paths(args.trajectories, args.teacher, device) if args.trajectories else None
     N = args.nfe // 2 if args.solver == "heun" else args.nfe                       # pairs a trajectory
     if paths: N = len(paths[1]) - 1
     size = pool_size(batch, N)

@@ -11,7 +11,7 @@ Notation, fixed here once. t = 0 is data. B batch, C channels, H W pixels, N sol
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, hashlib, json, math, os, sys, time, zipfile
+import argparse, contextlib, functools, hashlib, json, math, os, sys, time, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -333,7 +333,7 @@ def read_images(path, row=None):
     try:
         with np.load(path, allow_pickle=False) as f:
             x, y = f["arr_0"], f["arr_1"] if "arr_1" in f else None
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as e:
+    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise Refused(f"{path} is damaged or not an ADM-layout npz with arr_0 uint8 (N,H,W,C) "
                       f"({type(e).__name__}: {e}).")
     if x.dtype != np.uint8 or x.ndim != 4 or len(x) == 0:

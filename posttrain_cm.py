@@ -55,7 +55,7 @@ def ect_r(t, q, stage, k=8.0):
 
 def main():
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
-    p.add_argument("--q", type=float, help="gap: r = t (1 - n(t) / q^(stage+1))")
+    p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(stage+1))")
     p.add_argument("--double", type=int, metavar="STEPS", help="steps a stage; 0: the gap stays fixed")
     args = p.parse_args()
     rank, world, device, batch = model.setup(args.batch)

@@ -149,7 +149,8 @@ def main():
                                       header["t_max"], header["t_min"])
         print("times  " + "  ".join(f"{t:.4g}" for t in times.tolist()))
         model.save(args.out, {"states": states.transpose(0, 1), "times": times, "labels": y},
-                   {"stage": "solve", "data": name, "solver": args.solver, "nfe": args.nfe})
+                   {"stage": "solve", "data": name, "solver": args.solver, "nfe": args.nfe,
+                    "sha256 of teacher": model.sha256(args.teacher)})
         # x / (1 + t): noise fades into image
         picture = model.to_uint8(states / (1 + times.to(device)).reshape(-1, 1, 1, 1, 1))
         model.save_grid(Path(args.out).with_suffix(".png"),

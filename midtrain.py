@@ -85,10 +85,10 @@ def solve_pool(teacher, header, count, args, device):
 
 
 def read_paths(path, teacher, device):
-    """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). It has to be made with the same teacher."""
+    """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). Made with the same teacher."""
     tensors, made = model.read(path)
     if made.get("sha256 of teacher") != model.sha256(teacher):
-        raise model.Refused(f"{path} does not hold trajectories of {teacher}; solve.py --teacher writes them.")
+        raise model.Refused(f"{path} holds no trajectories of {teacher}; solve.py writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return states.transpose(0, 1), times, y
 

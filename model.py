@@ -11,7 +11,7 @@ Notation, fixed here once. t = 0 is data. B batch, C channels, H W pixels, N sol
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, hashlib, json, math, os, sys, time, zipfile, zlib
+import argparse, contextlib, functools, gc, hashlib, json, math, os, sys, time, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -494,7 +494,7 @@ def setup(batch):
 def parallel(model, world):
     """DDP around `model` where there are several processes: it averages gradients over the global batch."""
     if world == 1: return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def reseed(*numbers):
@@ -648,4 +648,7 @@ def run(main):
         print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(e.code)
     else:
-        if dist.is_initialized(): dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()                                 # rank 0 may still be writing the last save
+            gc.collect()                                   # DDP's reference cycles hold the group's threads; gloo
+            dist.destroy_process_group()                   # aborts the process if they outlive the interpreter

@@ -650,5 +650,6 @@ def run(main):
     else:
         if dist.is_initialized():
             dist.barrier()                                 # rank 0 may still be writing the last save
-            gc.collect()                                   # DDP's reference cycles hold the group's threads; gloo
-            dist.destroy_process_group()                   # aborts the process if they outlive the interpreter
+            # DDP's reference cycles hold the group's threads; gloo aborts if they outlive the interpreter.
+            gc.collect()
+            dist.destroy_process_group()

@@ -14,7 +14,7 @@ test: $(ENV)
 	$(PY) -m pytest
 
 compare: $(ENV)
-	$(PY) tests/demo.py --seeds 2 --n 10000 --intervals 125 190 375
+	$(PY) tests/demo.py --seeds 2 --n 10000 --intervals 95 125 190
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv

@@ -8,7 +8,7 @@
   expect  digits: a loss of about 3; it need not fall, its target moves with the network
 
 The baseline this project is about, ECT straight from the diffusion model with its doubling schedule:
-     python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 190 --out ect.safetensors
+     python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --out ect.safetensors
 
 The body runs in fp32 here, on every device: in bf16 the difference f(x_t) - f(x_r) drowns if q is large.
 """
@@ -48,7 +48,8 @@ def ect_loss(f, x0, eps, t, r, y, weight, c):
 
 def ect_r(t, q, stage, k=8.0):
     """The nearer point r = t (1 - n(t) / q^(stage+1)) >= 0 with n(t) = 1 + k sigmoid(-t). t (B,) -> (B,)"""
-    return (t * (1 - (1 + k * torch.sigmoid(-t)) / q ** (stage + 1))).clamp(min=0)
+    ratio = min(q ** (stage + 1), 2 ** 16)                     # not finer: in fp32 t - r would be noise, then 0
+    return (t * (1 - (1 + k * torch.sigmoid(-t)) / ratio)).clamp(min=0)
 
 
 # === the run ================================================================================================

@@ -66,7 +66,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=1, help="training seeds")
     p.add_argument("--n", type=int, default=5000, help="samples to judge a model by")
-    p.add_argument("--intervals", type=int, nargs="+", default=[190],
+    p.add_argument("--intervals", type=int, nargs="+", default=[125],
                    help="steps between two doublings of plain ECT")
     args = p.parse_args()
     started = time.time()

@@ -12,6 +12,13 @@ def test_schedule_reproduces_the_reference():
         assert relerr(r, v[f"out64/r_q{q}_stage{stage}"]) < 1e-14 and (r >= 0).all() and (r < v["in/t"]).all()
 
 
+def test_doubling_stops_where_fp32_ends():
+    t = (2.0 * torch.randn(10_000, generator=torch.Generator().manual_seed(0)) - 1.1).exp()
+    for stage in (15, 16, 25, 5000):
+        r = posttrain_cm.ect_r(t, 2, stage)
+        assert (r < t).all() and torch.equal(r, posttrain_cm.ect_r(t, 2, 15))
+
+
 def test_loss_reproduces_the_reference():
     v, meta = vectors("ecm_loss")
     x0, eps = v["in/y"].double(), v["in/eps"].double()

@@ -48,7 +48,7 @@ def ect_loss(f, x0, eps, t, r, y, weight, c):
 
 def ect_r(t, q, stage, k=8.0):
     """The nearer point r = t (1 - n(t) / q^(stage+1)) >= 0 with n(t) = 1 + k sigmoid(-t). t (B,) -> (B,)"""
-    ratio = min(q ** (stage + 1), 2 ** 16)                     # not finer: in fp32 t - r would be noise, then 0
+    ratio = min(q ** (stage + 1), 2 ** 16)             # beyond, t - r is rounding noise in fp32, then 0
     return (t * (1 - (1 + k * torch.sigmoid(-t)) / ratio)).clamp(min=0)
 
 

@@ -41,7 +41,7 @@ def train(seed, intervals):
     file = lambda name: f"{folder}/{name}.safetensors"
     pre, mid, post = file("pretrain"), file("midtrain_cm"), file("posttrain_cm")
     command("pretrain", "--seed", seed, "--out", pre)
-    if seed == 0: command("solve")
+    if seed == 0: command("solve", "--n", 16)
     command("midtrain", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
     command("posttrain_cm", "--seed", seed, "--init", mid, "--out", post)
 
@@ -65,7 +65,7 @@ def read_header(path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=1, help="training seeds")
-    p.add_argument("--n", type=int, default=5000, help="samples to judge a model by")
+    p.add_argument("--n", type=int, default=2500, help="samples to judge a model by")
     p.add_argument("--intervals", type=int, nargs="+", default=[125],
                    help="steps between two doublings of plain ECT")
     args = p.parse_args()

@@ -1,6 +1,10 @@
-# make demo        every stage on the embedded digits, a table and a picture
-# make test        all fast tests
-# make compare     the README's table: two seeds, plain ECT with three doubling intervals (an hour)
+# make demo         every stage of the consistency branch on the embedded digits, a table and a picture
+# make demo-mf      the same for the mean-flow branch
+# make test         all fast tests
+# make bench        what a step of each method costs, as ratios
+# make compare      the README's table: two seeds, plain ECT with three doubling intervals (an hour)
+# make compare-mf   the README's other table: two seeds (three quarters of an hour)
+# make scratch-mf   the same and Mean Flow from scratch (another half hour)
 # Each first makes .venv from requirements.txt; `make PY=python3 test` uses an environment of yours instead.
 PY ?= .venv/bin/python
 ifeq ($(PY),.venv/bin/python)
@@ -10,15 +14,27 @@ endif
 demo: $(ENV)
 	$(PY) tests/demo.py
 
+demo-mf: $(ENV)
+	$(PY) tests/demo.py --branch mf
+
 test: $(ENV)
 	$(PY) -m pytest
 
+bench: $(ENV)
+	$(PY) tests/bench.py
+
 compare: $(ENV)
 	$(PY) tests/demo.py --seeds 2 --n 10000 --intervals 95 125 190
+
+compare-mf: $(ENV)
+	$(PY) tests/demo.py --branch mf --seeds 2 --n 10000
+
+scratch-mf: $(ENV)
+	$(PY) tests/demo.py --branch mf --seeds 2 --n 10000 --scratch
 
 .venv/installed: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo test compare
+.PHONY: demo demo-mf test bench compare compare-mf scratch-mf

@@ -1,8 +1,8 @@
 """Evaluation: the Frechet distance between two sets of images.
 
-  reads   FILE: images as an .npz (arr_0 uint8 NHWC), or a checkpoint FILE[:STEPS] to sample from;
+  reads   FILE ...: images as an .npz (arr_0 uint8 NHWC), or a checkpoint FILE[:STEPS] to sample from;
           --ref: such an .npz, or a data set's name
-  prints  a line, and last the same as JSON
+  prints  for each FILE a line, and then the same as JSON
   run     python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
   expect  digits, 10,000 samples: teacher 0.09, after mid-training 0.16, one step of the teacher 3.6
 
@@ -49,7 +49,7 @@ def pixels(images):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
-    p.add_argument("file", metavar="FILE[:STEPS]", help="an .npz of images or a checkpoint")
+    p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help=".npz of images or checkpoints")
     p.add_argument("--ref", metavar="NAME|NPZ",
                    help="what to compare with (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["pixels"], required=True, help="what to compare")
@@ -57,17 +57,21 @@ def main():
     sample.sampling_flags(p)
     args = p.parse_args()
     device = model.setup(None)[2]
+    for file in args.files: evaluate(file, args, device)
 
-    if args.file.endswith(".npz"):
-        images = rearrange(model.read_images(args.file)[0], "n c h w -> n h w c")
-        batches, what = images.split(1000), {"file": args.file}
+
+def evaluate(file, args, device):
+    """Prints a line on FILE[:STEPS], and one of JSON."""
+    if file.endswith(".npz"):
+        images = rearrange(model.read_images(file)[0], "n c h w -> n h w c")
+        batches, what = images.split(1000), {"file": file}
         if not args.ref:
             raise model.Refused("--ref is missing; name the data set or the .npz to compare with.")
     else:
-        net, header, steps = sample.open_model(args.file, args.steps, device)
+        net, header, steps = sample.open_model(file, args.steps, device)
         seeds = args.seeds or range(args.n)
         batches = (x for x, _ in sample.generate(net, header, seeds, steps, args.labels, args.mid_t))
-        what = {"file": args.file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
+        what = {"file": file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
                 "labels": args.labels}
     ref = model.find_data(args.ref)[2] if args.ref else header["data_path"]
     reference = rearrange(model.read_images(ref)[0], "n c h w -> n h w c")
@@ -83,7 +87,7 @@ def main():
     fd = frechet_distance(mu, cov, mu_ref, cov_ref).item()
     print(f"FD-pixels {fd:.4f}  {n:,} images against the {n_ref:,} of {ref}  "
           + "  ".join(f"{k} {v}" for k, v in what.items()))
-    print(json.dumps({"fd": fd, "name": "FD-pixels", "n": n, "ref": ref, "n_ref": n_ref} | what))
+    print(json.dumps({"fd": fd, "name": "FD-pixels", "n": n, "ref": ref, "n_ref": n_ref} | what), flush=True)
 
 
 if __name__ == "__main__":

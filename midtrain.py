@@ -1,14 +1,22 @@
-"""Stage 3, consistency mid-training (CMT): regress each state of the teacher's trajectories onto their end.
+"""Stage 3, consistency mid-training (CMT): regress the states of the teacher's trajectories on where they go.
 
-  reads   runs/D/pretrain.safetensors      the teacher, and the student's first weights; no images
-  writes  runs/D/midtrain_cm.safetensors   EMA weights of a one- or two-step sampler, for posttrain_cm.py
+  reads   runs/D/pretrain.safetensors        the teacher, and the student's first weights; no images
+          runs/D/pretrain_flow.safetensors   instead, with --target mf
+  writes  runs/D/midtrain_cm.safetensors     EMA weights of a one- or two-step sampler, for posttrain_cm.py
+          runs/D/midtrain_mf.safetensors     with --target mf: of a sampler of any number of steps
   run     python midtrain.py                                           # digits, 80 s on two CPU cores
-          torchrun --nproc_per_node=8 midtrain.py --data cifar10       # the paper's recipe, 38.4M pairs
+          python midtrain.py --target mf
+          torchrun --nproc_per_node=8 midtrain.py --data cifar10       # as long as the paper's, 38.4M pairs
   cost    per pair: one forward of the teacher, one forward and one backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33
 
+--target cm   a consistency model: every state of a trajectory is regressed onto the trajectory's end.
+--target mf   a Mean Flow model: the average velocity between every two states. All it takes is a trajectory,
+              so any model can be the teacher: flow matching, a small Mean Flow model in 8 jumps, or a
+              denoiser (--teacher runs/digits/pretrain.safetensors --init none), in converted times.
+
 The targets are fixed before the student sees them: it never learns from its own predictions. Times are the
-solver's, each equally often, and every pair has weight 1.
+solver's, each pair of times is equally likely and has weight 1.
 """
 import copy, math
 
@@ -16,16 +24,32 @@ import torch
 
 import model, solve
 
+# batch counts (state, target) pairs, nfe network calls a trajectory; `network`: what differs from the network
+# of --init; mid_t: the noise level of the second of two sampling steps of a consistency model.
 RECIPES = {
     # cifar10: the paper's, except dropout and mid_t (the released code's) and the distance, LPIPS-VGG in the
-    # paper, pseudo-Huber here because it needs no files. The other rows are ours. batch counts (state, end)
-    # pairs, nfe of them a trajectory; mid_t is the noise level of the second of two sampling steps.
-    "digits":   dict(steps=900,     batch=64,  lr=3e-3, ema=0.99,  solver="dpm3", nfe=16,
-                     dropout=0.0, mid_t=0.7757),
-    "cifar10":  dict(steps=300_000, batch=128, lr=2e-4, ema=0.999, solver="dpm3", nfe=16,
-                     dropout=0.2, mid_t=0.7757),
-    "own data": dict(steps=10_000,  batch=128, lr=1e-3, ema=0.999, solver="dpm3", nfe=16,
-                     dropout=0.0, mid_t=0.7757),
+    # paper, pseudo-Huber here because it needs no files. The other rows are ours.
+    "cm": {
+        "digits":   dict(steps=1200,    batch=64,  lr=3e-3, ema=0.99,  solver="dpm3", nfe=16,
+                         network=dict(), mid_t=0.7757),
+        "cifar10":  dict(steps=300_000, batch=128, lr=2e-4, ema=0.999, solver="dpm3", nfe=16,
+                         network=dict(dropout=0.2), mid_t=0.7757),
+        "own data": dict(steps=10_000,  batch=128, lr=1e-3, ema=0.999, solver="dpm3", nfe=16,
+                         network=dict(), mid_t=0.7757),
+    },
+    # The paper's: the squared l2 distance, and for imagenet256 the teacher, a Mean Flow SiT-B/4 in 8 jumps.
+    # batch, lr, EMA and dropout of cifar10 and imagenet256 are Mean Flow's (2505.13447); all else is ours.
+    # solver None: the one that goes with the teacher.
+    "mf": {
+        "digits":      dict(steps=1200,    batch=64,   lr=1.5e-3, ema=0.99,  solver=None, nfe=16,
+                            network=dict()),
+        "cifar10":     dict(steps=100_000, batch=1024, lr=6e-4, ema=0.99995, solver=None, nfe=16,
+                            network=dict(dropout=0.2)),
+        "imagenet256": dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  solver="jump", nfe=8,
+                            network=dict(), init="none", teacher="runs/imagenet256/teacher_mf.safetensors"),
+        "own data":    dict(steps=10_000,  batch=128,  lr=1e-3, ema=0.999,   solver=None, nfe=16,
+                            network=dict()),
+    },
 }
 
 
@@ -37,6 +61,14 @@ def cmt_loss(f, x, t, x_end, y, distance):
     y (B,) the labels they were solved with, distance(a, b) -> (B,).  -> (B,)"""
     # L = E_{x_T} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
     return distance(f(x, t, y), x_end)
+
+
+def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
+    """Mid-training of a Mean Flow model (2509.24526), one number per pair of states of one trajectory in flow
+    time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) the labels solved with -> (B,)"""
+    # L = E_{x_T} mean_{i<j} || u(x_{t_i}, t_j, t_i, y) - (x_{t_i} - x_{t_j}) / (t_i - t_j) ||^2
+    target = (x_t - x_r) / (t - r)[:, None, None, None]
+    return (u(x_t, r, t, y) - target).square().sum(dim=(1, 2, 3))
 
 
 def l2(a, b):
@@ -51,12 +83,20 @@ def huber(a, b):
     return e / ((e + c ** 2).sqrt() + c)           # the same value, without the cancellation when e is small
 
 
-def pairs(states, times, y, i):
-    """Number the P * N pairs of P trajectories trajectory by trajectory and pick those in i (B,).
-    states (N+1,P,C,H,W), times (N+1,), y (P,)  ->  x (B,C,H,W), t (B,), x_end (B,C,H,W), y (B,)"""
-    N = len(times) - 1
-    path, at = i // N, i % N                       # at < N: the end itself is never an input
-    return states[at, path], times[at].to(states.dtype), states[-1, path], y[path]
+def pair_table(N, target):
+    """The pairs of times t_i > t_j that a trajectory of N steps offers: "cm" every state with the end, "mf"
+    every two states. -> i, j (M,) int64, M = N or N (N+1) / 2"""
+    i, j = torch.triu_indices(N + 1, N + 1, offset=1)
+    return (i[j == N], j[j == N]) if target == "cm" else (i, j)
+
+
+def pairs(states, times, y, number, i, j):
+    """Number the M pairs (i, j) of each of P trajectories, trajectory by trajectory; pick those in `number`.
+    number (B,), states (N+1,P,C,H,W), times (N+1,), y (P,), i, j (M,)
+    -> x_t (B,C,H,W), t (B,), x_r (B,C,H,W), r (B,), y (B,)"""
+    path, i, j = number // len(i), i[number % len(i)], j[number % len(i)]
+    t, r = times[i].to(states.dtype), times[j].to(states.dtype)
+    return states[i, path], t, states[j, path], r, y[path]
 
 
 # === the run ================================================================================================
@@ -66,9 +106,9 @@ def pool_size(batch, N, at_least=128):
 
     The paper solves batch / N of them for each step, 8 for a batch of 128. That starves a GPU, and puts the
     16 states of a trajectory, near copies of each other, into one batch. We solve many, then draw shuffled
-    batches until every state has been used once. The last pool is cut to what is left of the run, so the cost
-    per pair is the paper's. A pool's randomness is a function of (seed, rank, its number): a resumed run
-    solves it again, nothing is stored."""
+    batches until each trajectory has given N pairs (cm: every state once). The last pool is cut to what is
+    left of the run, so the cost per pair is the paper's. A pool's randomness is a function of (seed, rank,
+    its number): a resumed run solves it again, nothing is stored."""
     unit = math.lcm(batch, N) // N
     return math.ceil(at_least / unit) * unit
 
@@ -76,56 +116,87 @@ def pool_size(batch, N, at_least=128):
 @torch.no_grad()
 def solve_pool(teacher, header, count, args, device):
     """Draw `count` noises and labels, a share of them null as in pre-training; solve the ODE from each.
-    -> states (N+1,count,C,H,W), times (N+1,), y (count,)"""
+    -> states (N+1,count,C,H,W), times (N+1,), y (count,), in the student's time"""
     x = header["t_max"] * torch.randn(count, *model.image_shape(header), device=device)
     y = model.random_labels(count, header, device)
-    states, times = solve.solve_teacher(lambda x, t: teacher(x, t, y), x, args.nfe, args.solver,
-                                        header["t_max"], header["t_min"])
-    return states, times.to(device), y
+    states, times = solve.solve_teacher(teacher, header, x, y, args.nfe, args.solver)
+    return *student_time(states, times.to(device), header, args.target), y
 
 
-def read_paths(path, teacher, device):
+def student_time(states, times, header, target):
+    """Trajectories of a denoiser, converted for a mean-flow student."""
+    if target == "mf" and header["kind"] == "Denoiser": return model.edm_to_flow(states, times)
+    return states, times
+
+
+def read_paths(path, teacher, header, target, device):
     """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). Made with the same teacher."""
     tensors, made = model.read(path)
     if made.get("sha256 of teacher") != model.sha256(teacher):
         raise model.Refused(f"{path} holds no trajectories of {teacher}; solve.py writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
-    return states.transpose(0, 1), times, y
+    return *student_time(states.transpose(0, 1), times, header, target), y
+
+
+def draw_pairs(paths, N, M, device):
+    """N of the M pairs of each trajectory, without replacement, all shuffled. -> numbers (paths*N,)"""
+    chosen = torch.rand(paths, M, device=device).argsort(dim=1)[:, :N]
+    chosen = (chosen + M * torch.arange(paths, device=device)[:, None]).flatten()
+    return chosen[torch.randperm(len(chosen), device=device)]
 
 
 def main():
-    p = model.parser(__doc__, RECIPES, reads="pretrain", writes="midtrain_cm")
-    p.add_argument("--teacher", default=p.get_default("init"), metavar="FILE", help="denoiser to imitate")
+    target = model.given("--target", "cm", RECIPES)
+    reads = {"cm": "pretrain", "mf": "pretrain_flow"}[target]
+    p = model.parser(__doc__, RECIPES[target], reads, writes=f"midtrain_{target}")
+    p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
+    p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
+                   help="model to imitate")
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
-    p.add_argument("--solver", choices=solve.SOLVERS, help="dpm1-3: DPM-Solver++ of that order")
-    p.add_argument("--distance", choices=["huber", "l2"], default="huber", help="of the loss")
+    p.add_argument("--solver", choices=sorted({s for all in solve.SOLVERS.values() for s in all}),
+                   help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
+    p.add_argument("--distance", choices=["huber", "l2"], help="of the loss (default: cm huber; mf only l2)")
     p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file, do not solve")
     args = p.parse_args()
-    solve.check_nfe(args.nfe, args.solver)
+    if target == "mf" and args.distance == "huber":
+        raise model.Refused("--distance huber is for --target cm; the mean-flow loss is squared l2.")
     rank, world, device, batch = model.setup(args.batch)
 
-    made_by = f"python pretrain.py --data {args.data}"
-    teacher, teacher_header = model.parent(args.teacher, made_by, stage="pretrain", device=device)
+    made_by = f"python pretrain.py --data {args.data}" + (" --objective flow" if target == "mf" else "")
+    teacher_by = made_by
+    if p.get_default("init") == "none":                                            # imagenet256's chain
+        teacher_by = (f"python posttrain_mf.py --data {args.data} --omega 1 --kappa 0.5 --guide-times 0 1 "
+                      f"--init runs/{args.name}/{reads}.safetensors --out {args.teacher}")
+    teachers = solve.TEACHERS if target == "mf" else [reads]
+    teacher, teacher_header = model.parent(args.teacher, teacher_by, teachers, device=device)
+    args.solver = args.solver or solve.default_solver(teacher_header)
+    solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)
+    shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, made_by, teacher_header, device, dropout=args.dropout)
-    model.check_fit(args.init, header, args.teacher, model.image_shape(teacher_header),
-                    teacher_header["network"]["label_dim"])
-    header |= model.stamp(args, "midtrain_cm", "pairs", world, init=args.init, teacher=args.teacher,
+    row = model.DATASETS.get(args.row) or model.own_data(shape, classes)
+    network = args.network | ({"interval": True} if target == "mf" else {})
+    net, header = model.first_weights(args.init, made_by, row, model.KIND[reads], device, **network)
+    model.check_fit(args.init, header, args.teacher, shape, classes)
+    if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
+        header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
+    header |= model.stamp(args, f"midtrain_{target}", "pairs", world, init=args.init, teacher=args.teacher,
                           trajectories=args.trajectories)
-    header["mid_t"] = args.mid_t
+    if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     teacher.requires_grad_(False)                                                  # in eval mode, as loaded
     net.train()
     teacher.body_dtype = net.body_dtype = model.BODY[args.precision]
     ddp = model.parallel(net, world)
-    opt = torch.optim.RAdam(net.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8)
-    distance = {"huber": huber, "l2": l2}[args.distance]
+    opt = torch.optim.RAdam(net.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, foreach=True)
+    distance = l2 if args.distance == "l2" else huber
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "pairs", world, step)
-    paths = read_paths(args.trajectories, args.teacher, device) if args.trajectories else None
-    N = args.nfe // 2 if args.solver == "heun" else args.nfe                       # pairs a trajectory
-    if paths: N = len(paths[1]) - 1
+    paths, N = None, args.nfe // 2 if args.solver == "heun" else args.nfe          # N pairs a trajectory
+    if args.trajectories:
+        paths = read_paths(args.trajectories, args.teacher, teacher_header, target, device)
+        N = len(paths[1]) - 1
+    i, j = (k.to(device) for k in pair_table(N, target))
     size = pool_size(batch, N)
     steps_per_pool = size * N // batch
     while True:
@@ -135,19 +206,21 @@ def main():
         if done: break
 
         if args.trajectories:
-            i = model.batch_indices(len(paths[2]) * N, args.seed, step * args.batch + rank * batch, batch)
+            n = len(paths[2]) * len(i)
+            at = model.batch_indices(n, args.seed, step * args.batch + rank * batch, batch)
         else:
             if step % steps_per_pool == 0 or paths is None:
                 number = step // steps_per_pool
                 model.reseed(args.seed, rank, "pool", number)
                 still_needed = math.ceil((args.steps - number * steps_per_pool) * batch / N)
                 paths = solve_pool(teacher, teacher_header, min(size, still_needed), args, device)
-                order = torch.randperm(len(paths[2]) * N, device=device)
-            i = order[step % steps_per_pool * batch:][:batch]
-        x, t, x_end, y = pairs(*paths, i.to(device))
+                order = draw_pairs(len(paths[2]), N, len(i), device)
+            at = order[step % steps_per_pool * batch:][:batch]
+        x_t, t, x_r, r, y = pairs(*paths, at.to(device), i, j)
         model.reseed(args.seed, rank, step)
 
-        loss = cmt_loss(ddp, x, t, x_end, y, distance).mean()
+        if target == "cm": loss = cmt_loss(ddp, x_t, t, x_r, y, distance).mean()
+        else:              loss = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).mean()
         loss.backward()
         lr = args.lr * (1 - step / args.steps)
         norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))

@@ -2,11 +2,15 @@
 
 Notation, fixed here once. t = 0 is data. B batch, C channels, H W pixels, N solver steps, K classes.
 
-  noising        x_t = x_0 + t eps,  t in [0.002, 80],  eps ~ N(0, I)          (EDM's time, arXiv 2206.00364)
-  PF-ODE         dx/dt = (x - D(x, t)) / t       its solution from t down to 0 is the flow map  Psi_{t->0}(x)
-  teacher        D(x, t) ~ E[x_0 | x_t]          a diffusion model
-  student        f(x, t) ~ Psi_{t->0}(x)         a consistency model: same `Denoiser`, another training target
-  labels         y (B,) int64 in 0..K-1; y = K is the null label; None means null for the whole batch
+             consistency branch: EDM's time (arXiv 2206.00364)    mean-flow branch: flow time (2505.13447)
+  noising    x_t = x_0 + t eps,  t in [0.002, 80]                 z_t = (1 - t) x_0 + t eps,  t in [0, 1]
+  PF-ODE     dx/dt = (x - D(x, t)) / t                            dz/dt = v(z, t)
+  teacher    D(x, t) ~ E[x_0 | x_t]                               v(z, t) = u(z, t, t) ~ E[eps - x_0 | z_t]
+  student    f(x, t) ~ Psi_{t->0}(x), where the ODE ends at 0     u(z, r, t) ~ (z_t - z_r) / (t - r)
+  jump       Psi_{t->0}(x) = f(x, t)                              Psi_{t->r}(z) = z - (t - r) u(z, r, t)
+  module     `Denoiser`, for teacher and student                  `MeanVelocity`, for teacher and student
+
+eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None means null for the whole batch.
 
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
@@ -46,7 +50,7 @@ class Linear(nn.Linear):
 
 class Conv(nn.Conv2d):
     def forward(self, x):
-        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.stride, self.padding)
 
 
 class Norm(nn.GroupNorm):
@@ -63,6 +67,29 @@ def initialised(layer, gain=1.0):
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of a time, then two layers: SiT's, names included. t (B,) -> (B, dim) in t's dtype."""
+    def __init__(self, dim, frequencies=128):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(Linear(2 * frequencies, dim), nn.SiLU(), Linear(dim, dim))
+        for layer in self.mlp[::2]:
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t):
+        i = torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
+        angles = t[:, None] * 1e-4 ** (i / self.frequencies)                 # (B, frequencies)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+def interval_embedding(dim):
+    """The embedding of t - r that turns v(z, t) into u(z, r, t): zero at first, so that then u = v."""
+    embedding = TimeEmbedding(dim)
+    nn.init.zeros_(embedding.mlp[2].weight)
+    return embedding
 
 
 class Block(nn.Module):
@@ -104,18 +131,20 @@ class Block(nn.Module):
 class DDPMpp(nn.Module):
     """The DDPM++ U-Net of Song et al. (2011.13456) in EDM's configuration (2206.00364, table 7). Parameter
     names and constructor arguments are EDM's, so its published weights fit by name; EDM's augmentation input
-    is not built.
+    is not built. `interval` adds an embedding of t - r (ours).
 
-    forward(x, noise, y): x (B,C,H,W) in the body's dtype, noise (B,) >= fp32, y (B,) or None -> (B,C,H,W).
+    forward(x, noise, y, gap): x (B,C,H,W) in the body's dtype, noise (B,) >= fp32, y (B,) or None, gap (B,)
+    = t - r with `interval` -> (B,C,H,W).
     """
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=128, channel_mult=(2, 2, 2),
-                 num_blocks=4, attn_resolutions=(16,), dropout=0.0):
+                 num_blocks=4, attn_resolutions=(16,), dropout=0.0, interval=False):
         super().__init__()
         emb_dim, self.label_dim, self.model_channels = 4 * model_channels, label_dim, model_channels
         if label_dim:
             self.map_label = initialised(Linear(label_dim, model_channels))
         self.map_layer0 = initialised(Linear(model_channels, emb_dim))
         self.map_layer1 = initialised(Linear(emb_dim, emb_dim))
+        self.r_embedder = interval_embedding(emb_dim) if interval else None
         block = functools.partial(Block, emb_dim=emb_dim, dropout=dropout)
         sizes = [img_resolution >> level for level in range(len(channel_mult))]
         widths = [model_channels * m for m in channel_mult]
@@ -147,7 +176,7 @@ class DDPMpp(nn.Module):
         self.dec[f"{s}x{s}_aux_norm"] = Norm(c)
         self.dec[f"{s}x{s}_aux_conv"] = initialised(Conv(c, img_channels, 3, padding=1), 1e-5)
 
-    def embed(self, noise, y):                                               # -> (B, emb_dim), never in bf16
+    def embed(self, noise, y, gap=None):                                     # -> (B, emb_dim), never in bf16
         half = torch.arange(self.model_channels // 2, device=noise.device, dtype=noise.dtype)
         angles = noise[:, None] * 1e-4 ** (half / (len(half) - 1))           # (B, model_channels / 2)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -155,10 +184,11 @@ class DDPMpp(nn.Module):
             y = torch.full_like(noise, self.label_dim, dtype=torch.int64) if y is None else y
             onehot = F.one_hot(y, self.label_dim + 1)[:, :-1].to(emb.dtype)  # null label: the zero vector
             emb = emb + self.map_label(onehot * self.label_dim ** 0.5)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        emb = self.map_layer1(F.silu(self.map_layer0(emb)))
+        return F.silu(emb + self.r_embedder(gap) if self.r_embedder else emb)
 
-    def forward(self, x, noise, y=None):
-        emb, skips = self.embed(noise, y), []
+    def forward(self, x, noise, y=None, gap=None):
+        emb, skips = self.embed(noise, y, gap), []
         for name, layer in self.enc.items():
             x = layer(x) if name.endswith("conv") else layer(x, emb)
             skips.append(x)
@@ -167,6 +197,99 @@ class DDPMpp(nn.Module):
             x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         norm, conv = list(self.dec.values())[-2:]
         return conv(F.silu(norm(x)))
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without parameters, then an affine map per sample. x (B,T,D), shift, scale (B,D)"""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def positions(side, dim):
+    """Fixed sine-cosine embedding of a grid, half of the features for each axis. -> (side^2, dim)"""
+    omega = 1e-4 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    line = torch.arange(side, dtype=torch.float64)[:, None] * omega                     # (side, dim / 4)
+    line = torch.cat([line.sin(), line.cos()], dim=1)                                   # (side, dim / 2)
+    return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1).float()
+
+
+class SiTAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = initialised(Linear(dim, 3 * dim))
+        self.proj = initialised(Linear(dim, dim))
+
+    def forward(self, x):                                                    # (B, T, D)
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
+
+
+class SiTMLP(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = initialised(Linear(dim, 4 * dim))
+        self.fc2 = initialised(Linear(4 * dim, dim))
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SiTBlock(nn.Module):
+    """Transformer block whose norms and residual branches are steered by the embedding c (adaLN-Zero)."""
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.attn, self.mlp = SiTAttention(dim, heads), SiTMLP(dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), initialised(Linear(dim, 6 * dim), 0.0))
+
+    def forward(self, x, c):                                                 # x (B, T, D), c (B, D) fp32
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).to(x.dtype).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(x, shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
+
+
+class SiTFinal(nn.Module):
+    def __init__(self, dim, patch_values):
+        super().__init__()
+        self.linear = initialised(Linear(dim, patch_values), 0.0)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), initialised(Linear(dim, 2 * dim), 0.0))
+
+    def forward(self, x, c):
+        return self.linear(modulate(x, *self.adaLN_modulation(c).to(x.dtype).chunk(2, dim=1)))
+
+
+class SiT(nn.Module):
+    """The diffusion transformer SiT (2401.08740) with Mean Flow's second time (2505.13447): the embeddings of
+    t, t - r and y are summed. Parameter names are the public implementations'. `interval` adds that of t - r.
+
+    forward(x, t, y, gap): x (B,C,H,W) in the body's dtype, t (B,) >= fp32, not scaled, y (B,) or None,
+    gap (B,) = t - r with `interval` -> (B,C,H,W).
+    """
+    def __init__(self, img_resolution, img_channels, label_dim, patch_size=2, hidden_size=1152, depth=28,
+                 num_heads=16, interval=False):
+        super().__init__()
+        self.label_dim, self.patch = label_dim, patch_size
+        side, dim = img_resolution // patch_size, hidden_size
+        self.x_embedder = nn.ModuleDict({
+            "proj": initialised(Conv(img_channels, dim, patch_size, stride=patch_size))})
+        self.t_embedder = TimeEmbedding(dim)
+        self.r_embedder = interval_embedding(dim) if interval else None
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(label_dim + 1, dim)})
+        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
+        self.register_buffer("pos_embed", positions(side, dim)[None])        # (1, T, D)
+        self.blocks = nn.ModuleList([SiTBlock(dim, num_heads) for _ in range(depth)])
+        self.final_layer = SiTFinal(dim, patch_size ** 2 * img_channels)
+
+    def forward(self, x, t, y=None, gap=None):
+        y = torch.full_like(t, self.label_dim, dtype=torch.int64) if y is None else y
+        # c (B, D): the null label has the last row of the table
+        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y).to(t.dtype)
+        if self.r_embedder: c = c + self.r_embedder(gap)
+        h = self.x_embedder["proj"](x)                                       # (B, D, H/p, W/p)
+        side = h.shape[2]
+        h = rearrange(h, "b d h w -> b (h w) d") + self.pos_embed.to(h.dtype)
+        for block in self.blocks: h = block(h, c)
+        return rearrange(self.final_layer(h, c), "b (h w) (p q c) -> b c (h p) (w q)",
+                         h=side, p=self.patch, q=self.patch)
 
 
 # === 2. parameterisation ====================================================================================
@@ -199,17 +322,58 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * self.net((c_in * x).to(body), c_noise, y).to(dtype)
 
 
+class MeanVelocity(nn.Module):
+    """The velocity of the flow-time ODE, averaged from r to t: flow-matching teacher (r = t) *and* Mean Flow.
+
+        u(z, r, t) ~ (1 / (t - r)) int_r^t v(z_tau, tau) dtau,    u(z, t, t) = v(z, t)
+
+    No preconditioning: u is the raw network. One without an embedding of t - r ignores r and gives v(z, t).
+    Times are multiplied by time_scale where they are embedded.
+
+    z (B,C,H,W), r <= t (B,), y (B,) int64 or None -> (B,C,H,W). Precision as in `Denoiser`.
+    """
+    def __init__(self, net, time_scale=1.0):
+        super().__init__()
+        self.net, self.body_dtype, self.time_scale = net, torch.float32, time_scale
+
+    def forward(self, z, r, t, y=None):
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        z, r, t = z.to(dtype), r.to(dtype), t.to(dtype)
+        body = dtype if dtype == torch.float64 else self.body_dtype
+        return self.net(z.to(body), self.time_scale * t, y, self.time_scale * (t - r)).to(dtype)
+
+
+# The two times describe one process: x_t / (1 + t) is z at flow time t / (1 + t), and the ODEs agree. States
+# with their times, along the first dimension: x (B, ...), t (B,).
+
+def edm_to_flow(x, t):
+    """-> z = x / (1 + t), t / (1 + t)"""
+    return x / (1 + t).reshape(-1, *[1] * (x.dim() - 1)).to(x), t / (1 + t)
+
+
+def flow_to_edm(z, t):
+    """-> x = z / (1 - t), t / (1 - t). Flow times below 1."""
+    return z / (1 - t).reshape(-1, *[1] * (z.dim() - 1)).to(z), t / (1 - t)
+
+
 # === 3. data sets ===========================================================================================
 # `network` is the architecture a stage builds when no input file brings its own: for digits ours, of 0.75M
-# parameters, for cifar10 EDM's, of 55.73M. label_dropout: share of null labels. noise_scale: 4 is ours, for
-# small networks (digits: a little better in every stage than 1, one seed each).
+# parameters, for cifar10 EDM's, of 55.73M, for imagenet256 SiT-XL/2; `teacher`, SiT-B/4, is what differs from
+# it in pre-training. label_dropout: share of null labels. noise_scale, of EDM's time: 4 is ours, for small
+# networks (digits: a little better in every stage than 1, one seed each). time_scale, of flow time: 1 is
+# SiT's, 16 is ours, for U-Nets.
 
 DATASETS = {
-    #               shape (C, H, W)    classes     label_dropout      noise_scale      network
-    "digits":  dict(shape=(1, 8, 8),   classes=10, label_dropout=0.1, noise_scale=4.0, network=dict(
-        model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.0)),
-    "cifar10": dict(shape=(3, 32, 32), classes=0,  label_dropout=0.0, noise_scale=1.0, network=dict(
-        model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)),
+    #                   shape (C, H, W)    classes       label_dropout      scales of embedded times
+    "digits":      dict(shape=(1, 8, 8),   classes=10,   label_dropout=0.1, noise_scale=4.0, time_scale=16.0,
+        network=dict(model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
+                     dropout=0.0)),
+    "cifar10":     dict(shape=(3, 32, 32), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
+        network=dict(model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,),
+                     dropout=0.13)),
+    "imagenet256": dict(shape=(4, 32, 32), classes=1000, label_dropout=0.1, noise_scale=1.0, time_scale=1.0,
+        network={"class": "SiT", "patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16},
+        teacher={"patch_size": 4, "hidden_size": 768, "depth": 12, "num_heads": 12}),
 }
 
 
@@ -220,7 +384,7 @@ def own_data(shape, classes):
         size, mult = size // 2, mult + [2]
     small = shape[-1] <= 16
     return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0,
-                noise_scale=4.0 if small else 1.0, network=dict(
+                noise_scale=4.0 if small else 1.0, time_scale=16.0, network=dict(
         model_channels=32 if shape[-1] <= 8 else 64 if small else 128, channel_mult=tuple(mult),
         num_blocks=1 if small else 2, attn_resolutions=(size,), dropout=0.0))
 
@@ -277,20 +441,24 @@ def read(path):
 
 
 def build(header):
-    """An untrained model of the architecture a header describes: {"network", "sigma_data", "noise_scale"}."""
+    """An untrained model as a header describes it: {"kind", "network" and the scales of its kind}."""
     network = dict(header["network"])
-    networks = {"DDPMpp": DDPMpp}
-    return Denoiser(networks[network.pop("class")](**network), header["sigma_data"], header["noise_scale"])
+    net = {"DDPMpp": DDPMpp, "SiT": SiT}[network.pop("class")](**network)
+    if header["kind"] == "MeanVelocity": return MeanVelocity(net, header["time_scale"])
+    return Denoiser(net, header["sigma_data"], header["noise_scale"])
 
 
 def load(path, device="cpu", **network):
     """-> (model in eval mode with its fp32 body, header). `network`: constructor arguments that replace the
-    header's, such as dropout=0.2. Raises Refused as `read` does, and where the weights do not fit the network
-    of the header."""
+    header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none. Raises
+    Refused as `read` does, and where the weights do not fit the network of the header."""
     tensors, header = read(path)
     try:
+        adds_interval = network.get("interval") and not header["network"].get("interval")
         header["network"].update(network)
         model = build(header)
+        if adds_interval:
+            tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("net.r_embedder.")}
         model.load_state_dict(tensors)
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise Refused(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
@@ -298,13 +466,19 @@ def load(path, device="cpu", **network):
     return model.to(device).eval(), header
 
 
-def fresh_header(row):
-    """The header of a network that no file describes yet, from its DATASETS row."""
+def fresh_header(row, kind="Denoiser", **network):
+    """The header of a network that no file describes yet, from its DATASETS row, with `network` on top."""
     C, H, _ = row["shape"]
-    network = {"class": "DDPMpp", "img_resolution": H, "img_channels": C, "label_dim": row["classes"]}
-    network |= row["network"]
-    return {"kind": "Denoiser", "network": network, "sigma_data": 0.5, "noise_scale": row["noise_scale"],
-            "t_min": 0.002, "t_max": 80.0, "label_dropout": row["label_dropout"]}
+    network = {"class": "DDPMpp", "img_resolution": H, "img_channels": C, "label_dim": row["classes"],
+               **row["network"], **network}
+    header = {"kind": kind, "network": network, "label_dropout": row["label_dropout"]}
+    if kind == "MeanVelocity": return header | {"time_scale": row["time_scale"], "t_min": 0.0, "t_max": 1.0}
+    return header | {"sigma_data": 0.5, "noise_scale": row["noise_scale"], "t_min": 0.002, "t_max": 80.0}
+
+
+# What each stage's file holds.
+KIND = {"pretrain": "Denoiser", "midtrain_cm": "Denoiser", "posttrain_cm": "Denoiser",
+        "pretrain_flow": "MeanVelocity", "midtrain_mf": "MeanVelocity", "posttrain_mf": "MeanVelocity"}
 
 
 def image_shape(header):
@@ -423,17 +597,17 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return super()._get_help_string(action)
 
 
-def given_data():
-    """`find_data` of the command line's --data, looked up first because every other default depends on it."""
+def given(flag, default, choices=None):
+    """What the command line says for `flag`, looked up first because the defaults of others depend on it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="digits")
-    return find_data(first.parse_known_args()[0].data)
+    first.add_argument(flag, dest="value", default=default, choices=choices)
+    return first.parse_known_args()[0].value
 
 
 def parser(doc, recipes, reads, writes, precision=None):
     """The flags all training stages share. --data picks the row of `recipes` whose numbers are the defaults,
     before --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
-    row, name, path = given_data()
+    row, name, path = find_data(given("--data", "digits"))
     precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH|NAME=PATH",
@@ -494,7 +668,7 @@ def setup(batch):
 def parallel(model, world):
     """DDP around `model` where there are several processes: it averages gradients over the global batch."""
     if world == 1: return model
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def reseed(*numbers):
@@ -515,26 +689,29 @@ def update(net, ema, opt, lr, decay):
     return norm
 
 
-def parent(path, made_by, stage=None, **kwargs):
-    """The file a stage starts from: `load`, and if it is missing a sentence with the command to make it."""
+def parent(path, made_by, stages=None, **kwargs):
+    """The file a stage starts from: `load`, and if it is missing or of a stage not in `stages`, a sentence
+    with the command to make it."""
     if not os.path.isfile(path):
         raise Refused(f"{path} does not exist; `{made_by}` makes it.")
     model, header = load(path, **kwargs)
-    if stage and header["stage"] != stage:
-        raise Refused(f"{path} was written by stage {header['stage']}, this has to be a {stage} file; "
-                      f"`{made_by}` makes one.")
+    if stages and header["stage"] not in stages:
+        raise Refused(f"{path} was written by stage {header['stage']}, this has to be a "
+                      f"{' or '.join(stages)} file; `{made_by}` makes one.")
     if header["step"] < header["steps"]:
         print(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
               "the command that made it continues it.")
     return model, header
 
 
-def first_weights(init, made_by, header, device, **network):
-    """--init FILE|none -> (model, header): the file's, or a new network as `header` describes it."""
-    if init != "none":
-        return parent(init, made_by, device=device, **network)
-    header = header | {"network": header["network"] | network}
-    return build(header).to(device), header
+def first_weights(init, made_by, row, kind, device, **network):
+    """--init FILE|none -> (model, header): the file's, which has to be of that kind, or a new one as the
+    DATASETS row describes it. `network`: constructor arguments that replace either's."""
+    if init == "none":
+        header = fresh_header(row, kind, **network)
+        return build(header).to(device), header
+    stages = [s for s, k in KIND.items() if k == kind]
+    return parent(init, made_by, stages, device=device, **network)
 
 
 def check_fit(init, header, source, shape, classes):

@@ -1,4 +1,4 @@
-"""Sampling: images from any checkpoint, in one or two steps, or in N solver steps from the diffusion teacher.
+"""Sampling: images from any checkpoint, in one step or several; the teachers' ODEs in N solver steps.
 
   reads   FILE[:STEPS] ...       STEPS is the number of network calls
   writes  runs/D/samples.png     the first 20 images, one row per FILE:STEPS, the same seeds in each column
@@ -31,7 +31,7 @@ def consistency_sampler(f, eps, times, y):
     return x
 
 
-def step_times(steps, t_max, mid_t):
+def geometric_times(steps, t_max, mid_t):
     """80, then geometrically down to mid_t: for two steps just (80, mid_t). -> list of `steps` numbers"""
     return [t_max * (mid_t / t_max) ** (i / max(1, steps - 1)) for i in range(steps)]
 
@@ -49,34 +49,53 @@ def draw_block(block, steps, shape, classes):
 
 # === the run ================================================================================================
 
+def step_times(header, steps, mid_t=None):
+    """Where a few-step model is called: t_max, then mid_t, steps - 1 numbers. None: geometrically down to the
+    header's mid_t for a consistency model, evenly for Mean Flow. -> list of `steps` numbers"""
+    if mid_t and steps > 1:
+        times = [header["t_max"], *mid_t]
+        if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
+            raise model.Refused(f"--mid-t {','.join(map(str, mid_t))}: {steps} steps need {steps - 1} "
+                                f"falling times between {header['t_max']:g} and {header['t_min']:g}.")
+        return times
+    if header["kind"] == "Denoiser": return geometric_times(steps, header["t_max"], header["mid_t"])
+    return solve.uniform_times(steps, header["t_max"], header["t_min"])[:-1].tolist()
+
+
 @torch.no_grad()
 def generate(net, header, seeds, steps, labels="random", mid_t=None):
     """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order.
-    net, header as from model.load; labels "random" | "balanced" | a class; mid_t None: the header's."""
+    net, header as from model.load; labels "random" | "balanced" | a class; mid_t as for step_times."""
     device, K = next(net.parameters()).device, header["network"]["label_dim"]
-    teacher, mid_t = header["stage"] == "pretrain", header.get("mid_t") if mid_t is None else mid_t
+    consistency = header["stage"] in ("midtrain_cm", "posttrain_cm")
+    solver = None if consistency else solve.default_solver(header)
+    if solver == "heun" and steps % 2: solver = "euler"
+    times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels not in ("random", "balanced") and not (labels.isdigit() and int(labels) < max(1, K)):
         raise model.Refused(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
     for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1):
-        y, eps = draw_block(block, 1 if teacher else steps, model.image_shape(header), K)
+        y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
         elif labels != "random": y = torch.full((64,), int(labels))
         y_, eps = y.to(device), eps.to(device)
-        if teacher:
-            x = solve.solve_teacher(lambda x, t: net(x, t, y_), header["t_max"] * eps[0], steps,
-                                    t_max=header["t_max"], t_min=header["t_min"])[0][-1]
+        x = header["t_max"] * eps[0]
+        if consistency:
+            x = consistency_sampler(net, eps, times, y_)
+        elif solver == "jump":
+            grid = torch.tensor([*times, header["t_min"]], dtype=torch.float64)
+            x = solve.flow_map(lambda z, r, t: net(z, r, t, y_), x, grid)[0][-1]
         else:
-            x = consistency_sampler(net, eps, step_times(steps, header["t_max"], mid_t), y_)
+            x = solve.solve_teacher(net, header, x, y_, steps, solver)[0][-1]
         keep = slice(max(seeds.start - 64 * block, 0), min(seeds.stop - 64 * block, 64))
         yield rearrange(model.to_uint8(x), "b c h w -> b h w c").cpu().numpy()[keep], y.numpy()[keep]
 
 
 def open_model(text, steps, device):
-    """FILE or FILE:STEPS -> model, header, steps. Without STEPS: `steps`, else teacher 16, others 1."""
+    """FILE or FILE:STEPS -> model, header, steps. Without STEPS: `steps`, else teachers 16, others 1."""
     path, colon, count = text.rpartition(":")
     if not (colon and count.isdigit()): path, count = text, steps
     net, header = model.load(path, device)
-    steps = int(count or (16 if header["stage"] == "pretrain" else 1))
+    steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.Refused(f"{text}: at least one step is needed.")
     return net, header, steps
 
@@ -87,6 +106,10 @@ def seed_range(text):
     if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
         raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B")
     return range(int(first), int(last) + 1)
+
+
+def numbers(text):
+    return [float(t) for t in text.split(",")]
 
 
 def real_images(path, labels, K):
@@ -102,12 +125,12 @@ def real_images(path, labels, K):
 def sampling_flags(p):
     """Flags that sample.py and fid.py share."""
     p.add_argument("--steps", type=model.positive,
-                   help="network calls, for a FILE without :STEPS (default: teacher 16, others 1)")
+                   help="network calls, for a FILE without :STEPS (default: teachers 16, others 1)")
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="drawn from the seed, seed modulo classes, or one class")
-    p.add_argument("--mid-t", type=float, metavar="T",
-                   help="noise level of the second step (default: the file's)")
+    p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
+                   help="times of the second step and of those after it (default: the file's)")
 
 
 def main():

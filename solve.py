@@ -1,9 +1,10 @@
-"""Stage 2, solving: the teacher's probability-flow ODE, from noise at t = 80 to an image at t = 0.002.
+"""Stage 2, solving: the teacher's probability-flow ODE, from noise to an image.
 
-  reads   runs/D/pretrain.safetensors
+  reads   runs/D/pretrain.safetensors, or --teacher any flow-time model (pretrain_flow, posttrain_mf, ...)
   writes  runs/D/trajectories.safetensors   states (n,N+1,C,H,W) fp32, times (N+1,) float64, labels (n,)
           runs/D/trajectories.png           one trajectory a row, from noise (left) to its end (right)
   run     python solve.py
+          python solve.py --teacher runs/digits/pretrain_flow.safetensors --out runs/digits/flow.safetensors
   expect  a table: end-point error of every solver at 4..64 network calls against a fine solution, and its
           observed order
 
@@ -23,6 +24,7 @@ import model
 #     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
 # States travel with their times: nothing downstream may rebuild a grid and label the states with it.
 # Coefficients are computed in float64 and rounded once, when they meet x.
+#   EDM time    dx/dt = (x - D(x, t)) / t      flow time    dz/dt = v(z, t)
 
 def log_uniform_times(n, t_max=80.0, t_min=0.002):
     """t_i = t_max (t_min / t_max)^(i/n), i = 0..n: uniform in log-SNR, CMT's grid. -> (n+1,) float64"""
@@ -33,6 +35,11 @@ def karras_times(n, t_max=80.0, t_min=0.002, rho=7):
     """EDM's grid (2206.00364, eq. 5): uniform in t^(1/rho). -> (n+1,) float64"""
     i = torch.arange(n + 1, dtype=torch.float64) / n
     return (t_max ** (1 / rho) + i * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
+
+
+def uniform_times(n, t_max=1.0, t_min=0.0):
+    """Flow time's grid. -> (n+1,) float64"""
+    return t_max + (t_min - t_max) * torch.arange(n + 1, dtype=torch.float64) / n
 
 
 def dpm_solver_pp(denoise, x, times, order=3):
@@ -88,76 +95,112 @@ def heun(velocity, x, times):
     return torch.stack(states), times.double()
 
 
+def flow_map(u, z, times):
+    """Jumps of a Mean Flow model (2505.13447, eq. 12): z_r = z_t - (t - r) u(z_t, r, t). N calls of
+    u(z, r, t), r and t (B,). -> states (N+1, B, ...), times (N+1,) float64"""
+    t, states = times.double().tolist(), [z]
+    for i in range(len(t) - 1):
+        t_, r_ = (torch.full((len(z),), s, dtype=z.dtype, device=z.device) for s in t[i:i + 2])
+        z = z - (t[i] - t[i + 1]) * u(z, r_, t_)
+        states.append(z)
+    return torch.stack(states), times.double()
+
+
 # === the run ================================================================================================
-SOLVERS = ["dpm1", "dpm2", "dpm3", "euler", "heun"]
+SOLVERS = {"Denoiser": ["dpm1", "dpm2", "dpm3", "euler", "heun"], "MeanVelocity": ["euler", "heun", "jump"]}
 
 
-def solve_teacher(denoise, x, nfe, solver="dpm3", t_max=80.0, t_min=0.002):
-    """The PF-ODE of a denoiser with `nfe` network calls in all, each solver on its own grid.
-    denoise(x, t) = D, x (B, ...) at t_max. -> states (N+1, B, ...), times (N+1,) float64 down to t_min"""
-    if solver.startswith("dpm"):
-        return dpm_solver_pp(denoise, x, log_uniform_times(nfe, t_max, t_min), order=int(solver[3]))
-    velocity = lambda x, t: (x - denoise(x, t)) / t.reshape(-1, *[1] * (x.dim() - 1))     # dx/dt
-    if solver == "euler":
-        return euler(velocity, x, karras_times(nfe, t_max, t_min))
-    return heun(velocity, x, karras_times(nfe // 2, t_max, t_min))
+# A consistency model is a Denoiser, but no denoiser: it has no ODE to solve.
+TEACHERS = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
 
 
-def check_nfe(nfe, solver):
+def default_solver(header):
+    """What a model was trained for: an average velocity jumps, the others integrate."""
+    if header["kind"] == "Denoiser": return "dpm3"
+    return "jump" if header["network"].get("interval") else "heun"
+
+
+def solve_teacher(teacher, header, x, y, nfe, solver):
+    """The PF-ODE of a model with `nfe` network calls in all, each solver on its own grid. teacher, header as
+    from model.load, x (B,C,H,W) at t_max, y (B,). -> states (N+1,B,C,H,W), times (N+1,) float64 to t_min"""
+    ends = header["t_max"], header["t_min"]
+    if header["kind"] == "Denoiser":
+        denoise, grid = lambda x, t: teacher(x, t, y), karras_times
+        velocity = lambda x, t: (x - denoise(x, t)) / t[:, None, None, None]
+    else:
+        velocity, grid = lambda z, t: teacher(z, t, t, y), uniform_times
+    if solver == "jump":  return flow_map(lambda z, r, t: teacher(z, r, t, y), x, uniform_times(nfe, *ends))
+    if solver == "euler": return euler(velocity, x, grid(nfe, *ends))
+    if solver == "heun":  return heun(velocity, x, grid(nfe // 2, *ends))
+    return dpm_solver_pp(denoise, x, log_uniform_times(nfe, *ends), order=int(solver[3]))
+
+
+def check_solver(solver, nfe, teacher, header):
+    """Raises Refused where the solver does not go with the teacher or the number of network calls."""
+    if solver not in SOLVERS[header["kind"]]:
+        raise model.Refused(f"--solver {solver} does not fit {teacher}, a {header['kind']}; "
+                            f"choose one of {', '.join(SOLVERS[header['kind']])}.")
+    if solver == "jump" and not header["network"].get("interval"):
+        raise model.Refused(f"--solver jump needs a model that knows t - r, which {teacher} does not; "
+                            "choose euler or heun.")
     if solver == "heun" and nfe % 2:
         raise model.Refused(f"--nfe {nfe}: a Heun step takes two network calls; choose an even number.")
 
 
-def error_table(denoise, x, t_max, t_min):
+def error_table(teacher, header, x, y):
     """Prints, per solver and number of network calls, the root-mean-square error per pixel of the end point
-    against a fine solution (dpm2, 256 calls), and the order observed between the last two columns."""
+    against a fine solution (512 calls), and the order observed between the last two columns."""
     budgets = [4, 8, 16, 32, 64]
-    fine = solve_teacher(denoise, x, 256, "dpm2", t_max, t_min)[0][-1]
+    solvers = [s for s in SOLVERS[header["kind"]] if s != "jump" or header["network"].get("interval")]
+    solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
+    fine = solve(512, "dpm2" if header["kind"] == "Denoiser" else "heun")
     print(f"end-point error over {len(x)} trajectories (RMS per pixel; pixels span [-1, 1])")
     print("  solver  " + "".join(f"{n:>9} calls" for n in budgets) + "   order")
-    for solver in SOLVERS:
-        errors = [solve_teacher(denoise, x, n, solver, t_max, t_min)[0][-1] - fine for n in budgets]
+    for solver in solvers:
+        errors = [solve(n, solver) - fine for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
         print(f"  {solver:<8}" + "".join(f"{e:>15.6f}" for e in errors)
               + f"{math.log2(errors[-2] / errors[-1]):>8.2f}")
 
 
 def main():
-    name = model.given_data()[1]
+    name = model.find_data(model.given("--data", "digits"))[1]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH",
                    help="names the runs/D/ of the default paths")
     p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE",
-                   help="a denoiser")
+                   help="a denoiser or a flow-time model")
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
                    help="result; its picture lies beside it")
-    p.add_argument("--solver", choices=SOLVERS, default="dpm3", help="dpm1-3: DPM-Solver++ of that order")
+    p.add_argument("--solver", choices=sorted({s for all in SOLVERS.values() for s in all}),
+                   help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow model "
+                        "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
     p.add_argument("--nfe", type=model.positive, default=16, help="network calls a trajectory")
     p.add_argument("--n", type=model.positive, default=64, help="trajectories")
     p.add_argument("--seed", type=int, default=0, help="of noise and labels")
     args = p.parse_args()
-    check_nfe(args.nfe, args.solver)
 
     device = model.setup(None)[2]
-    teacher, header = model.parent(args.teacher, f"python pretrain.py --data {args.data}", stage="pretrain",
-                                   device=device)
+    made_by = f"python pretrain.py --data {args.data}"
+    teacher, header = model.parent(args.teacher, made_by, TEACHERS, device=device)
+    solver = args.solver or default_solver(header)
+    check_solver(solver, args.nfe, args.teacher, header)
     model.reseed(args.seed)
     x = header["t_max"] * torch.randn(args.n, *model.image_shape(header), device=device)
     y = torch.randint(max(1, header["network"]["label_dim"]), (args.n,), device=device)
     with torch.no_grad():
-        states, times = solve_teacher(lambda x, t: teacher(x, t, y), x, args.nfe, args.solver,
-                                      header["t_max"], header["t_min"])
+        states, times = solve_teacher(teacher, header, x, y, args.nfe, solver)
         print("times  " + "  ".join(f"{t:.4g}" for t in times.tolist()))
         model.save(args.out, {"states": states.transpose(0, 1), "times": times, "labels": y},
-                   {"stage": "solve", "data": name, "solver": args.solver, "nfe": args.nfe,
+                   {"stage": "solve", "data": name, "solver": solver, "nfe": args.nfe,
                     "sha256 of teacher": model.sha256(args.teacher)})
-        # x / (1 + t): noise fades into image
-        picture = model.to_uint8(states / (1 + times.to(device)).reshape(-1, 1, 1, 1, 1))
+        if header["kind"] == "Denoiser":
+            states, _ = model.edm_to_flow(states, times)                           # noise fades into image
         model.save_grid(Path(args.out).with_suffix(".png"),
-                        picture[:, :16].movedim(2, -1).transpose(0, 1).cpu().numpy(),
+                        model.to_uint8(states)[:, :16].movedim(2, -1).transpose(0, 1).cpu().numpy(),
                         [f"label {k}" for k in y[:16].tolist()])
         k = min(64, args.n)
-        error_table(lambda x, t: teacher(x, t, y[:k]), x[:k], header["t_max"], header["t_min"])
+        error_table(teacher, header, x[:k], y[:k])
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def chain(run, tmp_path_factory):
     (folder / "data").symlink_to(ROOT / "data")
     try:
         for script, *args in [("pretrain",), ("solve", "--n", 8, "--nfe", 8), ("midtrain", "--nfe", 4),
-                              ("posttrain_cm",)]:
+                              ("posttrain_cm",), ("pretrain", "--objective", "flow"),
+                              ("midtrain", "--target", "mf", "--nfe", 4), ("posttrain_mf",)]:
             small = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
             if script == "solve": small = ()
             done = run(script, *small, *args)

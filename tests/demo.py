@@ -1,30 +1,37 @@
 """`make demo`: every stage on the embedded digits by its real command line, then one table and one picture.
+`make demo-mf` is the same for the mean-flow branch.
 
-`make compare` is the same with several training seeds and several doubling intervals for the baseline, plain
-ECT from the diffusion teacher, which gets the total compute of mid- and post-training together, and of whose
-intervals the best counts. Both continue where they were interrupted. Compute is counted in network forwards
-per sample, a backward as two.
+`make compare` and `make compare-mf` do it with several training seeds and with more baselines. The baselines,
+post-training straight from the diffusion weights, get the total compute of mid- and post-training together;
+of plain ECT's doubling intervals the best counts. All continue where they were interrupted. Compute is
+counted in network forwards per sample, a backward as two, a JVP as two (`make bench` measures it).
 """
 import argparse, json, statistics, subprocess, sys, time
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model
+
 
 def command(script, *args):
     line = [sys.executable, f"{script}.py", *map(str, args)]
     print("$ python " + " ".join(line[1:]), flush=True)
-    started = time.time()
-    lines = []
+    started, lines = time.time(), []
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         for text in process.stdout:
             lines.append(text)
             if script != "fid": print("  " + text, end="", flush=True)
     if process.returncode: sys.exit(process.returncode)
-    if script != "fid": print(f"  {time.time() - started:.0f} s", flush=True)
+    print(f"  {time.time() - started:.0f} s", flush=True)
     return lines
 
 
-def fd(file, n, ref="digits"):
-    return json.loads(command("fid", file, "--ref", ref, "--n", n, "--features", "pixels")[-1])["fd"]
+def distances(files, n, ref="digits"):
+    """FD-pixels of each FILE:STEPS."""
+    lines = command("fid", *files, "--ref", ref, "--n", n, "--features", "pixels")
+    return [json.loads(line)["fd"] for line in lines if line.startswith("{")]
 
 
 def halves():
@@ -32,60 +39,82 @@ def halves():
     with np.load("data/digits.npz") as f: images = np.random.default_rng(0).permutation(f["arr_0"])
     paths = [f"runs/digits/half{i}.npz" for i in (0, 1)]
     for path, half in zip(paths, np.array_split(images, 2)): np.savez(path, arr_0=half)
-    return fd(paths[0], 2, ref=paths[1])
+    return distances(paths[:1], 2, ref=paths[1])[0]
 
 
-def train(seed, intervals):
-    """One chain and its baselines -> their files, and the training compute of each in million forwards."""
-    folder = "runs/digits" if seed == 0 else f"runs/digits/seed{seed}"
-    file = lambda name: f"{folder}/{name}.safetensors"
+def train_cm(seed, file, intervals):
+    """The consistency chain and its baselines -> rows (name, file, compute in million forwards)."""
     pre, mid, post = file("pretrain"), file("midtrain_cm"), file("posttrain_cm")
     command("pretrain", "--seed", seed, "--out", pre)
     if seed == 0: command("solve", "--n", 16)
     command("midtrain", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
     command("posttrain_cm", "--seed", seed, "--init", mid, "--out", post)
 
-    header = {name: read_header(path) for name, path in [("mid", mid), ("post", post)]}
-    cost = {"mid": 4 * header["mid"]["pairs"],            # teacher 1, student forward 1, backward 2
-            "post": 4 * header["post"]["images"]}         # target 1, forward 1, backward 2
-    steps = (cost["mid"] + cost["post"]) // 4 // header["post"]["settings"]["batch"]
-    ect = {k: file(f"ect_{k}") for k in intervals}
+    mid_header, post_header = model.read(mid)[1], model.read(post)[1]
+    mid_cost = 4 * mid_header["pairs"]                    # teacher 1, student forward 1, backward 2
+    total = mid_cost + 4 * post_header["images"]          # target 1, forward 1, backward 2
+    steps = round(total / 4 / post_header["settings"]["batch"])
+    rows = [("teacher", pre, 0), ("after mid-training", mid, mid_cost), ("after post-training", post, total)]
     for k in intervals:
+        rows += [(f"plain ECT, doubling every {k} steps", file(f"ect_{k}"), total)]
         command("posttrain_cm", "--seed", seed, "--init", pre, "--q", 2, "--double", k, "--steps", steps,
-                "--out", ect[k])
-    return ({"pre": pre, "mid": mid, "post": post, "ect": ect},
-            cost["mid"] / 1e6, (cost["mid"] + cost["post"]) / 1e6)
+                "--lr", 3e-4, "--out", rows[-1][1])
+    return rows
 
 
-def read_header(path):
-    from safetensors import safe_open
-    with safe_open(path, "pt") as f: return json.loads(f.metadata()["config"])
+def train_mf(seed, file, scratch):
+    """The mean-flow chain and its baselines -> rows as train_cm's."""
+    pre, mid, post = file("pretrain_flow"), file("midtrain_mf"), file("posttrain_mf")
+    command("pretrain", "--objective", "flow", "--seed", seed, "--out", pre)
+    command("midtrain", "--target", "mf", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
+    command("posttrain_mf", "--seed", seed, "--init", mid, "--out", post)
+
+    mid_header, post_header = model.read(mid)[1], model.read(post)[1]
+    nfe = mid_header["settings"]["nfe"]
+    teacher = (nfe - 1) / (nfe // 2)                                 # Heun, whose last step is Euler's
+    mid_cost = (teacher + 3) * mid_header["pairs"]                   # student forward 1, backward 2
+    per_image = 3 + 2 * post_header["settings"]["jumps"]             # student 3, JVP 2 for its rows
+    total = mid_cost + per_image * post_header["images"]
+    steps = round(total / per_image / post_header["settings"]["batch"])
+    rows = [("teacher", pre, 0), ("after mid-training", mid, mid_cost), ("after post-training", post, total)]
+    rows += [("MeanFlow from the flow-matching weights", file("mf_flow"), total)]
+    command("posttrain_mf", "--seed", seed, "--init", pre, "--steps", steps, "--lr", 3e-4,
+            "--out", rows[-1][1])
+    if scratch:
+        pre_header = model.read(pre)[1]
+        more = round(3 * pre_header["images"] / per_image / post_header["settings"]["batch"])
+        rows += [("MeanFlow from scratch, pre-training's compute too", file("mf_scratch"),
+                  total + 3 * pre_header["images"])]
+        command("posttrain_mf", "--seed", seed, "--init", "none", "--lr", 1e-3,
+                "--steps", steps + more, "--out", rows[-1][1])
+    return rows
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--branch", choices=["cm", "mf"], default="cm", help="consistency or mean flow")
     p.add_argument("--seeds", type=int, default=1, help="training seeds")
     p.add_argument("--n", type=int, default=2500, help="samples to judge a model by")
     p.add_argument("--intervals", type=int, nargs="+", default=[125],
                    help="steps between two doublings of plain ECT")
+    p.add_argument("--scratch", action="store_true", help="also MeanFlow from scratch")
     args = p.parse_args()
-    started = time.time()
+    started, mf = time.time(), args.branch == "mf"
 
     table = {}                                            # (row, calls, compute) -> one distance a seed
     for seed in range(args.seeds):
-        files, mid_cost, total = train(seed, args.intervals)
-        rows = [("teacher", files["pre"], (16, 1), 0), ("after mid-training", files["mid"], (1, 2), mid_cost),
-                ("after post-training", files["post"], (1, 2), total)]
-        rows += [(f"plain ECT, doubling every {k}", path, (1, 2), total) for k, path in files["ect"].items()]
-        for name, path, all_calls, cost in rows:
-            for calls in all_calls:
-                table.setdefault((name, calls, cost), []).append(fd(f"{path}:{calls}", args.n))
+        file = lambda name: f"runs/digits/{f'seed{seed}/' if seed else ''}{name}.safetensors"
+        rows = train_mf(seed, file, args.scratch) if mf else train_cm(seed, file, args.intervals)
+        cells = [(name, calls, cost, f"{path}:{calls}") for name, path, cost in rows
+                 for calls in ((16, 1) if name == "teacher" else (1, 2))]
+        for (name, calls, cost, _), value in zip(cells, distances([c[-1] for c in cells], args.n)):
+            table.setdefault((name, calls, cost), []).append(value)
+        if seed == 0: shown = [path for _, path, _ in rows[:4 if mf else 3]]
 
-    floor = halves()
-    command("sample", "runs/digits/pretrain.safetensors:16", "runs/digits/pretrain.safetensors:1",
-            "runs/digits/midtrain_cm.safetensors:1", "runs/digits/posttrain_cm.safetensors:1",
-            "runs/digits/posttrain_cm.safetensors:2", "--real", "--labels", "balanced", "--n", 20,
-            "--out", "runs/digits/demo.npz")
+    floor, picture = halves(), "runs/digits/demo_mf.npz" if mf else "runs/digits/demo.npz"
+    calls = [(0, 16), (0, 1), (1, 1), (2, 1), (2, 2)] + ([(3, 1)] if mf else [])
+    command("sample", *(f"{shown[i]}:{k}" for i, k in calls), "--real", "--labels", "balanced", "--n", 20,
+            "--out", picture)
 
     print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {args.seeds} training seed(s)"
           f"\n\n| | network calls | training compute after the teacher, M forwards | FD-pixels |"
@@ -93,8 +122,8 @@ def main():
           f"\n| real, one half against the other | | | {floor:.3f} |")
     for (name, calls, cost), values in table.items():
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        print(f"| {name} | {calls} | {cost:.2f} | {statistics.mean(values):.3f}{spread} |")
-    print(f"\nThe picture is runs/digits/demo.png. {time.time() - started:.0f} s.")
+        print(f"| {name} | {calls} | {cost / 1e6:.2f} | {statistics.mean(values):.3f}{spread} |")
+    print(f"\nThe picture is {Path(picture).with_suffix('.png')}. {time.time() - started:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def test_loss_reproduces_the_reference():
     x_T = (v["in/images"][:mini].double() + 80 * v["in/eps"].double()).flatten(1)
     states, times = solve.dpm_solver_pp(denoise, x_T, solve.log_uniform_times(N))
     step_major = torch.arange(N * mini) % mini * N + torch.arange(N * mini) // mini
-    x, t, x_end, _ = midtrain.pairs(states, times, torch.zeros(mini), step_major)
+    x, t, x_end, _, _ = midtrain.pairs(states, times, torch.zeros(mini), step_major,
+                                       *midtrain.pair_table(N, "cm"))
     assert relerr(x, v["out64/student_x"]) < 1e-12 and relerr(t, v["out64/student_t"]) < 1e-12
     for name, distance in [("MSE", midtrain.l2),
                            ("MAE", lambda a, b: torch.linalg.vector_norm(a - b, dim=1))]:
@@ -110,7 +111,7 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
     assert [len(y) for _, _, y in solved] == ([8] if source == "file" else [8, 4])
     states = {s.numpy().tobytes(): (states[-1, j], times[i].float(), y[j])
               for states, times, y in solved for i in range(8) for j, s in enumerate(states[i])}
-    x, t, x_end, y = (torch.cat(a) for a in zip(*used))
+    x, t, x_end, _, y = (torch.cat(a) for a in zip(*used))
     assert len(states) == len(x) == steps * 8
     for k in range(len(x)):
         end, time, label = states.pop(x[k].numpy().tobytes())         # a state used twice is no longer there
@@ -119,5 +120,21 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
 
 def test_network_in_the_loop_never_sees_the_end_as_input():
     states, times = torch.randn(5, 3, 2), torch.tensor([80.0, 9.0, 1.0, 0.1, 0.002], dtype=torch.float64)
-    x, t, x_end, y = midtrain.pairs(states, times, torch.arange(3), torch.arange(12))
+    x, t, x_end, r, y = midtrain.pairs(states, times, torch.arange(3), torch.arange(12),
+                                       *midtrain.pair_table(4, "cm"))
     assert t.min() > 0.05 and t.shape == (12,) and torch.equal(x_end, states[-1].repeat_interleave(4, 0))
+    assert (r == 0.002).all()
+
+
+def test_mean_flow_draws_N_pairs_of_each_trajectory_without_replacement():
+    torch.manual_seed(0)
+    N, paths, M = 8, 4000, 36
+    i, j = midtrain.pair_table(N, "mf")
+    number = midtrain.draw_pairs(paths, N, M, "cpu")
+    assert len(number.unique()) == len(number) == paths * N                         # no pair of a path twice
+    assert torch.equal((number // M).bincount(), torch.full((paths,), N))
+    assert not torch.equal(number, number.sort().values)
+    # every pair equally often: 36 counts of about 889 +- 26; beyond 5 of these: 1 run in 50,000
+    counts = (number % M).bincount(minlength=M).double()
+    assert ((counts - paths * N / M).abs() < 5 * (paths * N / M * (1 - N / M)) ** 0.5).all()
+    assert sorted(zip(i.tolist(), j.tolist())) == [(a, b) for a in range(8) for b in range(a + 1, 9)]

@@ -90,7 +90,8 @@ def test_equal_rng_state_gives_equal_dropout_masks_with_and_without_grad():
 
 def test_checkpoint_round_trip(tmp_path):
     D = tiny()
-    header = {"network": {"class": "DDPMpp", "img_resolution": 8, "img_channels": 1, "label_dim": 3,
+    header = {"kind": "Denoiser",
+              "network": {"class": "DDPMpp", "img_resolution": 8, "img_channels": 1, "label_dim": 3,
                           "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1,
                           "attn_resolutions": [4]},
               "sigma_data": 0.5, "noise_scale": 2.0}

@@ -9,24 +9,35 @@ from conftest import ROOT
 x, eps, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.rand(4) + 0.1
 times = torch.tensor([80.0, 9.0, 1.0, 0.1], dtype=torch.float64)
 shrink = lambda x, t, y=None: x / (1 + t)[:, None, None, None]
+jump = lambda z, r, t, y=None: z * (1 + t - r)[:, None, None, None]
 cov = torch.eye(3) + 1
 
 CALLS = {
     "pretrain.edm_loss": (shrink, x, eps, t, None),
-    "pretrain.log_normal": (4, -1.2, 1.2, "cpu"),
+    "pretrain.flow_loss": (jump, x, eps, t, None),
     "solve.log_uniform_times": (16,),
     "solve.karras_times": (16,),
+    "solve.uniform_times": (16,),
     "solve.dpm_solver_pp": (shrink, x, times),
     "solve.euler": (shrink, x, times),
     "solve.heun": (shrink, x, times),
+    "solve.flow_map": (jump, x, times),
     "midtrain.cmt_loss": (shrink, x, t, eps, None, lambda a, b: (a - b).flatten(1).norm(dim=1)),
+    "midtrain.cmt_meanflow_loss": (jump, x, eps, 0.5 * t, t, None),
     "midtrain.l2": (x, eps),
     "midtrain.huber": (x, eps),
-    "midtrain.pairs": (torch.randn(4, 5, 1, 8, 8), times, torch.arange(5), torch.arange(15)),
+    "midtrain.pair_table": (3, "mf"),
+    "midtrain.pairs": (torch.randn(4, 5, 1, 8, 8), times, torch.arange(5), torch.arange(15),
+                       torch.arange(3), torch.full((3,), 3)),
     "posttrain_cm.ect_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.0),
     "posttrain_cm.ect_r": (t, 256, 0),
+    "posttrain_mf.meanflow_loss": (jump, x, 0.5 * t, t, None, eps, 0),
+    "posttrain_mf.derivative_jvp": (jump, x, 0.5 * t, t, None, eps),
+    "posttrain_mf.derivative_difference": (jump, x, 0.5 * t, t, None, eps),
+    "posttrain_mf.guided_velocity": (jump, x, t, torch.arange(4), eps, 0.2, 0.9, 3),
+    "posttrain_mf.two_times": (8, 2, -0.4, 1.0, "cpu"),
     "sample.consistency_sampler": (shrink, torch.stack([x, eps]), [80.0, 0.8], None),
-    "sample.step_times": (2, 80.0, 0.8),
+    "sample.geometric_times": (2, 80.0, 0.8),
     "sample.draw_block": (0, 2, (1, 8, 8), 10),
     "fid.frechet_distance": (torch.zeros(3), cov, torch.ones(3), cov),
     "fid.statistics": ([torch.randn(9, 3), torch.randn(9, 3)],),
@@ -34,7 +45,7 @@ CALLS = {
 
 
 def method_functions():
-    for stage in ("pretrain", "solve", "midtrain", "posttrain_cm", "sample", "fid"):
+    for stage in ("pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf", "sample", "fid"):
         source = (ROOT / f"{stage}.py").read_text()
         _, _, method = source.partition("# === the method ===")
         method = method.partition("\n# ===")[0]

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 def commands():
     for file in sorted([ROOT / "README.md", *ROOT.glob("*.py")]):
-        for line in file.read_text().splitlines():
+        for line in file.read_text().replace("\\\n", " ").splitlines():
             found = re.match(r"\s*(?:run\s+|\$ )?(?:python|torchrun (?:-\S+ )+)\s?(\w+)\.py(.*)", line)
             if found:
                 yield pytest.param(found[1], found[2].split("  ")[0],
@@ -29,13 +29,17 @@ def test_command_parses(script, args, monkeypatch, tmp_path):
 
 def test_the_chain_of_the_readme_is_there():
     text = " ".join(c.id for c in commands() if c.id.startswith("README"))
-    assert all(f"{s}" in text for s in ("pretrain", "solve", "midtrain", "posttrain_cm", "sample", "fid"))
+    assert all(f"{s}" in text for s in ("pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf",
+                                       "sample", "fid"))
 
 
-@pytest.mark.parametrize("script", ["pretrain", "midtrain", "posttrain_cm"])
-def test_help_prints_the_defaults_of_that_data_set(run, script):
-    recipes = importlib.import_module(script).RECIPES
+@pytest.mark.parametrize("script, recipes, flags", [
+    ("pretrain", "edm", []), ("pretrain", "flow", ["--objective", "flow"]), ("midtrain", "cm", []),
+    ("midtrain", "mf", ["--target", "mf"]), ("posttrain_cm", None, []), ("posttrain_mf", None, [])])
+def test_help_prints_the_defaults_of_that_data_set(run, script, recipes, flags):
+    table = importlib.import_module(script).RECIPES
+    recipes = table[recipes] if recipes else table
     for data in ("digits", "cifar10"):
-        done = run(script, "--data", data, "--help")
+        done = run(script, *flags, "--data", data, "--help")
         assert done.code == 0 and f"(default: {recipes[data]['steps']})" in done.out
         assert all("%(default)s" not in line for line in done.out.splitlines())

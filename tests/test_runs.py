@@ -11,8 +11,10 @@ import midtrain, model, pretrain
 from conftest import ROOT, relerr, write_npz
 
 SMALL = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
-STAGES = ["pretrain", "midtrain", "posttrain_cm"]
-RESULT = {"pretrain": "pretrain", "midtrain": "midtrain_cm", "posttrain_cm": "posttrain_cm"}
+# what each stage's file is called, and its command line
+STAGES = {"pretrain": ["pretrain"], "midtrain_cm": ["midtrain"], "posttrain_cm": ["posttrain_cm"],
+          "pretrain_flow": ["pretrain", "--objective", "flow"], "midtrain_mf": ["midtrain", "--target", "mf"],
+          "posttrain_mf": ["posttrain_mf"]}
 
 
 def digest(folder):
@@ -21,9 +23,10 @@ def digest(folder):
 
 
 def test_chain_writes_what_the_next_stage_needs(chain):
+    assert STAGES.keys() == model.KIND.keys()
     for stage in STAGES:
-        net, header = model.load(chain / f"runs/digits/{RESULT[stage]}.safetensors")
-        assert header["stage"] == RESULT[stage] and header["data"] == "digits"
+        net, header = model.load(chain / f"runs/digits/{stage}.safetensors")
+        assert header["stage"] == stage and header["data"] == "digits" and header["kind"] == model.KIND[stage]
         assert header["step"] == header["steps"] == 4
         assert header[header["unit"]] == 32 and header["settings"]["batch"] == 8
     assert (chain / "runs/digits/trajectories.png").exists()
@@ -51,11 +54,11 @@ def test_own_data_end_to_end(run, tmp_path, monkeypatch, channels, classes):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "elsewhere").mkdir()
     data = write_npz(tmp_path / "elsewhere/photos.npz", size=12, channels=channels, classes=classes)
-    for script in ("pretrain", "midtrain", "posttrain_cm"):
-        done = run(script, "--data", data, *SMALL, *(["--nfe", 4] if script == "midtrain" else []))
+    for script, *flags in STAGES.values():
+        done = run(script, *flags, "--data", data, *SMALL, *(["--nfe", 4] if script == "midtrain" else []))
         assert done.code == 0, done.err
-    done = run("sample", "runs/photos/pretrain.safetensors:2", "runs/photos/posttrain_cm.safetensors:2",
-               "--n", 4, "--real", "--data", data)
+    files = [f"runs/photos/{stage}.safetensors:2" for stage in STAGES]
+    done = run("sample", *files, "--n", 4, "--real", "--data", data)
     assert done.code == 0, done.err
     assert (tmp_path / "runs/photos/samples.png").exists()
     done = run("fid", "runs/photos/midtrain_cm.safetensors:1", "--ref", data, "--n", 8,
@@ -67,28 +70,32 @@ def test_own_data_end_to_end(run, tmp_path, monkeypatch, channels, classes):
 def test_interrupted_run_continues_bit_for_bit(run, chain, tmp_path, monkeypatch, stage):
     monkeypatch.chdir(chain)
     monkeypatch.setattr(midtrain, "pool_size", lambda batch, N: 4)      # 2 steps a pool: cut inside a pool
-    if stage != "pretrain":                                             # dropout draws from every step's RNG
-        monkeypatch.setitem(importlib.import_module(stage).RECIPES["digits"], "dropout", 0.3)
-    args = ["--steps", 6, "--batch", 8, "--save-every", 3, *(["--nfe", 4] if stage == "midtrain" else [])]
+    script, *flags = STAGES[stage]
+    recipes = importlib.import_module(script).RECIPES
+    recipe = recipes.get({"midtrain_cm": "cm", "midtrain_mf": "mf"}.get(stage), recipes).get("digits", {})
+    if "network" in recipe:                                             # dropout draws from every step's RNG
+        monkeypatch.setitem(recipe, "network", {"dropout": 0.3})
+    args = [*flags, "--steps", 6, "--batch", 8, "--save-every", 3]
+    if script == "midtrain": args += ["--nfe", 8 if stage == "midtrain_mf" else 4]           # 4 pairs each
     whole, cut, save_run = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors", model.save_run
-    assert run(stage, *args, "--out", whole).code == 0
+    assert run(script, *args, "--out", whole).code == 0
 
     def save_and_die(*a):
         save_run(*a)
         raise model.Refused("the power went out")
     monkeypatch.setattr(model, "save_run", save_and_die)
-    assert run(stage, *args, "--out", cut).code == 2
+    assert run(script, *args, "--out", cut).code == 2
     monkeypatch.setattr(model, "save_run", save_run)
     assert model.read(cut)[1]["step"] == 3
-    assert "continuing" in run(stage, *args, "--out", cut).out
+    assert "continuing" in run(script, *args, "--out", cut).out
     for name in ("whole", "cut"): assert model.read(tmp_path / f"{name}.safetensors")[1]["step"] == 6
     for suffix in (".safetensors", ".resume.safetensors"):
         a, b = (model.read(tmp_path / (name + suffix))[0] for name in ("whole", "cut"))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
     before = digest(tmp_path)
-    assert "is finished" in run(stage, *args, "--out", cut).out and digest(tmp_path) == before
-    other = run(stage, *args, "--out", cut, "--lr", 0.5)
+    assert "is finished" in run(script, *args, "--out", cut).out and digest(tmp_path) == before
+    other = run(script, *args, "--out", cut, "--lr", 0.5)
     assert other.code == 2 and "lr was" in other.err and digest(tmp_path) == before
 
 
@@ -205,9 +212,12 @@ def test_images_that_do_not_fit_the_recipe_or_the_weights(run, chain, tmp_path, 
 def test_indivisible_batch(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    for script in STAGES:
-        refused(run(script, "--batch", 8, "--out", tmp_path / "a.safetensors"),
+    for script, *flags in STAGES.values():
+        refused(run(script, *flags, "--batch", 8, "--out", tmp_path / "a.safetensors"),
                 "--batch 8", "3 processes", "multiple of 3")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refused(run("posttrain_mf", "--batch", 6), "--batch 6", "multiple of 4")
+    refused(run("posttrain_mf", "--derivative", "difference", "--precision", "bf16"), "bf16", "fp32")
 
 
 def test_heun_needs_an_even_number_of_calls(run, chain, monkeypatch):
@@ -215,9 +225,52 @@ def test_heun_needs_an_even_number_of_calls(run, chain, monkeypatch):
     for script in ("midtrain", "solve"): refused(run(script, "--solver", "heun", "--nfe", 5), "even")
 
 
+def test_solver_and_teacher_have_to_match(run, chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    flow, mf = "runs/digits/pretrain_flow.safetensors", "runs/digits/midtrain_mf.safetensors"
+    refused(run("solve", "--solver", "jump"), "does not fit", "dpm3")
+    refused(run("solve", "--teacher", flow, "--solver", "jump"), "t - r", "heun")
+    mid = "midtrain", "--target", "mf"
+    refused(run(*mid, "--teacher", mf, "--solver", "dpm2"), "does not fit", "jump")
+    refused(run(*mid, "--distance", "huber"), "squared l2")
+    refused(run(*mid, "--teacher", "runs/digits/midtrain_cm.safetensors"), "midtrain_cm")
+    refused(run(*mid, "--init", "runs/digits/pretrain.safetensors"), "stage pretrain,", "pretrain_flow or")
+    refused(run("midtrain", "--teacher", flow), "pretrain_flow", "has to be a pretrain file")
+    refused(run("posttrain_cm", "--init", mf), "stage midtrain_mf", "posttrain_cm file")
+    refused(run("posttrain_mf", "--velocity", "teacher", "--teacher", mf), "has to be a pretrain_flow file")
+
+
+def test_any_trajectory_teaches_a_mean_flow_model(run, chain, tmp_path, monkeypatch):
+    """A denoiser and a few-step Mean Flow model as teachers, a student from scratch; a file."""
+    monkeypatch.chdir(chain)
+    edm, mf = "runs/digits/pretrain.safetensors", "runs/digits/posttrain_mf.safetensors"
+    def mid(name, *flags):
+        out = tmp_path / f"{name}.safetensors"
+        done = run("midtrain", "--target", "mf", "--init", "none", *SMALL, "--out", out, *flags)
+        assert done.code == 0, done.err
+        return out, model.read(out)[1]
+    out, header = mid("edm", "--teacher", edm)
+    assert header["t_max"] == 80 / 81 and header["t_min"] == 0.002 / 1.002 and header["network"]["interval"]
+    assert run("sample", f"{out}:3", "--n", 4, "--out", tmp_path / "a.npz").code == 0
+    assert mid("jumps", "--teacher", mf, "--nfe", 8)[1]["settings"]["solver"] == "jump"
+    mid("file", "--teacher", edm, "--trajectories", "runs/digits/trajectories.safetensors")
+
+
+def test_post_training_variants(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    flow = "runs/digits/pretrain_flow.safetensors"
+    for i, flags in enumerate([("--velocity", "teacher"), ("--derivative", "difference"),
+                               ("--omega", 0.5, "--kappa", 0.3), ("--init", flow), ("--init", "none")]):
+        done = run("posttrain_mf", *SMALL, *flags, "--out", tmp_path / f"{i}.safetensors")
+        assert done.code == 0, done.err
+        assert model.read(tmp_path / f"{i}.safetensors")[1]["network"]["interval"]
+
+
 def test_bad_sampling_arguments(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     file, out = "runs/digits/midtrain_cm.safetensors", ("--out", tmp_path / "a.npz")
+    for mid in ("0.5,0.8", "0.5,0.5", "90,1", "1"):
+        refused(run("sample", f"{file}:3", "--mid-t", mid, *out), "--mid-t")
     for labels in ("foo", "10", "-1"): refused(run("sample", file, f"--labels={labels}", *out), "--labels")
     refused(run("sample", f"{file}:0", *out), "at least one step")
     np.savez(tmp_path / "three.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8), arr_1=np.arange(3))
@@ -264,6 +317,34 @@ def losses(net, part):
     yield posttrain_cm.ect_loss(net, x, eps, t, 0.9 * t, y, 1 / t, 0.0)
 
 
+def meanflow_step(ddp, net, part):
+    """posttrain_mf.py's loss on `part` of a fixed batch of 8, of which rows 0, 1, 4 and 5 have r < t."""
+    import posttrain_mf
+    g = torch.Generator().manual_seed(1)
+    z, v = torch.randn(2, 8, 1, 8, 8, generator=g).double()[:, part]
+    r, t = torch.rand(2, 8, generator=g).double().sort(dim=0).values
+    jumps = torch.tensor([1, 1, 0, 0, 1, 1, 0, 0], dtype=torch.bool)
+    r, t, y, jumps = torch.where(jumps, r, t)[part], t[part], (torch.arange(8) % 4)[part], jumps[part]
+    dudt = posttrain_mf.derivative_jvp(net, *(a[jumps] for a in (z, r, t, y, v)))
+    return torch.cat([posttrain_mf.meanflow_loss(ddp, *(a[jumps] for a in (z, r, t, y, v)), dudt),
+                      posttrain_mf.meanflow_loss(ddp, *(a[~jumps] for a in (z, r, t, y, v)), 0)]).mean()
+
+
+def meanflow_gradients(world, part, steps=5):
+    """Five steps of plain descent in float64 -> the gradients of each."""
+    torch.manual_seed(0)
+    net = model.MeanVelocity(model.DDPMpp(8, 1, 3, 8, (1, 2), 1, (4,), interval=True)).double()
+    for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)
+    ddp, gradients = model.parallel(net, world), []
+    for _ in range(steps):
+        meanflow_step(ddp, net, part).backward()
+        gradients.append({n: p.grad.clone() for n, p in net.named_parameters()})
+        with torch.no_grad():
+            for p in net.parameters(): p -= 0.1 * p.grad
+        net.zero_grad()
+    return gradients
+
+
 def rank_main(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -275,6 +356,7 @@ def rank_main(rank, port, folder):
         for i, loss in enumerate(losses(ddp, slice(rank * batch, (rank + 1) * batch))):
             if i == k: loss.mean().backward()
         torch.save({n: p.grad for n, p in ddp.module.named_parameters()}, f"{folder}/{k}-{rank}.pt")
+    torch.save(meanflow_gradients(world, slice(rank * batch, (rank + 1) * batch)), f"{folder}/mf-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -295,17 +377,23 @@ def test_two_ranks_average_to_one_process_on_the_global_batch(tmp_path):
         for name, p in net.named_parameters():
             assert torch.equal(one[name], two[name])
             assert p.grad.abs().max() == 0 or relerr(one[name], p.grad) < 1e-5, (k, name)
+    one, two = (torch.load(tmp_path / f"mf-{rank}.pt") for rank in (0, 1))
+    for k, alone in enumerate(meanflow_gradients(1, slice(0, 8))):
+        for name, grad in alone.items():
+            assert torch.equal(one[k][name], two[k][name])
+            assert grad.abs().max() > 0 and relerr(one[k][name], grad) < 1e-9, (k, name)
 
 
-def test_torchrun_with_two_ranks(chain, tmp_path):
+@pytest.mark.parametrize("script", ["midtrain.py", "posttrain_mf.py"])
+def test_torchrun_with_two_ranks(chain, tmp_path, script):
     out = tmp_path / "a.safetensors"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               f"--master_port={free_port()}", ROOT / "midtrain.py",
-               "--steps", "4", "--batch", "8", "--nfe", "4", "--log-every", "2", "--out", out]
+               f"--master_port={free_port()}", ROOT / script,
+               "--steps", "5", "--batch", "8", "--log-every", "2", "--out", out]
     done = subprocess.run([str(c) for c in command], cwd=chain, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     # one log line a period, not one a rank
-    assert done.stdout.count("step ") == 2 and model.load(out)[1]["step"] == 4
+    assert done.stdout.count("step ") == 3 and model.load(out)[1]["step"] == 5
 
 
 # --- runs that go wrong -------------------------------------------------------------------------------------

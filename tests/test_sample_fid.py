@@ -50,13 +50,22 @@ def test_two_steps_renoise_to_the_second_time():
         seen.append((x, t))
         return torch.full_like(x, 3.0)
     eps = torch.randn(2, 4, 1, 8, 8)
-    out = sample.consistency_sampler(f, eps, sample.step_times(2, 80.0, 0.821), None)
+    out = sample.consistency_sampler(f, eps, sample.geometric_times(2, 80.0, 0.821), None)
     assert torch.equal(out, torch.full_like(out, 3.0))
     assert torch.equal(seen[0][0], 80 * eps[0]) and (seen[0][1] == 80).all()
     assert torch.allclose(seen[1][0], 3 + 0.821 * eps[1])
     assert torch.allclose(seen[1][1], torch.full((4,), 0.821))
-    assert sample.step_times(1, 80.0, 0.821) == [80.0]
-    assert sample.step_times(3, 80.0, 0.8)[1] == pytest.approx(8.0)
+    assert sample.geometric_times(1, 80.0, 0.821) == [80.0]
+    assert sample.geometric_times(3, 80.0, 0.8)[1] == pytest.approx(8.0)
+
+
+def test_step_times():
+    cm = {"kind": "Denoiser", "t_max": 80.0, "t_min": 0.002, "mid_t": 0.8}
+    mf = {"kind": "MeanVelocity", "t_max": 1.0, "t_min": 0.0}
+    assert sample.step_times(cm, 2) == [80.0, 0.8] and sample.step_times(cm, 2, [1.5]) == [80.0, 1.5]
+    assert sample.step_times(mf, 1) == [1.0] and sample.step_times(mf, 1, [0.3]) == [1.0]
+    assert sample.step_times(mf, 4) == [1.0, 0.75, 0.5, 0.25]
+    assert sample.step_times(mf, 3, [0.6, 0.2]) == [1.0, 0.6, 0.2]
 
 
 def test_frechet_distance_closed_forms():

@@ -1,0 +1,177 @@
+"""Stage 4b, post-training as a Mean Flow model: the average velocity's own equation, on real images.
+
+  (t - r) u(z_t, r, t) = int_r^t v dtau;  differentiate by t along the path:  u = v - (t - r) du/dt
+
+  reads   runs/D/midtrain_mf.safetensors and the images of --data
+  writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py draws from them in any number of steps
+  run     python posttrain_mf.py                                          # digits, a minute on two CPU cores
+          torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
+  cost    per image: one forward and one backward; for the share of each batch with r < t also the derivative
+          along the path, a JVP or two forwards; with guidance two forwards more, with --velocity teacher one
+  expect  digits: a loss just below 1: it is divided by itself, look at the samples instead
+
+Baselines: Mean Flow straight from the flow-matching weights, and from scratch:
+     python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 2000 --lr 3e-4 \
+                            --out runs/digits/mf_flow.safetensors
+     python posttrain_mf.py --init none --steps 3500 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
+
+The body runs in fp32 by default, on every device: the target is built from a derivative of the network.
+"""
+import copy
+
+import torch
+
+import model
+
+RECIPES = {
+    # cifar10 and imagenet256: batch, lr, warm-up, EMA, dropout, times, p and guidance are Mean Flow's
+    # (2505.13447); steps are ours, as are the other rows: the paper's are unknown. warmup: in images; decay:
+    # lr falls to 0 at the end; logit t, logit r ~ N(P_mean, P_std^2); jumps: share of a batch with r < t; p,
+    # c: of the adaptive weight; omega, kappa, guide_times: guidance baked in, none with 1 and 0; `network`:
+    # what differs from the network of --init.
+    "digits":      dict(steps=400,     batch=64,   lr=1e-4, ema=0.99,    beta2=0.999, decay=True, warmup=0,
+                        P_mean=-0.4, P_std=1.0, jumps=0.25, p=1.0,  c=1e-3,
+                        omega=1.0, kappa=0.0,  guide_times=(0.0, 1.0),  network=dict()),
+    "cifar10":     dict(steps=200_000, batch=1024, lr=6e-4, ema=0.99995, beta2=0.999, decay=False, warmup=1e7,
+                        P_mean=-2.0, P_std=2.0, jumps=0.75, p=0.75, c=1e-3,
+                        omega=1.0, kappa=0.0,  guide_times=(0.0, 1.0),  network=dict(dropout=0.2)),
+    "imagenet256": dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  beta2=0.95,  decay=False, warmup=0,
+                        P_mean=-0.4, P_std=1.0, jumps=0.25, p=1.0,  c=1e-3,
+                        omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), network=dict()),
+    "own data":    dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999,   beta2=0.999, decay=True,  warmup=0,
+                        P_mean=-0.4, P_std=1.0, jumps=0.25, p=1.0,  c=1e-3,
+                        omega=1.0, kappa=0.0,  guide_times=(0.0, 1.0),  network=dict()),
+}
+
+
+# === the method =============================================================================================
+
+def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
+    """Mean Flow (2505.13447, eq. 10 and 22), one number per sample. z, v (B,C,H,W), r <= t (B,), y (B,),
+    dudt (B,C,H,W) the derivative of u along the path, or 0 where r = t -> (B,)"""
+    # u_target = v - (t - r) du/dt,   ||u - sg u_target||^2 / sg(||u - u_target||^2 + c)^p,   sg: no gradient
+    target = (v - (t - r)[:, None, None, None] * dudt).detach()
+    e = (u(z, r, t, y) - target).square().sum(dim=(1, 2, 3))
+    return e / (e.detach() + c) ** p
+
+
+def derivative_jvp(u, z, r, t, y, v):
+    """d/dt u(z_t, r, t) along the path dz/dt = v, exactly, by forward-mode differentiation. z, v (B,C,H,W),
+    r, t, y (B,) -> (B,C,H,W), no graph. Puts the RNG state back: the loss has the same dropout masks."""
+    # v du/dz + 0 du/dr + 1 du/dt.  Fused attention has no forward mode: the math path.
+    devices, tangents = [z.device] if z.is_cuda else [], (v, torch.zeros_like(r), torch.ones_like(t))
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.no_grad(), torch.random.fork_rng(devices), math:
+        return torch.func.jvp(lambda z, r, t: u(z, r, t, y), (z, r, t), tangents)[1]
+
+
+def derivative_difference(u, z, r, t, y, v, step=0.005):
+    """The same by a central difference, two forwards. For bodies in fp32."""
+    # ( u(z + d v, r, t + d) - u(z - d v, r, t - d) ) / 2d
+    devices = [z.device] if z.is_cuda else []
+    with torch.no_grad():
+        with torch.random.fork_rng(devices): ahead = u(z + step * v, r, t + step, y)
+        with torch.random.fork_rng(devices): behind = u(z - step * v, r, t - step, y)
+        return (ahead - behind) / (2 * step)
+
+
+def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
+    """Guidance baked into the target (2505.13447, eq. 20): v where y is null or t is not in [low, high], else
+    v_g. z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), no graph"""
+    # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
+    if (omega, kappa) == (1.0, 0.0): return v
+    with torch.no_grad():
+        nulls = torch.full_like(y, null)
+        guided = omega * v + kappa * u(z, t, t, y) + (1 - omega - kappa) * u(z, t, t, nulls)
+    return torch.where(((y != null) & (low <= t) & (t <= high))[:, None, None, None], guided, v)
+
+
+def two_times(n, jumps, mean, std, device):
+    """logit t ~ N(mean, std^2), twice and sorted; the first `jumps` of n samples keep r < t, in the others
+    r = t. -> r, t (n,)"""
+    times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
+    r, t = times.amin(0), times.amax(0)
+    return torch.where(torch.arange(n, device=device) < jumps, r, t), t
+
+
+# === the run ================================================================================================
+
+def main():
+    p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision="fp32")
+    p.add_argument("--velocity", choices=["data", "teacher"], default="data",
+                   help="v of the target: eps - x_0, or the flow-matching teacher's")
+    p.add_argument("--teacher", default=f"runs/{p.get_default('name')}/pretrain_flow.safetensors",
+                   metavar="FILE", help="flow-matching model, for --velocity teacher")
+    p.add_argument("--derivative", choices=["jvp", "difference"], default="jvp",
+                   help="along the path: exact or central")
+    p.add_argument("--omega", type=float, help="guidance: weight of v")
+    p.add_argument("--kappa", type=float, help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
+    p.add_argument("--guide-times", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                   help="guidance only for t in between")
+    args = p.parse_args()
+    if args.derivative == "difference" and args.precision == "bf16":
+        raise model.Refused("--derivative difference drowns in bf16; "
+                            "choose --precision fp32 or --derivative jvp.")
+    rank, world, device, batch = model.setup(args.batch)
+    jumps = round(args.jumps * batch)                                              # rows with r < t
+    if jumps != args.jumps * batch:
+        raise model.Refused(f"--batch {args.batch}: {args.jumps:g} of it has to be a whole number on each "
+                            f"of {world} processes; choose a multiple of {4 * world}.")
+
+    images, labels, row = model.read_images(args.path, model.DATASETS.get(args.row))
+    model.reseed(args.seed)
+    made_by = f"python midtrain.py --target mf --data {args.data}"
+    net, header = model.first_weights(args.init, made_by, row, "MeanVelocity", device, interval=True,
+                                      **args.network)
+    model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
+    teacher, files = None, dict(init=args.init, data=args.path)
+    if args.velocity == "teacher":
+        made_by = f"python pretrain.py --objective flow --data {args.data}"
+        teacher, teacher_header = model.parent(args.teacher, made_by, ["pretrain_flow"], device=device)
+        model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
+        files["teacher"] = args.teacher
+    header |= model.stamp(args, "posttrain_mf", "images", world, **files)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    net.train().body_dtype = model.BODY[args.precision]
+    ddp = model.parallel(net, world)
+    opt = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8)
+    derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
+    null = header["network"]["label_dim"]
+
+    step = start = model.resume_run(args.out, net, ema, opt, header)
+    log = model.Log(args, "images", world, step)
+    while True:
+        done = step == args.steps
+        if rank == 0 and step > start and (done or step % args.save_every == 0):
+            model.save_run(args.out, step, net, ema, opt, header)
+        if done: break
+
+        model.reseed(args.seed, rank, step)
+        at = model.batch_indices(len(images), args.seed, step * args.batch + rank * batch, batch)
+        x0 = model.to_float(images[at]).to(device)                                 # (b, C, H, W)
+        y = model.drop_labels(labels[at], header).to(device)                       # (b,)
+        r, t = two_times(batch, jumps, args.P_mean, args.P_std, device)
+        eps = torch.randn_like(x0)
+        z = x0 + t[:, None, None, None] * (eps - x0)
+        v = eps - x0
+        if teacher:
+            with torch.no_grad(): v = teacher(z, t, t, y)
+        v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
+
+        # The rows with r < t go through the network apart from the others, so that their loss and their
+        # derivative share dropout masks. The derivative is of the bare network: DDP has no forward mode.
+        jumping = [a[:jumps] for a in (z, r, t, y, v)]
+        dudt = derivative(net, *jumping)
+        others = [a[jumps:] for a in (z, r, t, y, v)]
+        loss = torch.cat([meanflow_loss(ddp, *jumping, dudt, args.p, args.c),
+                          meanflow_loss(ddp, *others, 0, args.p, args.c)]).mean()
+        loss.backward()
+        lr = args.lr * min(1, (step + 1) * args.batch / max(args.warmup, 1))
+        if args.decay: lr *= 1 - step / args.steps
+        norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
+        step += 1
+        log(step, loss, norm, lr)
+
+
+if __name__ == "__main__":
+    model.run(main)

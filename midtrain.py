@@ -162,7 +162,9 @@ def main():
         raise model.Refused("--distance huber is for --target cm; the mean-flow loss is squared l2.")
     rank, world, device, batch = model.setup(args.batch)
 
-    made_by = f"python pretrain.py --data {args.data}" + (" --objective flow" if target == "mf" else "")
+    made_by = f"python pretrain.py --data {args.data}"
+    if target == "mf": made_by += " --objective flow"
+    elif public := model.DATASETS.get(args.row, {}).get("public"): made_by += f" [--import {public}]"
     teacher_by = made_by
     if p.get_default("init") == "none":                                            # imagenet256's chain
         teacher_by = (f"python posttrain_mf.py --data {args.data} --omega 1 --kappa 0.5 --guide-times 0 1 "

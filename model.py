@@ -137,9 +137,10 @@ class DDPMpp(nn.Module):
     = t - r with `interval` -> (B,C,H,W).
     """
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=128, channel_mult=(2, 2, 2),
-                 num_blocks=4, attn_resolutions=(16,), dropout=0.0, interval=False):
+                 num_blocks=4, attn_resolutions=(16,), dropout=0.0, interval=False, channel_mult_emb=4):
         super().__init__()
-        emb_dim, self.label_dim, self.model_channels = 4 * model_channels, label_dim, model_channels
+        emb_dim = channel_mult_emb * model_channels
+        self.label_dim, self.model_channels = label_dim, model_channels
         if label_dim:
             self.map_label = initialised(Linear(label_dim, model_channels))
         self.map_layer0 = initialised(Linear(model_channels, emb_dim))
@@ -197,6 +198,158 @@ class DDPMpp(nn.Module):
             x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
         norm, conv = list(self.dec.values())[-2:]
         return conv(F.silu(norm(x)))
+
+
+# EDM2's parts (2312.02696). Activations and weights keep magnitude 1: their root-mean-square.
+
+def unit(x, dims):
+    """x / rms(x over dims). In at least fp32, up to 1e-4."""
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(x32, dim=dims, keepdim=True)
+    return (x32 / (1e-4 + norm * (norm.numel() / x.numel()) ** 0.5)).to(x.dtype)
+
+
+def mp_silu(x):                                                              # eq. 81
+    return F.silu(x) / 0.596
+
+
+def mp_sum(a, b, t):                                                         # eq. 88
+    return a.lerp(b, t) / ((1 - t) ** 2 + t ** 2) ** 0.5
+
+
+def mp_cat(a, b, t):                                                         # eq. 103
+    C = ((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t ** 2)) ** 0.5
+    return torch.cat([C * (1 - t) / a.shape[1] ** 0.5 * a, C * t / b.shape[1] ** 0.5 * b], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of a time (eq. 75). (B,) -> (B, channels)"""
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("freqs", 2 * math.pi * torch.randn(channels))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels))
+
+    def forward(self, t):
+        return (t[:, None] * self.freqs.to(t) + self.phases.to(t)).cos() * 2 ** 0.5
+
+
+class MPConv(nn.Module):
+    """Convolution, or with kernel 0 a linear layer, whose weights are normalised at every use (eq. 47) and,
+    where they train, also put back on the unit sphere (eq. 66), so that their learning rate means the same
+    all along. A forward without gradient leaves them alone: no target pass may move the network."""
+    def __init__(self, c_in, c_out, kernel=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, *(kernel, kernel) * (kernel > 0)))
+
+    def forward(self, x, gain=1.0):
+        dims = tuple(range(1, self.weight.dim()))
+        # Behind autograd's back (.data): with two forwards before one backward, the second finds them on the
+        # sphere already and moves them by 1e-4 of themselves at most.
+        if self.training and torch.is_grad_enabled(): self.weight.data.copy_(unit(self.weight.data, dims))
+        w = unit(self.weight.to(torch.promote_types(x.dtype, torch.float32)), dims)
+        w = (w * gain / self.weight[0].numel() ** 0.5).to(x.dtype)
+        return F.linear(x, w) if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+class MPBlock(nn.Module):
+    """EDM2's block: residual branch, steered by the embedding, then self-attention. An encoder block
+    normalises its input pixel by pixel. `resample` is "down", "up" or None."""
+    def __init__(self, c_in, c_out, emb_dim, encoder, attention=False, resample=None, channels_per_head=64,
+                 dropout=0.0, res_balance=0.3, attn_balance=0.3, clip_act=256.0):
+        super().__init__()
+        self.encoder, self.resample, self.dropout, self.clip = encoder, resample, dropout, clip_act
+        self.res_balance, self.attn_balance = res_balance, attn_balance
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv_res0 = MPConv(c_out if encoder else c_in, c_out, 3)
+        self.emb_linear = MPConv(emb_dim, c_out)
+        self.conv_res1 = MPConv(c_out, c_out, 3)
+        self.conv_skip = MPConv(c_in, c_out, 1) if c_in != c_out else None
+        self.heads = c_out // channels_per_head
+        self.attention = attention and self.heads > 0
+        if self.attention:
+            self.attn_qkv = MPConv(c_out, 3 * c_out, 1)
+            self.attn_proj = MPConv(c_out, c_out, 1)
+
+    def forward(self, x, emb):                                           # x (B, c_in, H, W), emb (B, emb_dim)
+        if self.resample == "down": x = F.avg_pool2d(x, 2)
+        if self.resample == "up":   x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if self.encoder: x = unit(self.conv_skip(x) if self.conv_skip else x, 1)
+        h = self.conv_res0(mp_silu(x))
+        h = mp_silu(h * (self.emb_linear(emb, self.emb_gain) + 1)[:, :, None, None].to(h.dtype))
+        h = self.conv_res1(F.dropout(h, self.dropout, self.training))
+        if not self.encoder and self.conv_skip: x = self.conv_skip(x)
+        x = mp_sum(x, h, self.res_balance)
+        if self.attention:
+            H, W = x.shape[2:]
+            qkv = rearrange(self.attn_qkv(x), "b (n c three) h w -> three b n (h w) c", n=self.heads, three=3)
+            q, k, v = unit(qkv, -1)
+            a = rearrange(F.scaled_dot_product_attention(q, k, v), "b n (h w) c -> b (n c) h w", h=H, w=W)
+            x = mp_sum(x, self.attn_proj(a), self.attn_balance)
+        return x.clamp(-self.clip, self.clip) if self.clip else x
+
+
+class EDM2UNet(nn.Module):
+    """The magnitude-preserving U-Net of EDM2 (2312.02696, config G). Parameter names and constructor
+    arguments are EDM2's, so its published weights fit by name; its uncertainty head (logvar) is not built.
+    `interval` adds an embedding of t - r (ours).
+
+    forward(x, noise, y, gap): as DDPMpp's.
+    """
+    def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=192,
+                 channel_mult=(1, 2, 3, 4), channel_mult_noise=None, channel_mult_emb=None, num_blocks=3,
+                 attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, interval=False, **block):
+        super().__init__()
+        self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
+        widths = [model_channels * m for m in channel_mult]
+        sizes = [img_resolution >> level for level in range(len(widths))]
+        emb_dim = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
+        noise_dim = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
+        self.out_gain = nn.Parameter(torch.zeros([]))
+        self.emb_fourier = MPFourier(noise_dim)
+        self.emb_noise = MPConv(noise_dim, emb_dim)
+        self.emb_label = MPConv(label_dim, emb_dim) if label_dim else None
+        self.r_embedder = interval_embedding(emb_dim) if interval else None
+        block = functools.partial(MPBlock, emb_dim=emb_dim, **block)
+
+        self.enc, skips, c = nn.ModuleDict(), [], widths[0]
+        for level, (s, width) in enumerate(zip(sizes, widths)):
+            if level == 0:
+                self.enc[f"{s}x{s}_conv"] = MPConv(img_channels + 1, c, 3)       # + 1: a channel of ones
+            else:
+                self.enc[f"{s}x{s}_down"] = block(c, c, encoder=True, resample="down")
+            skips.append(c)
+            for i in range(num_blocks):
+                self.enc[f"{s}x{s}_block{i}"] = block(c, width, encoder=True, attention=s in attn_resolutions)
+                c = width
+                skips.append(c)
+
+        self.dec = nn.ModuleDict()
+        for level, (s, width) in reversed(list(enumerate(zip(sizes, widths)))):
+            if level == len(sizes) - 1:
+                self.dec[f"{s}x{s}_in0"] = block(c, c, encoder=False, attention=True)
+                self.dec[f"{s}x{s}_in1"] = block(c, c, encoder=False)
+            else:
+                self.dec[f"{s}x{s}_up"] = block(c, c, encoder=False, resample="up")
+            for i in range(num_blocks + 1):
+                self.dec[f"{s}x{s}_block{i}"] = block(c + skips.pop(), width, encoder=False,
+                                                      attention=s in attn_resolutions)
+                c = width
+        self.out_conv = MPConv(c, img_channels, 3)
+
+    def forward(self, x, noise, y=None, gap=None):
+        emb, skips = self.emb_noise(self.emb_fourier(noise)), []             # (B, emb_dim), never in bf16
+        if self.label_dim:
+            y = torch.full_like(noise, self.label_dim, dtype=torch.int64) if y is None else y
+            onehot = F.one_hot(y, self.label_dim + 1)[:, :-1].to(emb.dtype)  # null label: the zero vector
+            emb = mp_sum(emb, self.emb_label(onehot * self.label_dim ** 0.5), self.label_balance)
+        if self.r_embedder: emb = emb + self.r_embedder(gap)
+        emb, x = mp_silu(emb), torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        for name, layer in self.enc.items():
+            x = layer(x) if name.endswith("conv") else layer(x, emb)
+            skips.append(x)
+        for name, layer in self.dec.items():
+            x = layer(mp_cat(x, skips.pop(), self.concat_balance) if "block" in name else x, emb)
+        return self.out_conv(x, self.out_gain)
 
 
 def modulate(x, shift, scale):
@@ -359,9 +512,9 @@ def flow_to_edm(z, t):
 # === 3. data sets ===========================================================================================
 # `network` is the architecture a stage builds when no input file brings its own: for digits ours, of 0.75M
 # parameters, for cifar10 EDM's, of 55.73M, for imagenet256 SiT-XL/2; `teacher`, SiT-B/4, is what differs from
-# it in pre-training. label_dropout: share of null labels. noise_scale, of EDM's time: 4 is ours, for small
-# networks (digits: a little better in every stage than 1, one seed each). time_scale, of flow time: 1 is
-# SiT's, 16 is ours, for U-Nets.
+# it in pre-training; `public` is a file for pretrain.py --import. label_dropout: share of null labels.
+# noise_scale, of EDM's time: 4 is ours, for small networks (digits: a little better in every stage than 1,
+# one seed each). time_scale, of flow time: 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
 
 DATASETS = {
     #                   shape (C, H, W)    classes       label_dropout      scales of embedded times
@@ -370,7 +523,7 @@ DATASETS = {
                      dropout=0.0)),
     "cifar10":     dict(shape=(3, 32, 32), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
         network=dict(model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,),
-                     dropout=0.13)),
+                     dropout=0.13), public="edm-cifar10-32x32-uncond-vp.pkl"),
     "imagenet256": dict(shape=(4, 32, 32), classes=1000, label_dropout=0.1, noise_scale=1.0, time_scale=1.0,
         network={"class": "SiT", "patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16},
         teacher={"patch_size": 4, "hidden_size": 768, "depth": 12, "num_heads": 12}),
@@ -443,7 +596,7 @@ def read(path):
 def build(header):
     """An untrained model as a header describes it: {"kind", "network" and the scales of its kind}."""
     network = dict(header["network"])
-    net = {"DDPMpp": DDPMpp, "SiT": SiT}[network.pop("class")](**network)
+    net = {"DDPMpp": DDPMpp, "EDM2UNet": EDM2UNet, "SiT": SiT}[network.pop("class")](**network)
     if header["kind"] == "MeanVelocity": return MeanVelocity(net, header["time_scale"])
     return Denoiser(net, header["sigma_data"], header["noise_scale"])
 

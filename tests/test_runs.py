@@ -140,6 +140,12 @@ def test_missing_predecessor(run, tmp_path, monkeypatch, script, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_missing_teacher_names_the_public_file(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(run("midtrain", "--data", "cifar10"), "--import edm-cifar10-32x32-uncond-vp.pkl")
+    refused(run("midtrain", "--data", "imagenet256", "--target", "mf"), "posttrain_mf.py", "teacher_mf")
+
+
 def test_missing_mid_training_names_its_command(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
@@ -394,6 +400,53 @@ def test_torchrun_with_two_ranks(chain, tmp_path, script):
     assert done.returncode == 0, done.stderr
     # one log line a period, not one a rank
     assert done.stdout.count("step ") == 3 and model.load(out)[1]["step"] == 5
+
+
+TINY = {"DDPMpp":   dict(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)),
+        "EDM2UNet": dict(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
+                         channels_per_head=16),
+        "SiT":      dict(patch_size=2, hidden_size=16, depth=2, num_heads=2)}
+
+
+STEPS = [("midtrain", "pretrain"), ("posttrain_cm", "pretrain"), ("posttrain_mf", "pretrain_flow")]
+
+
+def one_step_of_everything(rank, ports, folder):
+    """midtrain and both post-trainings, for each architecture, by their command lines."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for cls in TINY:
+        for script, init in STEPS:
+            os.environ["MASTER_PORT"] = str(ports.pop())
+            sys.argv = [f"{script}.py", *SMALL, "--init", f"{cls}-{init}.safetensors",
+                        "--out", f"{cls}-{script}.safetensors"]
+            if script == "midtrain": sys.argv += ["--nfe", "4", "--teacher", f"{cls}-{init}.safetensors"]
+            sys.argv = [str(word) for word in sys.argv]
+            importlib.import_module(script).main()
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
+def test_each_architecture_takes_a_step_of_each_stage_on_two_ranks(tmp_path):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    for cls, network in TINY.items():
+        for kind, stage in [("Denoiser", "pretrain"), ("MeanVelocity", "pretrain_flow")]:
+            torch.manual_seed(0)
+            row = model.DATASETS["digits"] | {"network": {"class": cls, **network}}
+            header = model.fresh_header(row, kind) | {"stage": stage, "step": 0, "steps": 0}
+            net = model.build(header)
+            for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)
+            model.save(tmp_path / f"{cls}-{stage}.safetensors", net.state_dict(), header)
+    ports = [free_port() for _ in range(9)]
+    torch.multiprocessing.spawn(one_step_of_everything, (ports, str(tmp_path)), nprocs=2)
+    for cls in TINY:
+        for script, init in STEPS:
+            before = model.read(tmp_path / f"{cls}-{init}.safetensors")[0]
+            net, header = model.load(tmp_path / f"{cls}-{script}.safetensors")
+            assert header["step"] == 4 and all(v.isfinite().all() for v in net.state_dict().values())
+            still = [k for k, p in net.named_parameters() if k in before and torch.equal(p, before[k])]
+            assert not still, (cls, script, still)
 
 
 # --- runs that go wrong -------------------------------------------------------------------------------------

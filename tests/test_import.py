@@ -1,0 +1,259 @@
+"""Networks against published ones, public checkpoints, and files that try to run something."""
+import argparse, json, os, pickle, zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model, pretrain
+from conftest import ROOT, relerr, vectors
+
+VECTORS = ROOT / "tests/vectors"
+
+
+def random_weights(v, meta):
+    """The weights of a vector file that does not store them: by the rule in its note, checked."""
+    found = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
+    for i, (k, shape) in enumerate(json.loads(meta["state_dict"]).items()):
+        if k not in found:
+            seed = zlib.crc32((meta["salt"] + k).encode())
+            z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            norm = "norm" in k and k.endswith("weight")
+            found[k] = z * (z[0].numel() ** -0.5) if z.dim() == 4 else 1 + 0.1 * z if norm else 0.1 * z
+        assert found[k].flatten()[0] == v["check/first"][i]
+        assert abs(found[k].double().sum() - v["check/sum"][i]) < 1e-6
+    return found
+
+
+def public_file(folder, name):
+    """A vector's weights as a .safetensors with the reference's names. -> path, tensors of the vector"""
+    v, meta = vectors(name)
+    weights = (random_weights(v, meta) if "check/sum" in v else
+               {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")})
+    weights = {k: w.contiguous() for k, w in weights.items()}
+    save_file(weights, folder / f"{name}.safetensors", metadata={"config": json.dumps(meta["config"])})
+    return folder / f"{name}.safetensors", v
+
+
+@pytest.mark.parametrize("name", ["edm_ddpmpp_uncond", "edm_ddpmpp_cond", "edm_ddpmpp_wide", "edm2"])
+def test_imported_denoiser_reproduces_the_reference(tmp_path, name):
+    path, v = public_file(tmp_path, name)
+    D, header = pretrain.import_checkpoint(path)
+    D.eval()
+    x, t = v["in/x"], v["in/sigma"]
+    y = v["in/class_labels"].argmax(1) if "in/class_labels" in v else None
+    with torch.no_grad():
+        assert relerr(D(x, t, y), v["out64/D"]) < 5e-6
+        assert relerr(D(x.double(), t.double(), y), v["out64/D"]) < 1e-9
+        if y is not None: assert relerr(D(x.double(), t.double()), v["out64/D_nolabel"]) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["sit_meanflow", "sit_meanflow_h64"])
+def test_imported_mean_flow_reproduces_the_reference(tmp_path, name):
+    v, meta = vectors(name)
+    weights = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
+    for k, shape in json.loads(meta["state_dict"]).items():
+        if k not in weights:
+            seed = zlib.crc32((meta["salt"] + k).encode())
+            weights[k] = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    save_file(weights, tmp_path / "a.safetensors", metadata={"config": json.dumps(meta["config"])})
+    torch.save({"ema": {f"module.{k}": w for k, w in weights.items()}, "epoch": 3,
+                "args": argparse.Namespace(num_heads=4, lr=1e-4)}, tmp_path / "a.pt")
+    for file in ("a.safetensors", "a.pt"):
+        u, header = pretrain.import_checkpoint(tmp_path / file)
+        assert header["network"]["interval"] and header["label_dropout"] == 0.1
+        with torch.no_grad(): out = u.eval()(v["in/z"], v["in/r"], v["in/t"], v["in/y"])
+        assert relerr(out, v["out64/u"]) < 5e-6
+
+
+def test_public_sit_turns_its_time_and_drops_its_variance(tmp_path):
+    """v(z, t) = -SiT(z, 1 - t), first C channels, for a SiT with 2 C output channels."""
+    torch.manual_seed(0)
+    C, dim = 4, 384
+    sit = model.SiT(8, C, 10, patch_size=2, hidden_size=dim, depth=1, num_heads=6)
+    sit.final_layer = model.SiTFinal(dim, 4 * 2 * C)
+    for p in sit.parameters(): p.data += 0.02 * torch.randn_like(p)
+    torch.save(sit.state_dict(), tmp_path / "SiT.pt")
+    u, header = pretrain.import_checkpoint(tmp_path / "SiT.pt")
+    assert header["network"]["img_channels"] == C and not header["network"]["interval"]
+    z, t, y = torch.randn(6, C, 8, 8), torch.rand(6), torch.arange(6)
+    with torch.no_grad():
+        expected = -sit(z, 1 - t, y)[:, :C]
+        assert expected.abs().max() > 0.1 and relerr(u(z, t, t, y), expected) < 1e-5
+
+
+def test_edm2_in_training_puts_weights_on_the_sphere(tmp_path):
+    path, v = public_file(tmp_path, "edm2")
+    after, _ = vectors("edm2_train")
+    D, _ = pretrain.import_checkpoint(path)
+    D.train()
+    x, t, y = v["in/x"], v["in/sigma"], v["in/class_labels"].argmax(1)
+    before = {k: w.clone() for k, w in D.net.state_dict().items()}
+    with torch.no_grad(): D(x, t, y)                                   # a target pass moves nothing
+    assert all(torch.equal(w, before[k]) for k, w in D.net.state_dict().items())
+    assert relerr(D(x, t, y), after["out64/D_train"]) < 5e-6
+    ours = D.net.state_dict()
+    changed = {k.removeprefix("w_after/unet."): w for k, w in after.items() if k.startswith("w_after/unet.")}
+    assert all(relerr(ours[k], w) < 1e-6 for k, w in changed.items())
+    assert all(torch.equal(w, before[k]) for k, w in ours.items() if k not in changed)
+    assert relerr(D(x, t, y), after["out64/D_train_second_call"]) < 5e-6
+
+
+def test_edm2_from_float16_weights(tmp_path):
+    v, meta = vectors("edm2")
+    half, _ = vectors("edm2_fp16params")
+    save_file({k.removeprefix("w/"): w.half() for k, w in v.items() if k.startswith("w/")},
+              tmp_path / "a.safetensors", metadata={"config": json.dumps(meta["config"])})
+    D, _ = pretrain.import_checkpoint(tmp_path / "a.safetensors")
+    with torch.no_grad():
+        out = D.eval()(v["in/x"], v["in/sigma"], v["in/class_labels"].argmax(1))
+    assert relerr(out, half["out/D_upcast"]) < 5e-6
+
+
+def test_edm2_keeps_unit_variance_at_initialisation():
+    torch.manual_seed(0)
+    net = model.EDM2UNet(16, 3, 10, model_channels=64, channel_mult=(1, 2), num_blocks=2,
+                         attn_resolutions=(8,))
+    seen = []
+    for layer in [*net.enc.values(), *net.dec.values()]:
+        layer.register_forward_hook(lambda layer, inputs, out: seen.append(out.std().item()))
+    with torch.no_grad():
+        net.eval()(torch.randn(16, 3, 16, 16), torch.linspace(-1.5, 1, 16), torch.arange(16) % 10)
+    assert len(seen) == 15 and all(0.8 < std < 1.2 for std in seen), seen
+
+
+@pytest.mark.parametrize("family", ["edm", "edm2", "sit"])
+def test_every_published_name_has_its_place(family):
+    """The full-size networks, on the meta device: every published tensor has one of ours, none is left."""
+    for name, file in json.loads((VECTORS / f"checkpoint_names_{family}.json").read_text()).items():
+        config = {k: v for k, v in file["config"].items() if k != "class"}
+        theirs = {k.removeprefix("model.").removeprefix("unet."): tuple(shape)
+                  for k, shape in file["state_dict"].items() if not any(x in k for x in pretrain.LEFT_OUT)}
+        if family == "sit":
+            empty = {k: torch.empty(shape, device="meta") for k, shape in theirs.items()}
+            header = pretrain.sit_header(empty, config)
+        elif config.get("model_type") == "DhariwalUNet" or config.get("encoder_type") == "residual":
+            with pytest.raises(model.Refused, match="ADM|NCSN"): pretrain.edm_header(config)
+            continue
+        else:
+            header = {"edm": pretrain.edm_header, "edm2": pretrain.edm2_header}[family](config)
+        with torch.device("meta"): net = model.build(header).net
+        assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == theirs, name
+
+
+@pytest.mark.parametrize("millions, build", [
+    (55.7, lambda: model.DDPMpp(32, 3, **model.DATASETS["cifar10"]["network"])),
+    (61.8, lambda: model.DDPMpp(64, 3, channel_mult=(1, 2, 2, 2))),
+    (280.2, lambda: model.EDM2UNet(64, 3, 1000)),
+    (1523.2, lambda: model.EDM2UNet(64, 4, 1000, model_channels=448)),
+    (131.2, lambda: model.SiT(32, 4, 1000, 4, 768, 12, 12, interval=True)),
+    (131.3, lambda: model.SiT(32, 4, 1000, 2, 768, 12, 12, interval=True)),
+    (459.3, lambda: model.SiT(32, 4, 1000, 2, 1024, 24, 16, interval=True)),
+    (676.7, lambda: model.SiT(32, 4, 1000, 2, 1152, 28, 16, interval=True))])
+def test_parameter_counts_of_the_paper(millions, build):
+    with torch.device("meta"): count = sum(v.numel() for v in build().state_dict().values())
+    assert abs(count / 1e6 - millions) < 0.1
+
+
+# --- pickles ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["edm_uncond", "edm2"])
+def test_pickle_gives_the_expected_tensors(name):
+    found = pretrain.tensors_of(pretrain.read_pickle(VECTORS / f"{name}.pkl")["ema"])
+    expected = load_file(VECTORS / f"{name}.expected.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def test_import_command_and_what_follows(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("pretrain", "--import", VECTORS / "edm_uncond.pkl")
+    assert done.code == 0, done.err
+    out = tmp_path / "runs/edm_uncond/pretrain.safetensors"
+    D, header = model.load(out)
+    expected = load_file(VECTORS / "edm_uncond.expected.safetensors")
+    assert torch.equal(D.net.map_layer0.weight, expected["model.map_layer0.weight"])
+    assert header["imported from"].endswith("edm_uncond.pkl") and header["stage"] == "pretrain"
+    small = "--steps", 1, "--batch", 8, "--nfe", 4
+    done = run("midtrain", "--teacher", out, "--init", out, *small, "--out", tmp_path / "m.safetensors")
+    assert done.code == 0 and "warning" not in done.out, done.err
+    assert run("sample", f"{out}:4", "--n", 2, "--out", tmp_path / "a.npz").code == 0
+    again = run("pretrain", "--import", VECTORS / "edm_uncond.pkl")
+    assert again.code == 2 and "exists" in again.err
+    wrong = run("pretrain", "--data", "digits", "--import", VECTORS / "edm_uncond.pkl")
+    assert wrong.code == 2 and "(3, 8, 8)" in wrong.err
+    missing = run("pretrain", "--import", "nowhere.pkl")
+    assert missing.code == 2 and "download" in missing.err
+
+
+class Runs:
+    """Pickles to a call of `function(*args)`."""
+    def __init__(self, function, *args): self.function, self.args = function, args
+    def __reduce__(self): return self.function, self.args
+
+
+def in_a_storage(evil):
+    """Bytes of a legacy storage with something else in the place of its description."""
+    parts = [0x1950a86a20f9469cfc6c, 1001, {"little_endian": True}, evil, []]
+    return b"".join(pickle.dumps(part, protocol=2) for part in parts)
+
+
+def hostile(tmp_path):
+    target = str(tmp_path / "owned")
+    yield "posix.system", Runs(os.system, f"touch {target}")
+    yield "builtins.eval", Runs(eval, f"open({target!r}, 'w')")
+    yield "builtins.getattr", Runs(getattr, "", "format")
+    yield "torch.serialization.load", Runs(torch.load, target)
+    nested = in_a_storage(Runs(os.system, f"touch {target}"))
+    yield "posix.system", Runs(torch.storage._load_from_bytes, nested)
+    yield "numpy", Runs(np.load, target)
+
+
+def test_hostile_pickles_are_refused_and_run_nothing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, (name, evil) in enumerate(hostile(tmp_path)):
+        for content in ({"ema": evil}, {"harmless": 1, "ema": {"deep": [evil]}}):
+            Path(f"{i}.pkl").write_bytes(pickle.dumps(content))
+            done = run("pretrain", "--import", f"{i}.pkl")
+            assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.err
+            assert name in done.err and "was not run" in done.err, done.err
+    assert not Path("owned").exists() and not Path("runs").exists()
+    good = (VECTORS / "edm_uncond.pkl").read_bytes()
+    for content in (b"", good[:len(good) // 2], b"garbage", pickle.dumps({"ema": 3}), pickle.dumps([1])):
+        Path("x.pkl").write_bytes(content)
+        done = run("pretrain", "--import", "x.pkl")
+        assert done.code == 2 and len(done.err.strip().splitlines()) == 1 and "x.pkl" in done.err
+    torch.save(Runs(os.system, f"touch {tmp_path / 'owned'}"), "x.pt")
+    assert run("pretrain", "--import", "x.pt").code == 2 and not Path("owned").exists()
+
+
+def test_tensors_cannot_reach_beyond_their_storage():
+    storage = torch.arange(6.0)
+    inside = pretrain.read_tensor(storage, 1, (2, 2), (2, 1), False, {})
+    assert torch.equal(inside, torch.tensor([[1.0, 2], [3, 4]]))
+    for offset, size, stride in [(3, (2, 2), (2, 1)), (-1, (2,), (1,)), (0, (7,), (0,)), (0, (2,), (-1,)),
+                                 (0, (2, 2), (1,))]:
+        with pytest.raises(model.Refused): pretrain.read_tensor(storage, offset, size, stride)
+
+
+def test_what_we_do_not_build_is_refused_by_name(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    v, meta = vectors("edm_ddpmpp_uncond")
+    weights = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
+    def refused(words, weights=weights, cls="EDMPrecond", **changes):
+        kwargs = meta["config"]["kwargs"] | changes
+        save_file(weights, "a.safetensors", metadata={"config": json.dumps({"class": cls, "kwargs": kwargs})})
+        done = run("pretrain", "--import", "a.safetensors")
+        assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.err
+        assert all(w in done.err for w in words), done.err
+    refused(["ADM"], model_type="DhariwalUNet")
+    refused(["NCSN++"], encoder_type="residual", embedding_type="fourier")
+    refused(["decoder_type", "'skip'"], decoder_type="skip")
+    refused(["resample_filter", "[1, 3, 3, 1]"], resample_filter=[1, 3, 3, 1])
+    refused(["some_new_argument"], some_new_argument=1)
+    refused(["VPPrecond"], cls="VPPrecond")
+    refused(["arguments make it"], model_channels=16)
+    refused(["map_layer0.bias", "None"], {k: w for k, w in weights.items() if k != "model.map_layer0.bias"})
+    refused(["surplus"], weights | {"model.surplus": torch.zeros(2)})
+    assert not Path("runs").exists()

@@ -149,11 +149,11 @@ def check_solver(solver, nfe, teacher, header):
 
 def error_table(teacher, header, x, y):
     """Prints, per solver and number of network calls, the root-mean-square error per pixel of the end point
-    against a fine solution (512 calls), and the order observed between the last two columns."""
+    against a fine solution (256 calls), and the order observed between the last two columns."""
     budgets = [4, 8, 16, 32, 64]
     solvers = [s for s in SOLVERS[header["kind"]] if s != "jump" or header["network"].get("interval")]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
-    fine = solve(512, "dpm2" if header["kind"] == "Denoiser" else "heun")
+    fine = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
     print(f"end-point error over {len(x)} trajectories (RMS per pixel; pixels span [-1, 1])")
     print("  solver  " + "".join(f"{n:>9} calls" for n in budgets) + "   order")
     for solver in solvers:

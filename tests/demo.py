@@ -46,7 +46,7 @@ def train_cm(seed, file, intervals):
     """The consistency chain and its baselines -> rows (name, file, compute in million forwards)."""
     pre, mid, post = file("pretrain"), file("midtrain_cm"), file("posttrain_cm")
     command("pretrain", "--seed", seed, "--out", pre)
-    if seed == 0: command("solve", "--n", 16)
+    if seed == 0: command("solve", "--n", 8)
     command("midtrain", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
     command("posttrain_cm", "--seed", seed, "--init", mid, "--out", post)
 

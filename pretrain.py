@@ -147,23 +147,27 @@ def read_pickle(path):
         made = Code()
         made.state = {"code": letters}
         return made
+    # Lambdas made anew for each file: a pickle can set attributes of whatever it is given.
     table = {
         ("torch_utils.persistence", "_reconstruct_persistent_obj"):
             lambda meta: stub(meta["class_name"], meta["state"]),
         ("torch.nn.modules.container", "ModuleDict"): Stub,
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
-        ("torch._utils", "_rebuild_tensor_v2"): read_tensor,
-        ("torch.storage", "_load_from_bytes"): read_storage,
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *args: read_tensor(*args),
+        ("torch.storage", "_load_from_bytes"): lambda content: read_storage(content),
         ("torch", "Size"): tuple, ("torch", "device"): lambda *_: None,
         ("collections", "OrderedDict"): Dict, ("dnnlib.util", "EasyDict"): Dict,
         ("numpy", "dtype"): code, ("numpy", "ndarray"): Stub,
         ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),
-        ("copyreg", "_reconstructor"): lambda *_: stub(), ("builtins", "object"): Stub,
+        ("copyreg", "_reconstructor"): lambda *_: stub(), ("copy_reg", "_reconstructor"): lambda *_: stub(),
+        ("builtins", "object"): Stub,
         ("builtins", "set"): set, ("__builtin__", "set"): set, ("__builtin__", "object"): Stub,
     }
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        table |= {(module, "scalar"): read_scalar, (module, "_reconstruct"): lambda *_: stub()}
+    for core in ("numpy.core", "numpy._core"):
+        table |= {(f"{core}.multiarray", "scalar"): lambda *args: read_scalar(*args),
+                  (f"{core}.multiarray", "_reconstruct"): lambda *_: stub(),
+                  (f"{core}.numeric", "_frombuffer"): lambda *_: stub()}
     with open(path, "rb") as f: return Unpickler(f, table).load()
 
 

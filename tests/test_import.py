@@ -1,5 +1,6 @@
 """Networks against published ones, public checkpoints, and files that try to run something."""
-import argparse, json, os, pickle, zlib
+import argparse, io, json, os, pickle, sys, types, zlib
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,57 @@ class Runs:
     def __reduce__(self): return self.function, self.args
 
 
+def _reconstruct_persistent_obj(meta): pass
+_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+
+
+def as_older_writers_did(module, mapping):
+    """A parsed module as an object that pickles anew, its parameters and children in `mapping`."""
+    state = {k: OrderedDict(v) if isinstance(v, dict) else v for k, v in module.state.items()}
+    for kind in ("_parameters", "_buffers"):
+        state[kind] = mapping((k, tensor_of_torch_1(v)) for k, v in (state.get(kind) or {}).items())
+    state["_modules"] = mapping((k, as_older_writers_did(v, mapping)) for k, v in state["_modules"].items())
+    if not module.name:
+        made = torch.nn.ModuleDict()
+        made.__dict__.clear()
+        made.__dict__.update(state)
+        return made
+    kwargs = dict(state["_init_kwargs"])
+    if "dropout" in kwargs: kwargs["dropout"] = np.float64(kwargs["dropout"])
+    if module.name == "EDMPrecond": kwargs |= {"sigma_min": 0, "sigma_max": float("inf")}
+    return Runs(_reconstruct_persistent_obj, {
+        "type": "class", "version": 6, "module_src": "raise SystemError", "class_name": module.name,
+        "state": state | {"_init_kwargs": kwargs}})
+
+
+def tensor_of_torch_1(tensor):
+    if tensor is None: return None
+    file, storage = io.BytesIO(), tensor.contiguous().untyped_storage()
+    storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=tensor.dtype, _internal=True)
+    torch.save(storage, file, _use_new_zipfile_serialization=False)
+    tensor = Runs(torch._utils._rebuild_tensor_v2, Runs(torch.storage._load_from_bytes, file.getvalue()),
+                  0, tuple(tensor.shape), tensor.contiguous().stride(), False, OrderedDict())
+    return Runs(torch._utils._rebuild_parameter, tensor, True, OrderedDict())
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_older_writers(tmp_path, monkeypatch, protocol):
+    """Every pickle protocol, OrderedDicts for parameters, numpy scalars among the arguments, numpy arrays."""
+    for name in ("torch_utils", "torch_utils.persistence"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    ema = pretrain.read_pickle(VECTORS / "edm_uncond.pkl")["ema"]
+    content = {"augment_pipe": {1, 2}, "more": (b"bytes", np.float32(2), np.zeros(4, np.float32)),
+               "ema": as_older_writers_did(ema, OrderedDict if protocol % 2 else dict)}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    net, header = pretrain.import_checkpoint(tmp_path / "a.pkl")
+    assert header["t_max"] == 80.0 and type(header["network"]["dropout"]) is float
+    tensors = net.net.state_dict()
+    expected = load_file(VECTORS / "edm_uncond.expected.safetensors")
+    assert all(torch.equal(tensors[k.removeprefix("model.")], v) for k, v in expected.items()
+               if "resample_filter" not in k)
+
+
 def in_a_storage(evil):
     """Bytes of a legacy storage with something else in the place of its description."""
     parts = [0x1950a86a20f9469cfc6c, 1001, {"little_endian": True}, evil, []]
@@ -224,6 +276,11 @@ def test_hostile_pickles_are_refused_and_run_nothing(run, tmp_path, monkeypatch)
         Path("x.pkl").write_bytes(content)
         done = run("pretrain", "--import", "x.pkl")
         assert done.code == 2 and len(done.err.strip().splitlines()) == 1 and "x.pkl" in done.err
+    # BUILD on a stand-in, which sets its attributes
+    defaults = pretrain.read_tensor.__defaults__
+    Path("x.pkl").write_bytes(b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n"
+                              b"N}\x8c\x0c__defaults__K\x01\x85s\x86b.")
+    assert run("pretrain", "--import", "x.pkl").code == 2 and pretrain.read_tensor.__defaults__ == defaults
     torch.save(Runs(os.system, f"touch {tmp_path / 'owned'}"), "x.pt")
     assert run("pretrain", "--import", "x.pt").code == 2 and not Path("owned").exists()
 

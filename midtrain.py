@@ -4,7 +4,7 @@
           runs/D/pretrain_flow.safetensors   instead, with --target mf
   writes  runs/D/midtrain_cm.safetensors     EMA weights of a one- or two-step sampler, for posttrain_cm.py
           runs/D/midtrain_mf.safetensors     with --target mf: of a sampler of any number of steps
-  run     python midtrain.py                                           # digits, 80 s on two CPU cores
+  run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # as long as the paper's, 38.4M pairs
   cost    per pair: one forward of the teacher, one forward and one backward of the student
@@ -154,7 +154,7 @@ def main():
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
                    help="model to imitate")
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
-    p.add_argument("--solver", choices=sorted({s for all in solve.SOLVERS.values() for s in all}),
+    p.add_argument("--solver", choices=solve.SOLVER_NAMES,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
     p.add_argument("--distance", choices=["huber", "l2"], help="of the loss (default: cm huber; mf only l2)")
     p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file, do not solve")

@@ -2,7 +2,7 @@
 
   reads   runs/D/midtrain_cm.safetensors and the images of --data
   writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py draws from them in one or two steps
-  run     python posttrain_cm.py                                           # digits, 80 s on two CPU cores
+  run     python posttrain_cm.py                                      # digits, half a minute on two CPU cores
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
   cost    per image: two forwards and one backward
   expect  digits: a loss of about 3; it need not fall, its target moves with the network

@@ -108,7 +108,7 @@ def flow_map(u, z, times):
 
 # === the run ================================================================================================
 SOLVERS = {"Denoiser": ["dpm1", "dpm2", "dpm3", "euler", "heun"], "MeanVelocity": ["euler", "heun", "jump"]}
-
+SOLVER_NAMES = sorted({name for names in SOLVERS.values() for name in names})
 
 # A consistency model is a Denoiser, but no denoiser: it has no ODE to solve.
 TEACHERS = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
@@ -135,14 +135,17 @@ def solve_teacher(teacher, header, x, y, nfe, solver):
     return dpm_solver_pp(denoise, x, log_uniform_times(nfe, *ends), order=int(solver[3]))
 
 
+def solvers_of(header):
+    """The solvers that go with a model: only one that knows t - r can jump."""
+    return [s for s in SOLVERS[header["kind"]] if s != "jump" or header["network"].get("interval")]
+
+
 def check_solver(solver, nfe, teacher, header):
     """Raises Refused where the solver does not go with the teacher or the number of network calls."""
-    if solver not in SOLVERS[header["kind"]]:
-        raise model.Refused(f"--solver {solver} does not fit {teacher}, a {header['kind']}; "
-                            f"choose one of {', '.join(SOLVERS[header['kind']])}.")
-    if solver == "jump" and not header["network"].get("interval"):
-        raise model.Refused(f"--solver jump needs a model that knows t - r, which {teacher} does not; "
-                            "choose euler or heun.")
+    if solver not in solvers_of(header):
+        why = " without an embedding of t - r" if solver in SOLVERS[header["kind"]] else ""
+        raise model.Refused(f"--solver {solver} does not fit {teacher}, a {header['kind']}{why}; "
+                            f"choose one of {', '.join(solvers_of(header))}.")
     if solver == "heun" and nfe % 2:
         raise model.Refused(f"--nfe {nfe}: a Heun step takes two network calls; choose an even number.")
 
@@ -151,12 +154,11 @@ def error_table(teacher, header, x, y):
     """Prints, per solver and number of network calls, the root-mean-square error per pixel of the end point
     against a fine solution (256 calls), and the order observed between the last two columns."""
     budgets = [4, 8, 16, 32, 64]
-    solvers = [s for s in SOLVERS[header["kind"]] if s != "jump" or header["network"].get("interval")]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
     fine = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
     print(f"end-point error over {len(x)} trajectories (RMS per pixel; pixels span [-1, 1])")
     print("  solver  " + "".join(f"{n:>9} calls" for n in budgets) + "   order")
-    for solver in solvers:
+    for solver in solvers_of(header):
         errors = [solve(n, solver) - fine for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
         print(f"  {solver:<8}" + "".join(f"{e:>15.6f}" for e in errors)
@@ -172,7 +174,7 @@ def main():
                    help="a denoiser or a flow-time model")
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
                    help="result; its picture lies beside it")
-    p.add_argument("--solver", choices=sorted({s for all in SOLVERS.values() for s in all}),
+    p.add_argument("--solver", choices=SOLVER_NAMES,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow model "
                         "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
     p.add_argument("--nfe", type=model.positive, default=16, help="network calls a trajectory")

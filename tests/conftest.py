@@ -1,7 +1,7 @@
 """What the tests share: the stored reference outputs, a Gaussian mixture with a closed-form denoiser, and a
 way to run a script's real command line inside this process (starting Python and torch anew costs seconds
 each time)."""
-import importlib, json, os, sys
+import importlib, json, os, sys, zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,24 @@ def vectors(name):
     path = ROOT / "tests/vectors" / f"{name}.safetensors"
     with safe_open(path, "pt") as f: meta = f.metadata()
     return load_file(path), meta | {"config": json.loads(meta["config"])}
+
+
+def vector_weights(name):
+    """-> {reference name: tensor}. Where a file does not store them, by the rule in its note."""
+    v, meta = vectors(name)
+    found = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
+    if "check/sum" not in v: return found
+    for i, (k, shape) in enumerate(json.loads(meta["state_dict"]).items()):
+        if k not in found:
+            seed = zlib.crc32((meta["salt"] + k).encode())
+            z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            if meta["config"]["class"] == "SiT":             found[k] = 0.1 * z
+            elif z.dim() == 4:                               found[k] = z * z[0].numel() ** -0.5
+            elif "norm" in k and k.endswith("weight"):       found[k] = 1 + 0.1 * z
+            else:                                            found[k] = 0.1 * z
+        assert found[k].flatten()[0] == v["check/first"][i]
+        assert abs(found[k].double().sum() - v["check/sum"][i]) < 1e-6
+    return found
 
 
 def relerr(a, b):

@@ -1,5 +1,5 @@
 """Networks against published ones, public checkpoints, and files that try to run something."""
-import argparse, io, json, os, pickle, sys, types, zlib
+import argparse, io, json, os, pickle, sys, types
 from collections import OrderedDict
 from pathlib import Path
 
@@ -9,33 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model, pretrain
-from conftest import ROOT, relerr, vectors
+from conftest import ROOT, relerr, vector_weights, vectors
 
 VECTORS = ROOT / "tests/vectors"
-
-
-def random_weights(v, meta):
-    """The weights of a vector file that does not store them: by the rule in its note, checked."""
-    found = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
-    for i, (k, shape) in enumerate(json.loads(meta["state_dict"]).items()):
-        if k not in found:
-            seed = zlib.crc32((meta["salt"] + k).encode())
-            z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            norm = "norm" in k and k.endswith("weight")
-            found[k] = z * (z[0].numel() ** -0.5) if z.dim() == 4 else 1 + 0.1 * z if norm else 0.1 * z
-        assert found[k].flatten()[0] == v["check/first"][i]
-        assert abs(found[k].double().sum() - v["check/sum"][i]) < 1e-6
-    return found
 
 
 def public_file(folder, name):
     """A vector's weights as a .safetensors with the reference's names. -> path, tensors of the vector"""
     v, meta = vectors(name)
-    weights = (random_weights(v, meta) if "check/sum" in v else
-               {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")})
-    weights = {k: w.contiguous() for k, w in weights.items()}
-    save_file(weights, folder / f"{name}.safetensors", metadata={"config": json.dumps(meta["config"])})
-    return folder / f"{name}.safetensors", v
+    path = folder / f"{name}.safetensors"
+    save_file({k: w.contiguous() for k, w in vector_weights(name).items()}, path,
+              metadata={"config": json.dumps(meta["config"])})
+    return path, v
 
 
 @pytest.mark.parametrize("name", ["edm_ddpmpp_uncond", "edm_ddpmpp_cond", "edm_ddpmpp_wide", "edm2"])
@@ -53,17 +38,11 @@ def test_imported_denoiser_reproduces_the_reference(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["sit_meanflow", "sit_meanflow_h64"])
 def test_imported_mean_flow_reproduces_the_reference(tmp_path, name):
-    v, meta = vectors(name)
-    weights = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
-    for k, shape in json.loads(meta["state_dict"]).items():
-        if k not in weights:
-            seed = zlib.crc32((meta["salt"] + k).encode())
-            weights[k] = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    save_file(weights, tmp_path / "a.safetensors", metadata={"config": json.dumps(meta["config"])})
-    torch.save({"ema": {f"module.{k}": w for k, w in weights.items()}, "epoch": 3,
+    path, v = public_file(tmp_path, name)
+    torch.save({"ema": {f"module.{k}": w for k, w in vector_weights(name).items()}, "epoch": 3,
                 "args": argparse.Namespace(num_heads=4, lr=1e-4)}, tmp_path / "a.pt")
-    for file in ("a.safetensors", "a.pt"):
-        u, header = pretrain.import_checkpoint(tmp_path / file)
+    for file in (path, tmp_path / "a.pt"):
+        u, header = pretrain.import_checkpoint(file)
         assert header["network"]["interval"] and header["label_dropout"] == 0.1
         with torch.no_grad(): out = u.eval()(v["in/z"], v["in/r"], v["in/t"], v["in/y"])
         assert relerr(out, v["out64/u"]) < 5e-6
@@ -105,7 +84,7 @@ def test_edm2_in_training_puts_weights_on_the_sphere(tmp_path):
 def test_edm2_from_float16_weights(tmp_path):
     v, meta = vectors("edm2")
     half, _ = vectors("edm2_fp16params")
-    save_file({k.removeprefix("w/"): w.half() for k, w in v.items() if k.startswith("w/")},
+    save_file({k: w.half() for k, w in vector_weights("edm2").items()},
               tmp_path / "a.safetensors", metadata={"config": json.dumps(meta["config"])})
     D, _ = pretrain.import_checkpoint(tmp_path / "a.safetensors")
     with torch.no_grad():
@@ -296,8 +275,8 @@ def test_tensors_cannot_reach_beyond_their_storage():
 
 def test_what_we_do_not_build_is_refused_by_name(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    v, meta = vectors("edm_ddpmpp_uncond")
-    weights = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
+    meta = vectors("edm_ddpmpp_uncond")[1]
+    weights = vector_weights("edm_ddpmpp_uncond")
     def refused(words, weights=weights, cls="EDMPrecond", **changes):
         kwargs = meta["config"]["kwargs"] | changes
         save_file(weights, "a.safetensors", metadata={"config": json.dumps({"class": cls, "kwargs": kwargs})})

@@ -1,11 +1,11 @@
 """The mean-flow branch: SiT against the reference, and the losses against the Gaussian's closed form."""
-import json, math, zlib
+import math
 
 import pytest
 import torch
 
 import midtrain, model, posttrain_mf, pretrain, solve
-from conftest import relerr, vectors
+from conftest import relerr, vector_weights, vectors
 
 S = 0.5                                    # data ~ N(0, S^2) per pixel: everything is known
 
@@ -44,17 +44,9 @@ def networks(dropout=0.0, interval=True):
 
 def reference_sit(name):
     v, meta = vectors(name)
-    config, shapes = meta["config"]["kwargs"], json.loads(meta["state_dict"])
+    config, weights = meta["config"]["kwargs"], vector_weights(name)
     net = model.SiT(config["input_size"], config["in_channels"], config["num_classes"], config["patch_size"],
                     config["hidden_size"], config["depth"], config["num_heads"], interval=True)
-    weights = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
-    for i, (k, shape) in enumerate(shapes.items()):
-        if k not in weights:
-            g = torch.Generator().manual_seed(zlib.crc32((meta["salt"] + k).encode()))
-            weights[k] = 0.1 * torch.randn(shape, generator=g)
-        if "check/sum" in v:
-            assert weights[k].flatten()[0] == v["check/first"][i]
-            assert abs(weights[k].double().sum() - v["check/sum"][i]) < 1e-6
     assert relerr(net.pos_embed, weights["pos_embed"]) < 1e-6              # before it is overwritten
     net.load_state_dict(weights)
     return model.MeanVelocity(net).eval(), v

@@ -47,7 +47,10 @@ RECIPES = {
         "cifar10":     dict(steps=100_000, batch=1024, lr=6e-4, ema=0.99995, solver=None, nfe=16,
                             network=dict(dropout=0.2)),
         "imagenet256": dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  solver="jump", nfe=8,
-                            network=dict(), init="none", teacher="runs/imagenet256/teacher_mf.safetensors"),
+                            network=dict(), init="none", teacher="runs/imagenet256/teacher_mf.safetensors",
+                            teacher_by="python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
+                                       "--guide-times 0 1 --init runs/imagenet256/pretrain_flow.safetensors "
+                                       "--out runs/imagenet256/teacher_mf.safetensors"),
         "own data":    dict(steps=10_000,  batch=128,  lr=1e-3, ema=0.999,   solver=None, nfe=16,
                             network=dict()),
     },
@@ -166,11 +169,8 @@ def main():
     made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": made_by += " --objective flow"
     elif public := model.DATASETS.get(args.row, {}).get("public"): made_by += f" [--import {public}]"
-    teacher_by = made_by
-    if p.get_default("init") == "none":                                            # imagenet256's chain
-        teacher_by = (f"python posttrain_mf.py --data {args.data} --omega 1 --kappa 0.5 --guide-times 0 1 "
-                      f"--init runs/{args.name}/{reads}.safetensors --out {args.teacher}")
     teachers = solve.TEACHERS if target == "mf" else [reads]
+    teacher_by = p.get_default("teacher_by") or made_by
     teacher, teacher_header = model.parent(args.teacher, teacher_by, teachers, device=device)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)

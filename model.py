@@ -876,7 +876,7 @@ def check_fit(init, header, source, shape, classes):
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
-FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "trajectories"}
+FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "teacher_by", "trajectories"}
 
 
 def stamp(args, stage, unit, world, **files):

@@ -11,7 +11,7 @@
   cost    per image: one forward and one backward
   expect  digits: the loss, summed over 64 pixels, falls from about 72 to about 26 (flow: to about 22)
 """
-import argparse, copy, io, json, math, pickle, struct
+import argparse, copy, io, json, math, os, pickle, re, reprlib, struct
 from pathlib import Path
 
 import torch
@@ -81,8 +81,8 @@ class Dict(dict):
     def __setstate__(self, state): pass
 
 
-class Unpickler(pickle.Unpickler):
-    """pickle.Unpickler that knows the names in `table` {(module, name): stand-in} and no others."""
+class Unpickler(pickle._Unpickler):                        # Python's: C's allocates what an index asks for
+    """An unpickler that knows the names in `table` {(module, name): stand-in} and no others."""
     def __init__(self, file, table, storages=None):
         super().__init__(file)
         self.table, self.storages = table, storages
@@ -107,7 +107,8 @@ def read_storage(content):
     """The bytes of one storage, as torch wrote them before its zip format. -> tensor (numel,)"""
     def described(pid):
         kind, dtype, key, _, numel, view = pid
-        if kind != "storage" or view is not None: raise model.Refused("it holds a storage of an unknown kind")
+        if kind != "storage" or view is not None or type(key) is not str:
+            raise model.Refused("it holds a storage of an unknown kind")
         return Dict(dtype=dtype, key=key, numel=numel)
     f = io.BytesIO(content)
     magic, protocol, system = (Unpickler(f, {}).load() for _ in range(3))
@@ -122,12 +123,13 @@ def read_storage(content):
 
 def read_tensor(storage, offset, size, stride, *_):
     """A strided view of a storage, checked to lie inside it."""
+    if len(size) > 8: raise model.Refused(f"it holds a tensor of {len(size)} dimensions")
     numel = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if min((offset, *size, *stride)) < 0 or len(size) != len(stride) or numel and last >= len(storage) or (
             numel > len(storage)):
         raise model.Refused("it holds a tensor that reaches beyond its storage")
-    return storage.as_strided(size, stride, offset).clone()
+    return storage.as_strided(size, stride, offset)
 
 
 def read_scalar(code, raw):
@@ -147,6 +149,12 @@ def read_pickle(path):
         made = Code()
         made.state = {"code": letters}
         return made
+    left = os.path.getsize(path)
+    def storage(content):                                  # a pickle can ask for the same bytes many times
+        nonlocal left
+        left -= len(content)
+        if left < 0: raise model.Refused("its storages are larger than itself")
+        return read_storage(content)
     # Lambdas made anew for each file: a pickle can set attributes of whatever it is given.
     table = {
         ("torch_utils.persistence", "_reconstruct_persistent_obj"):
@@ -155,7 +163,7 @@ def read_pickle(path):
         ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
         ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
         ("torch._utils", "_rebuild_tensor_v2"): lambda *args: read_tensor(*args),
-        ("torch.storage", "_load_from_bytes"): lambda content: read_storage(content),
+        ("torch.storage", "_load_from_bytes"): storage,
         ("torch", "Size"): tuple, ("torch", "device"): lambda *_: None,
         ("collections", "OrderedDict"): Dict, ("dnnlib.util", "EasyDict"): Dict,
         ("numpy", "dtype"): code, ("numpy", "ndarray"): Stub,
@@ -177,7 +185,7 @@ def tensors_of(module, prefix=""):
     for kind in ("_parameters", "_buffers"):
         found |= {prefix + k: v for k, v in (state.get(kind) or {}).items()
                   if v is not None and k not in state.get("_non_persistent_buffers_set", ())}
-    for k, child in (state.get("_modules") or {}).items():
+    for k, child in (state.pop("_modules", None) or {}).items():             # pop: each module once
         if child is not None: found |= tensors_of(child, f"{prefix}{k}.")
     return found
 
@@ -186,41 +194,54 @@ def tensors_of(module, prefix=""):
 LEFT_OUT = "map_augment", "logvar", "resample_filter", "num_batches_tracked"
 
 
+OPTIONAL = "channel_mult_noise", "channel_mult_emb", "clip_act"              # may be None
+
+
+def fits(k, v, example):
+    """Can v be the value of the argument k, of which `example` is one?"""
+    if isinstance(example, list): return isinstance(v, list) and all(fits(k, n, 1) for n in v)
+    if isinstance(v, float): return isinstance(example, float) and v >= 0
+    return type(v) is int and v >= 0 or v is None and k in OPTIONAL
+
+
 def take(kwargs, honoured, only, ignored):
-    """Every constructor argument is honoured, or has the one value we build, or changes no output, or is
-    refused by name. -> the honoured ones, defaults filled in"""
+    """Every constructor argument is honoured, or has one of the values we build, or changes no output, or is
+    refused by name. -> the honoured ones, defaults filled in; `int` instead of one: there is none"""
     for k, v in kwargs.items():
         v = list(v) if isinstance(v, tuple) else v
-        if k in honoured or k in ignored or k in only and only[k] == v: continue
-        raise model.Refused(f"its network has {k} = {v!r}, which we do not build"
-                            + (f", only {only[k]!r}" if k in only else ""))
+        if k in honoured and fits(k, v, honoured[k]) or k in ignored or k in only and v in only[k]: continue
+        raise model.Refused(f"its network has {k} = {reprlib.repr(v)}, which we do not build"
+                            + (f", only {' or '.join(map(repr, only[k]))}" if k in only else ""))
+    if missing := [k for k, v in honoured.items() if v is int and k not in kwargs]:
+        raise model.Refused(f"it does not say {missing[0]}, an argument of its network; a .safetensors says "
+                            "it in its metadata")
     return {k: kwargs.get(k, v) for k, v in honoured.items()}
 
 
 def edm_header(kwargs):
     """EDM's constructor arguments, its defaults filled in -> our header."""
-    if kwargs.get("model_type", "DhariwalUNet") == "DhariwalUNet":
+    if kwargs.get("model_type", "DhariwalUNet") == "DhariwalUNet" and kwargs:
         raise model.Refused("its network is ADM (DhariwalUNet), which we do not build, only DDPM++")
     if kwargs.get("encoder_type") == "residual":
         raise model.Refused("its network is NCSN++, which we do not build, only DDPM++")
-    mine = take(kwargs, dict(img_resolution=None, img_channels=None, label_dim=0, model_channels=128,
+    mine = take(kwargs, dict(img_resolution=int, img_channels=int, label_dim=0, model_channels=128,
                              channel_mult=[1, 2, 2, 2], channel_mult_emb=4, num_blocks=4,
                              attn_resolutions=[16], dropout=0.1, label_dropout=0.0, sigma_data=0.5,
                              sigma_min=0.0, sigma_max=math.inf),
-                dict(model_type="SongUNet", embedding_type="positional", encoder_type="standard",
-                     decoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1]),
+                dict(model_type=["SongUNet"], embedding_type=["positional"], encoder_type=["standard"],
+                     decoder_type=["standard"], channel_mult_noise=[1], resample_filter=[[1, 1]]),
                 ["use_fp16", "augment_dim"])
     return denoiser_header("DDPMpp", mine)
 
 
 def edm2_header(kwargs):
     """EDM2's constructor arguments, its defaults filled in -> our header."""
-    mine = take(kwargs, dict(img_resolution=None, img_channels=None, label_dim=0, model_channels=192,
+    mine = take(kwargs, dict(img_resolution=int, img_channels=int, label_dim=0, model_channels=192,
                              channel_mult=[1, 2, 3, 4], channel_mult_noise=None, channel_mult_emb=None,
                              num_blocks=3, attn_resolutions=[16, 8], label_balance=0.5, concat_balance=0.5,
                              channels_per_head=64, dropout=0.0, res_balance=0.3, attn_balance=0.3,
-                             clip_act=256, sigma_data=0.5),
-                dict(resample_filter=[1, 1]), ["use_fp16", "logvar_channels"])
+                             clip_act=256.0, sigma_data=0.5),
+                dict(resample_filter=[[1, 1]]), ["use_fp16", "logvar_channels"])
     return denoiser_header("EDM2UNet", mine)
 
 
@@ -235,12 +256,11 @@ def sit_header(tensors, kwargs):
     """Weights of a SiT, whose shapes say almost all, and constructor arguments -> our header."""
     dim, C, patch, _ = tensors["x_embedder.proj.weight"].shape
     heads = {384: 6, 768: 12, 1024: 16, 1152: 16}.get(dim)
-    mine = take(kwargs, dict(num_heads=heads, class_dropout_prob=0.1),
-                dict(path_type="linear", qk_norm=False, mlp_ratio=4.0),
+    mine = take(kwargs, dict(num_heads=heads or int, class_dropout_prob=kwargs.get("cfg_prob", 0.1)),
+                dict(path_type=["linear", "Linear"], prediction=["velocity", "v"], qk_norm=[False],
+                     mlp_ratio=[4.0]),
                 ["name", "input_size", "patch_size", "in_channels", "num_classes", "hidden_size", "depth",
-                 "decoder_hidden_size", "learn_sigma", "use_cfg", "fused_attn"])
-    if not mine["num_heads"]:
-        raise model.Refused(f"its width {dim} is of no published SiT; give a .safetensors with num_heads")
+                 "decoder_hidden_size", "learn_sigma", "use_cfg", "fused_attn", "cfg_prob"])
     network = {"class": "SiT", "img_resolution": math.isqrt(tensors["pos_embed"].shape[1]) * patch,
                "img_channels": C, "label_dim": len(tensors["y_embedder.embedding_table.weight"]) - 1,
                "patch_size": patch, "hidden_size": dim, "num_heads": mine["num_heads"],
@@ -250,6 +270,18 @@ def sit_header(tensors, kwargs):
         raise model.Refused("it has no null class, which we need")
     return {"kind": "MeanVelocity", "time_scale": 1.0, "t_min": 0.0, "t_max": 1.0,
             "label_dropout": mine["class_dropout_prob"], "network": network}
+
+
+def check(header, tensors):
+    """Arguments that are possible one by one also have to make sense together."""
+    n = header["network"]
+    for wrong, what in [
+        (header["t_min"] >= header["t_max"], "no time between sigma_min and sigma_max"),
+        (header.get("sigma_data", 1) <= 0, "sigma_data = 0"),
+        (max(header["label_dropout"], n.get("dropout", 0)) >= 1, "a dropout of 1"),
+        (n.get("hidden_size", 0) % n.get("num_heads", 1), f"{n.get('num_heads')} heads for its width"),
+        (n.get("num_blocks", 0) * len(n.get("channel_mult", "")) > tensors, "more blocks than tensors")]:
+        if wrong: raise model.Refused(f"its arguments describe {what}")
 
 
 def turn_time(tensors):
@@ -271,26 +303,51 @@ def read_public(path):
         net = read_pickle(path)["ema"]
         return net.name, dict(net.state["_init_kwargs"]), tensors_of(net)
     if path.endswith((".pt", ".pth")):
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            file = torch.load(path, map_location="cpu", weights_only=True)
-        arguments = vars(file["args"]) if isinstance(file.get("args"), argparse.Namespace) else {}
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                file = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:                # torch's own text says how to run it all the same
+            name = re.search(r"GLOBAL (\S+)", str(e))
+            raise model.Refused(f"it asks for {name[1] if name else 'more than tensors'}, which was not run")
+        args = vars(file["args"]) if isinstance(file.get("args"), argparse.Namespace) else {}
+        kwargs = {k: args[k] for k in ("num_heads", "qk_norm", "num_classes", "path_type", "prediction",
+                                       "cfg_prob") if k in args}
         names = [k for k in ("ema", "model", "state_dict") if isinstance(file.get(k), dict)]
-        tensors = file[names[0]] if names else file
-        return None, {k: arguments[k] for k in ("num_heads", "qk_norm") if k in arguments}, tensors
+        return None, kwargs, file[names[0]] if names else file
     with safe_open(path, "pt") as f:
+        if "config" not in (f.metadata() or {}):
+            raise model.Refused("its metadata has no `config`, its network's constructor arguments as JSON")
         config, tensors = json.loads(f.metadata()["config"]), {k: f.get_tensor(k) for k in f.keys()}
     return config.pop("class", None), config.get("kwargs", config), tensors
+
+
+def our_names(tensors):
+    """Tensors under our names: without wrappers, and without those that no network of ours has."""
+    found = {}
+    for k, v in tensors.items():
+        if any(name in k for name in LEFT_OUT): continue
+        k = re.sub(r"^((module|_orig_mod|model|unet)\.)+", "", k)
+        if k in found: raise model.Refused(f"it holds {k} twice")
+        if not v.is_floating_point(): raise model.Refused(f"its {k} is {v.dtype}")
+        found[k] = v
+    return found
+
+
+def one_line(message):
+    """A message that may quote the file, fit for a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(message)[:300])
 
 
 def import_checkpoint(path):
     """A public file -> (model, header). Raises Refused, naming what is not known."""
     try:
         kind, kwargs, tensors = read_public(str(path))
-        tensors = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in tensors.items()}
-        kind = kind or ("SiT" if "x_embedder.proj.weight" in tensors else
-                        "Precond" if "unet.out_gain" in tensors else "EDMPrecond")
-        tensors = {k.removeprefix("model.").removeprefix("unet."): v.float() for k, v in tensors.items()
-                   if not any(name in k for name in LEFT_OUT)}
+        tensors = our_names(tensors)
+        if sum(v.nbytes for v in tensors.values()) > os.path.getsize(path):
+            raise model.Refused("its tensors are larger than itself")
+        kind = (kind or "").rpartition(".")[2] or ("SiT" if "x_embedder.proj.weight" in tensors else
+                                                   "Precond" if "out_gain" in tensors else "EDMPrecond")
+        tensors = {k: v.float() for k, v in tensors.items()}
         if kind == "SiT":
             header = sit_header(tensors, kwargs)
             if not header["network"]["interval"]: tensors = turn_time(tensors)
@@ -298,20 +355,21 @@ def import_checkpoint(path):
             header = {"EDMPrecond": edm_header, "Precond": edm2_header}[kind](kwargs)
         else:
             raise model.Refused(f"it holds a {kind}, which we do not know")
-        net = model.build(header)
-        ours, theirs = ({k: v.shape for k, v in d.items()} for d in (net.net.state_dict(), tensors))
+        check(header, len(tensors))
+        with torch.device("meta"): net = model.build(header)         # no memory until all shapes agree
+        ours, theirs = ({k: tuple(v.shape) for k, v in d.items()} for d in (net.net.state_dict(), tensors))
         if wrong := [k for k in ours | theirs if ours.get(k) != theirs.get(k)]:
             raise model.Refused(f"its {wrong[0]} is {theirs.get(wrong[0])}, its arguments make it "
                                 f"{ours.get(wrong[0])}")
-        net.net.load_state_dict(tensors)
+        net.to_empty(device="cpu").net.load_state_dict(tensors)
         return net, header
     except FileNotFoundError:
         raise model.Refused(f"{path} does not exist; download it from its publisher.")
     except model.Refused as e:
-        raise model.Refused(f"{path} cannot be imported: {e}.")
+        raise model.Refused(f"{path} cannot be imported: {one_line(e)}.")
     except Exception as e:                                 # a damaged pickle can raise anything
         raise model.Refused(f"{path} is damaged or not a checkpoint we know ({type(e).__name__}: "
-                            f"{(str(e) or 'no reason').splitlines()[0]}).")
+                            f"{one_line(e) or 'no reason'}).")
 
 
 # === the run ================================================================================================

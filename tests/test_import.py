@@ -64,6 +64,20 @@ def test_public_sit_turns_its_time_and_drops_its_variance(tmp_path):
         assert expected.abs().max() > 0.1 and relerr(u(z, t, t, y), expected) < 1e-5
 
 
+def test_arguments_in_a_pt_file_are_honoured_or_refused(tmp_path):
+    tensors = {f"_orig_mod.module.{k}": w for k, w in vector_weights("sit_meanflow").items()}
+    def imported(**args):
+        torch.save({"ema": tensors, "args": argparse.Namespace(num_heads=4, **args)}, tmp_path / "a.pt")
+        return pretrain.import_checkpoint(tmp_path / "a.pt")[1]
+    known = dict(path_type="Linear", prediction="velocity", num_classes=10, data_dir="/x", lr=1e-4)
+    assert imported(cfg_prob=0.2, **known)["label_dropout"] == 0.2
+    for args in (dict(path_type="GVP"), dict(prediction="noise"), dict(qk_norm=True), dict(num_classes=11)):
+        word = "null class" if "num_classes" in args else f"{list(args)[0]} = {list(args.values())[0]!r}"
+        with pytest.raises(model.Refused, match=word): imported(**known | args)
+    tensors["final_layer.linear.bias"] = tensors["_orig_mod.module.final_layer.linear.bias"]
+    with pytest.raises(model.Refused, match="final_layer.linear.bias twice"): imported()
+
+
 def test_edm2_in_training_puts_weights_on_the_sphere(tmp_path):
     path, v = public_file(tmp_path, "edm2")
     after, _ = vectors("edm2_train")
@@ -196,12 +210,17 @@ def as_older_writers_did(module, mapping):
         "state": state | {"_init_kwargs": kwargs}})
 
 
-def tensor_of_torch_1(tensor):
-    if tensor is None: return None
+def storage_of_torch_1(tensor):
     file, storage = io.BytesIO(), tensor.contiguous().untyped_storage()
     storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=tensor.dtype, _internal=True)
     torch.save(storage, file, _use_new_zipfile_serialization=False)
-    tensor = Runs(torch._utils._rebuild_tensor_v2, Runs(torch.storage._load_from_bytes, file.getvalue()),
+    return file.getvalue()
+
+
+def tensor_of_torch_1(tensor):
+    if tensor is None: return None
+    storage = Runs(torch.storage._load_from_bytes, storage_of_torch_1(tensor))
+    tensor = Runs(torch._utils._rebuild_tensor_v2, storage,
                   0, tuple(tensor.shape), tensor.contiguous().stride(), False, OrderedDict())
     return Runs(torch._utils._rebuild_parameter, tensor, True, OrderedDict())
 
@@ -261,7 +280,50 @@ def test_hostile_pickles_are_refused_and_run_nothing(run, tmp_path, monkeypatch)
                               b"N}\x8c\x0c__defaults__K\x01\x85s\x86b.")
     assert run("pretrain", "--import", "x.pkl").code == 2 and pretrain.read_tensor.__defaults__ == defaults
     torch.save(Runs(os.system, f"touch {tmp_path / 'owned'}"), "x.pt")
-    assert run("pretrain", "--import", "x.pt").code == 2 and not Path("owned").exists()
+    done = run("pretrain", "--import", "x.pt")
+    assert done.code == 2 and "posix.system, which was not run" in done.err and not Path("owned").exists()
+    for content in ([1], {"model": {"a": 3}}, {}):
+        torch.save(content, "x.pt")
+        done = run("pretrain", "--import", "x.pt")
+        assert done.code == 2 and len(done.err.strip().splitlines()) == 1
+
+
+def test_small_files_cannot_ask_for_much(tmp_path, monkeypatch):
+    """Storages used many times, modules nested in themselves, arguments of a huge network."""
+    for name in ("torch_utils", "torch_utils.persistence"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    def refused(words, **state):
+        kwargs = {"img_resolution": 8, "img_channels": 3, "model_type": "SongUNet", **state.pop("kwargs", {})}
+        state = {"_init_kwargs": kwargs, "_parameters": {}, "_buffers": {}, "_modules": {}} | state
+        ema = Runs(_reconstruct_persistent_obj, {"type": "class", "version": 6, "module_src": "",
+                                                 "class_name": "EDMPrecond", "state": state})
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": ema}))
+        with pytest.raises(model.Refused, match=words): pretrain.import_checkpoint(tmp_path / "a.pkl")
+    content = storage_of_torch_1(tensor := torch.zeros(4096))
+    refused("storages are larger", _parameters={
+        str(i): Runs(torch._utils._rebuild_tensor_v2, Runs(torch.storage._load_from_bytes, content),
+                     0, (4096,), (1,), False, OrderedDict()) for i in range(3)})
+    shared = tensor_of_torch_1(tensor)
+    refused("tensors are larger", _parameters={str(i): shared for i in range(3)})
+    deep = None
+    for _ in range(60):
+        made = torch.nn.ModuleDict()
+        made.__dict__.clear()
+        made.__dict__.update(_parameters={}, _buffers={}, _modules={"a": deep, "b": deep} if deep else {})
+        deep = made
+    refused("map_layer0", _modules={"deep": deep}, kwargs={"num_blocks": 0})
+    refused("map_layer0", kwargs={"model_channels": 10 ** 5, "num_blocks": 0})
+    refused("more blocks than tensors", kwargs={"num_blocks": 10 ** 9})
+
+
+def test_text_from_the_file_is_printed_on_one_short_line(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kwargs in ({"class": "\x1b[31mred\n" + "x" * 10 ** 5},
+                   {"class": "EDMPrecond", "a\nb": "\r" * 10 ** 5}):
+        save_file({"a": torch.zeros(1)}, "a.safetensors", metadata={"config": json.dumps(kwargs)})
+        done = run("pretrain", "--import", "a.safetensors")
+        assert done.code == 2 and len(done.err) < 500 and done.err.strip().isprintable(), done.err
 
 
 def test_tensors_cannot_reach_beyond_their_storage():
@@ -290,6 +352,21 @@ def test_what_we_do_not_build_is_refused_by_name(run, tmp_path, monkeypatch):
     refused(["some_new_argument"], some_new_argument=1)
     refused(["VPPrecond"], cls="VPPrecond")
     refused(["arguments make it"], model_channels=16)
+    refused(["dropout", "'much'"], dropout="much")
+    refused(["dropout", "nan"], dropout=float("nan"))
+    refused(["a dropout of 1"], dropout=1)
+    refused(["num_blocks", "-1"], num_blocks=-1)
+    refused(["model_channels", "8.5"], model_channels=8.5)
+    refused(["channel_mult", "[2, None]"], channel_mult=[2, None])
+    refused(["attn_resolutions", "4"], attn_resolutions=4)
+    refused(["img_resolution", "True"], img_resolution=True)
+    refused(["sigma_data"], sigma_data=0)
+    refused(["no time between"], sigma_max=0.001)
     refused(["map_layer0.bias", "None"], {k: w for k, w in weights.items() if k != "model.map_layer0.bias"})
     refused(["surplus"], weights | {"model.surplus": torch.zeros(2)})
+    refused(["int64"], weights | {"model.map_layer0.bias": torch.zeros(2, dtype=torch.int64)})
+    save_file(weights, "a.safetensors")
+    assert "`config`" in run("pretrain", "--import", "a.safetensors").err
+    torch.save(weights, "a.pt")
+    assert "does not say" in run("pretrain", "--import", "a.pt").err
     assert not Path("runs").exists()

@@ -1,6 +1,7 @@
 # make demo         every stage of the consistency branch on the embedded digits, a table and a picture
 # make demo-mf      the same for the mean-flow branch
-# make test         all fast tests
+# make test         all fast tests, two minutes
+# make test-slow    the others, a few minutes more
 # make bench        what a step of each method costs, as ratios
 # make compare      the README's table: two seeds, plain ECT with three doubling intervals (an hour)
 # make compare-mf   the README's other table: two seeds (three quarters of an hour)
@@ -20,6 +21,9 @@ demo-mf: $(ENV)
 test: $(ENV)
 	$(PY) -m pytest
 
+test-slow: $(ENV)
+	$(PY) -m pytest -m slow
+
 bench: $(ENV)
 	$(PY) tests/bench.py
 
@@ -37,4 +41,4 @@ scratch-mf: $(ENV)
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-mf test bench compare compare-mf scratch-mf
+.PHONY: demo demo-mf test test-slow bench compare compare-mf scratch-mf

@@ -1,7 +1,7 @@
 """Evaluation: the Frechet distance between two sets of images.
 
   reads   FILE ...: images as an .npz (arr_0 uint8 NHWC), or a checkpoint FILE[:STEPS] to sample from;
-          --ref: such an .npz, or a data set's name
+          --ref: a data set's name, or any .npz, .zip or folder of images
   prints  for each FILE a line, and then the same as JSON
   run     python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
   expect  digits, 10,000 samples: teacher 0.09, after mid-training 0.16, one step of the teacher 3.6
@@ -10,7 +10,7 @@
 FD-pixels and is no FID: it serves small images, up to 3,072 values each, for which no Inception network means
 anything.
 """
-import argparse, json
+import argparse, json, math
 
 import torch
 from einops import rearrange
@@ -47,10 +47,20 @@ def pixels(images):
     return rearrange(model.to_float(torch.as_tensor(images)), "n h w c -> n (h w c)")
 
 
+def read(path, row=None):
+    """Yield the images of `path` as uint8 (n,H,W,C). row: of DATASETS, which they have to agree with."""
+    images, _ = model.read_images(path, row)
+    if math.prod(images.shape) > 3072 or images[0].dtype != torch.uint8:
+        raise model.Refused(f"{path} holds {math.prod(images.shape):,} values an image; --features pixels is "
+                            "for small images (at most 3,072).")
+    for at in torch.arange(len(images)).split(1000):
+        yield rearrange(images.batch(at.tolist())[0], "n c h w -> n h w c")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help=".npz of images or checkpoints")
-    p.add_argument("--ref", metavar="NAME|NPZ",
+    p.add_argument("--ref", metavar="NAME|PATH",
                    help="what to compare with (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["pixels"], required=True, help="what to compare")
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
@@ -63,23 +73,18 @@ def main():
 def evaluate(file, args, device):
     """Prints a line on FILE[:STEPS], and one of JSON."""
     if file.endswith(".npz"):
-        images = rearrange(model.read_images(file)[0], "n c h w -> n h w c")
-        batches, what = images.split(1000), {"file": file}
+        batches, what = read(file), {"file": file}
         if not args.ref:
             raise model.Refused("--ref is missing; name the data set or the .npz to compare with.")
     else:
         net, header, steps = sample.open_model(file, args.steps, device)
         seeds = args.seeds or range(args.n)
-        batches = (x for x, _ in sample.generate(net, header, seeds, steps, args.labels, args.mid_t))
+        vae = sample.open_vae(header, args.vae, device)
+        batches = (x for x, _ in sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae))
         what = {"file": file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
                 "labels": args.labels}
-    ref = model.find_data(args.ref)[2] if args.ref else header["data_path"]
-    reference = rearrange(model.read_images(ref)[0], "n c h w -> n h w c")
-    if reference[0].numel() > 3072:
-        raise model.Refused(f"{ref}: {reference[0].numel():,} values an image are too many "
-                            "for --features pixels (at most 3,072).")
-
-    n_ref, mu_ref, cov_ref = statistics(pixels(x) for x in reference.split(1000))
+    name, _, ref = model.find_data(args.ref) if args.ref else (header["data"], None, header["data_path"])
+    n_ref, mu_ref, cov_ref = statistics(pixels(x) for x in read(ref, model.DATASETS.get(name)))
     n, mu, cov = statistics(pixels(x) for x in batches)
     if min(n, n_ref) < 2 or mu.shape != mu_ref.shape:
         raise model.Refused(f"{n} images of {len(mu)} values against {n_ref} of {len(mu_ref)}: "

@@ -26,33 +26,47 @@ import torch
 import model, solve
 
 # batch counts (state, target) pairs, nfe network calls a trajectory; `network`: what differs from the network
-# of --init; mid_t: the noise level of the second of two sampling steps of a consistency model.
+# of --init; mid_t: the noise level of the second of two sampling steps of a consistency model; decay: lr
+# falls to 0 ("linear"), stays ("constant") or falls as 1/sqrt from a step on. solver None: the teacher's own.
+# origin: whose numbers they are: the paper's, its released code's, ECT's (2406.14548), MeanFlow's
+# (2505.13447); all others are ours. The paper's distance is LPIPS-VGG for pixels and ELatentLPIPS for
+# latents, whose weights are not ours to give; ours, pseudo-Huber, needs no files. DISTANCES takes yours.
+CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, solver="dpm3", nfe=16,
+          distance="huber", network={}, mid_t=0.7757)
+BY_PAPER, BY_CODE = "steps batch lr decay warmup ema optimizer beta2 solver nfe", "network mid_t"
+PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999, network=dict(dropout=0.2), origin={
+    "paper": BY_PAPER, "code": BY_CODE, "ours, the paper's is lpips": "distance"})
+MF = dict(optimizer="RAdam", beta2=0.999, decay="linear", warmup=0, solver=None, nfe=16, distance="l2",
+          network={})
 RECIPES = {
-    # cifar10: the paper's, except dropout and mid_t (the released code's) and the distance, LPIPS-VGG in the
-    # paper, pseudo-Huber here because it needs no files. The other rows are ours.
     "cm": {
-        "digits":   dict(steps=1200,    batch=64,  lr=3e-3, ema=0.99,  solver="dpm3", nfe=16,
-                         network=dict(), mid_t=0.7757),
-        "cifar10":  dict(steps=300_000, batch=128, lr=2e-4, ema=0.999, solver="dpm3", nfe=16,
-                         network=dict(dropout=0.2), mid_t=0.7757),
-        "own data": dict(steps=10_000,  batch=128, lr=1e-3, ema=0.999, solver="dpm3", nfe=16,
-                         network=dict(), mid_t=0.7757),
+        "digits":      CM | dict(steps=1200,   batch=64, lr=3e-3, ema=0.99),
+        "cifar10":     PAPER,
+        "ffhq64":      PAPER,
+        "afhqv2-64":   PAPER,
+        "imagenet64":  CM | dict(steps=100_000, lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99, decay=2000,
+                                 network=dict(dropout=0.4, dropout_resolutions=(16, 8)), mid_t=1.526, origin={
+                                     "ECT": "batch lr decay ema optimizer beta2 network", "code": "mid_t",
+                                     "paper": "solver nfe"}),
+        "imagenet512": PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0), mid_t=1.526,
+                                    origin={"paper": BY_PAPER + " network", "code": "mid_t",
+                                            "ours, the paper's is ELatentLPIPS": "distance"}),
+        "own data":    CM | dict(steps=10_000, lr=1e-3, ema=0.999),
     },
-    # The paper's: the squared l2 distance, and for imagenet256 the teacher, a Mean Flow SiT-B/4 in 8 jumps.
-    # batch, lr, EMA and dropout of cifar10 and imagenet256 are Mean Flow's (2505.13447); all else is ours.
-    # solver None: the one that goes with the teacher.
+    # The paper's mean-flow teacher is a Mean Flow SiT-B/4 in 8 jumps.
     "mf": {
-        "digits":      dict(steps=1200,    batch=64,   lr=1.5e-3, ema=0.99,  solver=None, nfe=16,
-                            network=dict()),
-        "cifar10":     dict(steps=100_000, batch=1024, lr=6e-4, ema=0.99995, solver=None, nfe=16,
-                            network=dict(dropout=0.2)),
-        "imagenet256": dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  solver="jump", nfe=8,
-                            network=dict(), init="none", teacher="runs/imagenet256/teacher_mf.safetensors",
-                            teacher_by="python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
+        "digits":      MF | dict(steps=1200,    batch=64,   lr=1.5e-3, ema=0.99),
+        "cifar10":     MF | dict(steps=100_000, batch=1024, lr=6e-4,   ema=0.99995, network=dict(dropout=0.2),
+                                 origin={"MeanFlow": "batch lr ema network", "paper": "distance"}),
+        "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4,   ema=0.9999, solver="jump", nfe=8,
+                                 origin={"MeanFlow": "batch lr ema", "paper": "solver nfe distance"},
+                                 teacher_network=dict(patch_size=4, hidden_size=768, depth=12, num_heads=12,
+                                                      interval=True),
+                                 init="none", teacher="runs/imagenet256/teacher_mf.safetensors",
+                                 teacher_by="python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
                                        "--guide-times 0 1 --init runs/imagenet256/pretrain_flow.safetensors "
                                        "--out runs/imagenet256/teacher_mf.safetensors"),
-        "own data":    dict(steps=10_000,  batch=128,  lr=1e-3, ema=0.999,   solver=None, nfe=16,
-                            network=dict()),
+        "own data":    MF | dict(steps=10_000,  batch=128,  lr=1e-3,   ema=0.999),
     },
 }
 
@@ -105,6 +119,9 @@ def pairs(states, times, y, number, i, j):
 
 # === the run ================================================================================================
 
+DISTANCES = {"huber": huber, "l2": l2}         # yours: any function of two (B,C,H,W) that gives (B,)
+
+
 def pool_size(batch, N, at_least=128):
     """Trajectories, of N pairs each, to solve at once on a rank: at least 128, and a whole number of batches.
 
@@ -149,6 +166,16 @@ def draw_pairs(paths, N, M, device):
     return chosen[torch.randperm(len(chosen), device=device)]
 
 
+def dry_run(args, kind, network, made_by, teacher_by):
+    header = model.planned(args.init, args, kind, **network)
+    teacher = model.planned(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
+    solver = args.solver or (teacher and solve.default_solver(teacher))
+    N = args.nfe // 2 if solver == "heun" else args.nfe
+    reads = {args.init: made_by, args.teacher: teacher_by}
+    model.dry_run(args, "pairs", header, 0, reads, teacher, args.nfe / N, [
+                  f"of {args.batch / N:g} trajectories of {args.nfe} calls a step, on all GPUs together"])
+
+
 def main():
     target = model.given("--target", "cm", RECIPES)
     reads = {"cm": "pretrain", "mf": "pretrain_flow"}[target]
@@ -159,25 +186,26 @@ def main():
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
     p.add_argument("--solver", choices=solve.SOLVER_NAMES,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
-    p.add_argument("--distance", choices=["huber", "l2"], help="of the loss (default: cm huber; mf only l2)")
+    p.add_argument("--distance", choices=DISTANCES, help="of the loss; with --target mf only l2")
     p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file, do not solve")
     args = p.parse_args()
-    if target == "mf" and args.distance == "huber":
-        raise model.Refused("--distance huber is for --target cm; the mean-flow loss is squared l2.")
-    rank, world, device, batch = model.setup(args.batch)
-
+    if target == "mf" and args.distance != "l2":
+        raise model.Refused(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
     made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": made_by += " --objective flow"
     elif public := model.DATASETS.get(args.row, {}).get("public"): made_by += f" [--import {public}]"
-    teachers = solve.TEACHERS if target == "mf" else [reads]
     teacher_by = p.get_default("teacher_by") or made_by
+    network = args.network | ({"interval": True} if target == "mf" else {})
+    if args.dry_run: return dry_run(args, model.KIND[reads], network, made_by, teacher_by)
+    rank, world, device, batch = model.setup(args.batch)
+
+    teachers = solve.TEACHERS if target == "mf" else [reads]
     teacher, teacher_header = model.parent(args.teacher, teacher_by, teachers, device=device)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
     row = model.DATASETS.get(args.row) or model.own_data(shape, classes)
-    network = args.network | ({"interval": True} if target == "mf" else {})
     net, header = model.first_weights(args.init, made_by, row, model.KIND[reads], device, **network)
     model.check_fit(args.init, header, args.teacher, shape, classes)
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
@@ -190,8 +218,9 @@ def main():
     net.train()
     teacher.body_dtype = net.body_dtype = model.BODY[args.precision]
     ddp = model.parallel(net, world)
-    opt = torch.optim.RAdam(net.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, foreach=True)
-    distance = l2 if args.distance == "l2" else huber
+    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
+                                               foreach=True)
+    distance = DISTANCES[args.distance]
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "pairs", world, step)
@@ -219,13 +248,16 @@ def main():
                 paths = solve_pool(teacher, teacher_header, min(size, still_needed), args, device)
                 order = draw_pairs(len(paths[2]), N, len(i), device)
             at = order[step % steps_per_pool * batch:][:batch]
-        x_t, t, x_r, r, y = pairs(*paths, at.to(device), i, j)
+        drawn = pairs(*paths, at.to(device), i, j)
         model.reseed(args.seed, rank, step)
 
-        if target == "cm": loss = cmt_loss(ddp, x_t, t, x_r, y, distance).mean()
-        else:              loss = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).mean()
-        loss.backward()
-        lr = args.lr * (1 - step / args.steps)
+        loss = 0
+        for x_t, t, x_r, r, y in model.microbatches(ddp, args.microbatch, *drawn):
+            if target == "cm": part = cmt_loss(ddp, x_t, t, x_r, y, distance).sum() / batch
+            else:              part = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).sum() / batch
+            part.backward()
+            loss += part.detach()
+        lr = model.learning_rate(args, step)
         norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
         step += 1
         log(step, loss, norm, lr)

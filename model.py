@@ -15,7 +15,7 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, json, math, os, sys, time, zipfile, zlib
+import argparse, contextlib, functools, gc, hashlib, io, json, math, os, struct, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -291,13 +291,14 @@ class MPBlock(nn.Module):
 class EDM2UNet(nn.Module):
     """The magnitude-preserving U-Net of EDM2 (2312.02696, config G). Parameter names and constructor
     arguments are EDM2's, so its published weights fit by name; its uncertainty head (logvar) is not built.
-    `interval` adds an embedding of t - r (ours).
+    `interval` adds an embedding of t - r (ours); `dropout_resolutions` keeps dropout to these (ECT's).
 
     forward(x, noise, y, gap): as DDPMpp's.
     """
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=192,
                  channel_mult=(1, 2, 3, 4), channel_mult_noise=None, channel_mult_emb=None, num_blocks=3,
-                 attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, interval=False, **block):
+                 attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, interval=False,
+                 dropout_resolutions=None, **block):
         super().__init__()
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         widths = [model_channels * m for m in channel_mult]
@@ -335,6 +336,8 @@ class EDM2UNet(nn.Module):
                                                       attention=s in attn_resolutions)
                 c = width
         self.out_conv = MPConv(c, img_channels, 3)
+        for name, layer in [*self.enc.items(), *self.dec.items()]:
+            if dropout_resolutions and int(name.split("x")[0]) not in dropout_resolutions: layer.dropout = 0.0
 
     def forward(self, x, noise, y=None, gap=None):
         emb, skips = self.emb_noise(self.emb_fourier(noise)), []             # (B, emb_dim), never in bf16
@@ -510,46 +513,71 @@ def flow_to_edm(z, t):
 
 
 # === 3. data sets ===========================================================================================
-# `network` is the architecture a stage builds when no input file brings its own: for digits ours, of 0.75M
-# parameters, for cifar10 EDM's, of 55.73M, for imagenet256 SiT-XL/2; `teacher`, SiT-B/4, is what differs from
-# it in pre-training; `public` is a file for pretrain.py --import. label_dropout: share of null labels.
+# `network` is the architecture a stage builds when no input file brings its own: for digits ours, else the
+# paper's, with pre-training's dropout; `public` is a file for pretrain.py --import. label_dropout: share of
+# null labels.
 # noise_scale, of EDM's time: 4 is ours, for small networks (digits: a little better in every stage than 1,
 # one seed each). time_scale, of flow time: 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
+# latents: networks see (z - mean) * scale of the autoencoder's z, channel by channel.
+
+VAE = "stabilityai/sd-vae-ft-mse"
+LATENTS = {
+    "EDM2UNet": dict(vae=VAE, mean=[5.81, 3.25, 0.12, -2.15],
+                     scale=[0.5 / deviation for deviation in (4.17, 4.62, 3.71, 3.28)]),
+    "SiT":      dict(vae=VAE, mean=[0.0] * 4, scale=[0.18215] * 4),
+}
+DDPMPP = {"class": "DDPMpp", "model_channels": 128, "num_blocks": 4, "attn_resolutions": (16,)}
+EDM2 = {"class": "EDM2UNet", "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (16, 8)}
 
 DATASETS = {
     #                   shape (C, H, W)    classes       label_dropout      scales of embedded times
     "digits":      dict(shape=(1, 8, 8),   classes=10,   label_dropout=0.1, noise_scale=4.0, time_scale=16.0,
-        network=dict(model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,),
-                     dropout=0.0)),
+        network={"class": "DDPMpp", "model_channels": 32, "channel_mult": (1, 2), "num_blocks": 1,
+                 "attn_resolutions": (4,), "dropout": 0.0}),
     "cifar10":     dict(shape=(3, 32, 32), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
-        network=dict(model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,),
-                     dropout=0.13), public="edm-cifar10-32x32-uncond-vp.pkl"),
+        network=DDPMPP | {"channel_mult": (2, 2, 2), "dropout": 0.13},
+        public="edm-cifar10-32x32-uncond-vp.pkl"),
+    "ffhq64":      dict(shape=(3, 64, 64), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
+        network=DDPMPP | {"channel_mult": (1, 2, 2, 2), "dropout": 0.05},
+        public="edm-ffhq-64x64-uncond-vp.pkl"),
+    "afhqv2-64":   dict(shape=(3, 64, 64), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
+        network=DDPMPP | {"channel_mult": (1, 2, 2, 2), "dropout": 0.25},
+        public="edm-afhqv2-64x64-uncond-vp.pkl"),
+    "imagenet64":  dict(shape=(3, 64, 64), classes=1000, label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
+        network=EDM2 | {"model_channels": 192, "dropout": 0.0},
+        public="edm2-img64-s-1073741-0.075.pkl"),
     "imagenet256": dict(shape=(4, 32, 32), classes=1000, label_dropout=0.1, noise_scale=1.0, time_scale=1.0,
         network={"class": "SiT", "patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16},
-        teacher={"patch_size": 4, "hidden_size": 768, "depth": 12, "num_heads": 12}),
+        latents=LATENTS["SiT"]),
+    "imagenet512": dict(shape=(4, 64, 64), classes=1000, label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
+        network=EDM2 | {"model_channels": 448, "dropout": 0.1},
+        public="edm2-img512-xxl-0939524-0.070.pkl", latents=LATENTS["EDM2UNet"]),
 }
 
 
 def own_data(shape, classes):
-    """The row of a data set nobody listed (ours): halve down to <= 8 pixels, size the rest by resolution."""
+    """The row of a data set nobody listed (ours): halve down to <= 8 pixels, size the rest by resolution.
+    Latents (4 channels) are scaled as EDM2's."""
     size, mult = shape[-1], [1 if shape[-1] <= 16 else 2]
     while size % 2 == 0 and size > 8 or len(mult) < 2:
         size, mult = size // 2, mult + [2]
     small = shape[-1] <= 16
     return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0,
-                noise_scale=4.0 if small else 1.0, time_scale=16.0, network=dict(
-        model_channels=32 if shape[-1] <= 8 else 64 if small else 128, channel_mult=tuple(mult),
-        num_blocks=1 if small else 2, attn_resolutions=(size,), dropout=0.0))
+                noise_scale=4.0 if small else 1.0, time_scale=16.0, network={
+        "class": "DDPMpp", "model_channels": 32 if shape[-1] <= 8 else 64 if small else 128,
+        "channel_mult": tuple(mult), "num_blocks": 1 if small else 2, "attn_resolutions": (size,),
+        "dropout": 0.0}, **(dict(latents=LATENTS["EDM2UNet"]) if shape[0] == 4 else {}))
 
 
 def find_data(data):
     """--data NAME | PATH | NAME=PATH -> (recipe row, run name, path of the images)."""
     name, _, path = data.partition("=")
     if name in DATASETS:
-        return name, name, path or f"data/{name}.npz"
+        paths = f"data/{name}.npz", f"data/{name}.zip", f"data/{name}"
+        return name, name, path or next(filter(os.path.exists, paths), paths[0])
     if path or not (os.path.exists(data) or Path(data).suffix or os.sep in data):
         raise Refused(f"--data {data}: '{name}' is neither a file nor one of {', '.join(DATASETS)}; "
-                      "give one of these names, the path of an .npz, or NAME=PATH.")
+                      "give one of these names, the path of an .npz, .zip or folder, or NAME=PATH.")
     return "own data", Path(data).stem, data
 
 
@@ -580,17 +608,22 @@ def save(path, tensors, header):
         save_file(tensors, part, metadata={"format": "pt", "config": json.dumps(header)})
 
 
-def read(path):
+def read(path, tensors=True):
     """-> ({name: tensor} on the CPU, header). Raises Refused if the file is missing, damaged or not ours."""
     if not os.path.isfile(path):
         raise Refused(f"{path} does not exist.")
     try:
         with safe_open(path, "pt") as f:
-            tensors, header = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["config"])
-        return tensors, header
+            header = json.loads(f.metadata()["config"])
+            return {k: f.get_tensor(k) for k in f.keys() if tensors}, header
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise Refused(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                       "make it again or copy it again.")
+
+
+def read_header(path):
+    """-> header of a checkpoint, whose tensors are left alone. Raises Refused as `read` does."""
+    return read(path, tensors=False)[1]
 
 
 def build(header):
@@ -622,9 +655,10 @@ def load(path, device="cpu", **network):
 def fresh_header(row, kind="Denoiser", **network):
     """The header of a network that no file describes yet, from its DATASETS row, with `network` on top."""
     C, H, _ = row["shape"]
-    network = {"class": "DDPMpp", "img_resolution": H, "img_channels": C, "label_dim": row["classes"],
-               **row["network"], **network}
+    shape = {"img_resolution": H, "img_channels": C, "label_dim": row["classes"]}
+    network = shape | row["network"] | network
     header = {"kind": kind, "network": network, "label_dropout": row["label_dropout"]}
+    if "latents" in row: header["latents"] = row["latents"]
     if kind == "MeanVelocity": return header | {"time_scale": row["time_scale"], "t_min": 0.0, "t_max": 1.0}
     return header | {"sigma_data": 0.5, "noise_scale": row["noise_scale"], "t_min": 0.002, "t_max": 80.0}
 
@@ -646,44 +680,250 @@ def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def fingerprint(path):
+    """What a set of images is told from others by: of a folder names and sizes, of a file that is larger than
+    1 GiB size and end (where a .zip lists its checksums), else its sha256."""
+    if not os.path.isdir(path) and os.path.getsize(path) < 2 ** 30: return sha256(path)
+    if os.path.isdir(path):
+        content = repr(sorted((str(f.relative_to(path)), f.stat().st_size) for f in Path(path).rglob("*.*")))
+        return hashlib.sha256(content.encode()).hexdigest()
+    with open(path, "rb") as f:
+        f.seek(-2 ** 28, os.SEEK_END)
+        return hashlib.sha256(f.read() + str(os.path.getsize(path)).encode()).hexdigest()
+
+
 # === 5. images ==============================================================================================
 
-def read_images(path, row=None):
-    """ADM-layout npz: arr_0 uint8 (N,H,W,C), arr_1 integer labels (N,), optional.
+PICTURES = ".png", ".jpg", ".jpeg", ".bmp", ".webp"
+PROBE = 1000               # files to look at before a run starts
 
-    row: the DATASETS row the images have to agree with; None accepts any and makes one with `own_data`.
-    -> images uint8 (N,C,H,W), labels int64 (N,) (all 0 = all null without classes), row. Raises Refused.
-    """
-    if not os.path.isfile(path):
-        raise Refused(f"{path} does not exist; --data takes an .npz with arr_0 uint8 (N,H,W,C) and, "
-                      "optionally, labels arr_1.")
+
+def npz_array(path, name):
+    """An array of an .npz, mapped from the disk where it is uncompressed, as numpy.savez leaves it."""
+    with zipfile.ZipFile(path) as z:
+        member = z.getinfo(f"{name}.npy")
+        with z.open(member) as f:
+            major, _ = np.lib.format.read_magic(f)
+            shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
+            head = f.tell()
+    if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
+        with np.load(path, allow_pickle=False) as f: return f[name]
+    with open(path, "rb") as f:
+        f.seek(member.header_offset + 26)
+        name_and_extra = sum(struct.unpack("<HH", f.read(4)))
+    return np.memmap(path, dtype, "r", member.header_offset + 30 + name_and_extra + head, shape)
+
+
+def centre_crop(image, size):
+    """ADM's: halve with a box filter while twice the size remains, bicubic to the shorter side, crop the
+    middle. PIL image -> PIL image of size x size"""
+    from PIL import Image
+    while min(image.size) >= 2 * size:
+        image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+class Images(torch.utils.data.Dataset):
+    """A set of images or latents on disk, as `read_images` found it. images[i] is read when it is asked for:
+    uint8 (C,H,W), or fp32 latents as they are stored. labels (N,) int64, all 0 without classes."""
+    def __init__(self, path, names, labels):
+        self.path, self.names, self.labels = path, names, labels      # names: of the files; None for an .npz
+        self.opened, self.shape, self.channels, self.crop, self.channels_last = {}, None, None, None, False
+
+    def file(self):
+        """The .npz array or open zip of this very process: workers, forked or spawned, share no handle."""
+        if os.getpid() not in self.opened:
+            opened = npz_array(self.path, "arr_0") if self.names is None else zipfile.ZipFile(self.path)
+            self.opened = {os.getpid(): opened}
+        return self.opened[os.getpid()]
+
+    def __getstate__(self):
+        return self.__dict__ | {"opened": {}}
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        if self.names is None:
+            x = torch.from_numpy(np.array(self.file()[i]))
+            x = x.permute(2, 0, 1).contiguous() if self.channels_last else x
+            return x if x.dtype == torch.uint8 else x.float()
+        name = self.names[i]
+        try:
+            data = Path(self.path, name).read_bytes() if os.path.isdir(self.path) else self.file().read(name)
+            if name.endswith(".npy"):
+                x = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
+            else:
+                x = self.decode(data)
+        except Refused as e:
+            raise Refused(f"{self.path}: {name} {e}.")
+        except Exception as e:                             # image libraries raise anything
+            raise Refused(f"{self.path}: {name} is damaged ({type(e).__name__}: {e}).")
+        if self.shape and x.shape != self.shape:
+            raise Refused(f"{self.path}: {name} is {tuple(x.shape)}, the others are {tuple(self.shape)} "
+                          "(channels, height, width).")
+        return x
+
+    def decode(self, data):
+        """Bytes of an image file -> uint8 (C,H,W)"""
+        from PIL import Image
+        image = Image.open(io.BytesIO(data))
+        if "A" in image.getbands() or "transparency" in image.info: raise Refused("has an alpha channel")
+        if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
+            raise Refused(f"has pixels of a kind we do not read ({image.mode}), only 8 bits a channel")
+        image = image.convert("L" if image.mode in ("1", "L") and self.channels != 3 else "RGB")
+        if self.crop: image = centre_crop(image, self.crop)
+        return torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())
+
+    def batch(self, at):
+        """Positions -> (n,C,H,W), labels (n,)"""
+        return torch.stack([self[i] for i in at]), self.labels[torch.as_tensor(at)]
+
+    def __getitems__(self, at):
+        """DataLoader's way to a batch. A Refused is handed over, to be raised where it can be read."""
+        try: return self.batch(at)
+        except Refused as e: return e
+
+    def __str__(self):
+        n = f"{self.path}: {len(self):,} of {'x'.join(map(str, self.shape))}"
+        count = self.labels.bincount()
+        if len(count) == 1: return n
+        return (f"{n}, {len(count)} classes of {count.min():,} (class {count.argmin()}) "
+                f"to {count.max():,} (class {count.argmax()})")
+
+
+def listed_labels(path, text, names):
+    """EDM's dataset.json, {"labels": [[name, class], ...] or null} -> (N,) int64 or None"""
     try:
-        with np.load(path, allow_pickle=False) as f:
-            x, y = f["arr_0"], f["arr_1"] if "arr_1" in f else None
-    except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise Refused(f"{path} is damaged or not an ADM-layout npz with arr_0 uint8 (N,H,W,C) "
+        listed = json.loads(text)["labels"]
+        table = listed and {name.replace("\\", "/"): label for name, label in listed}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Refused(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}} "
                       f"({type(e).__name__}: {e}).")
-    if x.dtype != np.uint8 or x.ndim != 4 or len(x) == 0:
-        raise Refused(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1.")
-    N, H, W, C = x.shape
-    if row and (C, H, W) != tuple(row["shape"]):
-        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels, the recipe is for "
-                      f"{row['shape'][0]} channels and {row['shape'][1]}x{row['shape'][2]}; "
+    if not table: return None
+    if absent := table.keys() - set(names):
+        raise Refused(f"{path}: dataset.json names {min(absent)}, which is not there.")
+    for name in names:
+        if type(table.get(name)) is not int or table[name] < 0:
+            raise Refused(f"{path}: dataset.json gives {name} the label {table.get(name)}; "
+                          "it has to be an integer >= 0.")
+    return np.array([table[name] for name in names])
+
+
+def folder_labels(path, names):
+    """The sorted sub-folders are the classes -> (N,) int64, or None where there are none."""
+    folders = [name.split("/")[0] if "/" in name else None for name in names]
+    if not any(folders): return None
+    if None in folders:
+        raise Refused(f"{path}: {names[folders.index(None)]} lies beside the folders of the classes; "
+                      "put every image into one, or none.")
+    return np.unique(folders, return_inverse=True)[1]
+
+
+def is_channels_last(path, x):
+    """Check what an .npz holds -> whether it is (N,H,W,C), not (N,C,H,W)"""
+    if x.ndim == 4 and len(x):
+        if x.dtype == np.uint8: return True
+        if x.dtype.kind == "f" and x.shape[1] in (4, 8) and x.shape[2] == x.shape[3]: return False
+        if x.dtype.kind == "f" and x.shape[3] in (4, 8): return True
+    raise Refused(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1, or, for "
+                  "latents, floats (N,C,H,W) with C = 4, or 8 for means and deviations.")
+
+
+def common_size(path, names):
+    """The resolution to train at on a folder without a recipe: the images' own where all are square and
+    equal, else the largest power of two, at most 64, that none is smaller than (ours)."""
+    from PIL import Image
+    sizes = set()
+    for name in names[:PROBE]:
+        try:
+            with Image.open(Path(path, name)) as image: sizes.add(image.size)
+        except Exception as e:
+            raise Refused(f"{path}: {name} is damaged ({type(e).__name__}: {e}).")
+    shortest = min(min(size) for size in sizes)
+    if len(sizes) == 1 and len(set(*sizes)) == 1 and shortest % 4 == 0: return shortest
+    if shortest < 8: raise Refused(f"{path}: some images are only {shortest} pixels wide, 8 are needed.")
+    return min(64, 2 ** (shortest.bit_length() - 1))
+
+
+def list_images(path):
+    """-> how many there are, names of the files (None for an .npz), labels (N,) or None. Raises Refused."""
+    names = labels = None
+    try:
+        if os.path.isdir(path):
+            names = sorted(f.relative_to(path).as_posix() for f in Path(path).rglob("*")
+                           if f.suffix.lower() in PICTURES)
+            listing = Path(path, "dataset.json")
+            labels = (listed_labels(path, listing.read_bytes(), names) if listing.exists() else
+                      folder_labels(path, names))
+        elif path.endswith(".zip"):
+            with zipfile.ZipFile(path) as z:
+                names = sorted(n for n in z.namelist() if Path(n).suffix.lower() in (*PICTURES, ".npy"))
+                if "dataset.json" in z.namelist(): labels = listed_labels(path, z.read("dataset.json"), names)
+        else:
+            with zipfile.ZipFile(path) as z: has_labels = "arr_1.npy" in z.namelist()
+            labels = np.array(npz_array(path, "arr_1")) if has_labels else None
+        return len(npz_array(path, "arr_0") if names is None else names), names, labels
+    except FileNotFoundError:
+        raise Refused(f"{path} does not exist; --data takes an .npz with arr_0 uint8 (N,H,W,C) and, "
+                      "optionally, labels arr_1, a .zip or a folder of images.")
+    except (OSError, KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+        raise Refused(f"{path} is damaged or neither an .npz with arr_0 uint8 (N,H,W,C), nor a .zip or "
+                      f"folder of images ({type(e).__name__}: {e}).")
+
+
+def read_images(path, row=None):
+    """One of
+      .npz     arr_0 uint8 (N,H,W,C) and, optionally, labels arr_1 (N,): ADM's layout;
+               or arr_0 floats (N,C,H,W) or (N,H,W,C), C = 4 latents or 8, their means and deviations
+      .zip     images of one size, or latents as .npy (C,H,W); dataset.json: EDM's and EDM2's layout
+      folder   images of any size, cropped as ADM does; classes: dataset.json, else the sub-folders
+
+    row: the DATASETS row they have to agree with; None accepts any and makes one with `own_data`.
+    -> Images, row. Opens up to 1,000 of the files, the others when their turn comes. Raises Refused.
+    """
+    path = str(path).rstrip("/")
+    count, names, labels = list_images(path)
+    if not count:
+        raise Refused(f"{path} holds no images; a folder or .zip has them as {', '.join(PICTURES)} (or, a "
+                      ".zip, latents as .npy), an .npz as arr_0 uint8 (N,H,W,C) with N >= 1.")
+    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0):
+        raise Refused(f"{path}: arr_1 is {labels.dtype} {labels.shape}; labels have to be {count} "
+                      "integers >= 0.")
+    images = Images(path, names, torch.zeros(count, dtype=torch.int64))
+    if names is None: images.channels_last = is_channels_last(path, images.file())
+    if os.path.isdir(path): images.crop = row["shape"][1] if row else common_size(path, names)
+    images.channels = row and row["shape"][0]
+    images.shape = images[0].shape
+    images.channels = images.shape[0]
+    if names:
+        for i in np.unique(np.linspace(0, count - 1, PROBE).astype(int)): images[i]
+
+    C, H, W = images.shape
+    what = "images" if images[0].dtype == torch.uint8 else "latents"
+    if what == "latents" and C == 8: C = 4
+    what += f" of {C} channels and {H}x{W} pixels"
+    if row and ((C, H, W) != tuple(row["shape"]) or what.startswith("latents") != ("latents" in row)):
+        raise Refused(f"{path} holds {what}, the recipe is for {row['shape'][0]} channels and "
+                      f"{row['shape'][1]}x{row['shape'][2]}{' latents' if 'latents' in row else ''}; "
                       "give the plain path to use it as your own data.")
-    if C not in (1, 3) or H != W or H % 4:
-        raise Refused(f"{path} holds images of {C} channels and {H}x{W} pixels; they have to be square with "
-                      "a side divisible by 4 and 1 or 3 channels.")
-    if y is not None and (y.shape != (N,) or y.dtype.kind not in "iu" or y.min() < 0):
-        raise Refused(f"{path}: arr_1 is {y.dtype} {y.shape}; labels have to be {N} integers >= 0.")
-    row = row or own_data((C, H, W), 0 if y is None else int(y.max()) + 1)
+    if C not in ((4,) if what.startswith("latents") else (1, 3)) or H != W or H % 4:
+        raise Refused(f"{path} holds {what}; they have to be square with a side divisible by 4 and 1 or 3 "
+                      "channels, latents 4.")
+    row = row or own_data((C, H, W), 0 if labels is None else int(labels.max()) + 1)
     K = row["classes"]
-    if K and y is None:
-        raise Refused(f"{path} has no labels (arr_1), but the recipe has {K} classes.")
-    if K and y.max() >= K:
-        raise Refused(f"{path}: label {y.max()} is out of range, the recipe has classes 0..{K - 1}.")
-    images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
-    labels = torch.from_numpy(y.astype(np.int64)) if K else torch.zeros(N, dtype=torch.int64)
-    return images, labels, row
+    if K and labels is None:
+        raise Refused(f"{path} has no labels, but the recipe has {K} classes; an .npz has them as arr_1, a "
+                      ".zip or folder in dataset.json, a folder also as sub-folders.")
+    if K and labels.max() >= K:
+        i = labels.argmax()
+        raise Refused(f"{path}: label {labels[i]} is out of range, the recipe has classes 0..{K - 1} "
+                      f"({names[i] if names else f'image {i}'}).")
+    if K: images.labels = torch.from_numpy(labels.astype(np.int64))
+    return images, row
 
 
 def to_float(images):
@@ -694,6 +934,17 @@ def to_float(images):
 def to_uint8(x):
     """[-1, 1] -> uint8 0..255, rounded to nearest: the inverse of to_float."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_network(x, header):
+    """What a network sees of what `Images` reads. Pixels: in [-1, 1]. Latents: where 8 channels hold means
+    and deviations, a sample of them; scaled by the header's `latents`. (B,C or 2C,H,W) -> (B,C,H,W)"""
+    if x.dtype == torch.uint8: return to_float(x)
+    mean, scale = (x.new_tensor(header["latents"][k])[:, None, None] for k in ("mean", "scale"))
+    if x.shape[1] == 2 * len(mean):
+        z, deviation = x.chunk(2, dim=1)
+        x = z + deviation * torch.randn_like(z)
+    return (x - mean) * scale
 
 
 def save_grid(path, rows, names):
@@ -727,6 +978,23 @@ def batch_indices(n, seed, start, count):
                       for e in range(start // n, (start + count - 1) // n + 1)])
 
 
+def read_ahead(images, args, rank, batch, start):
+    """This rank's share of the batches of steps `start`, start + 1, ... -> uint8 (batch,C,H,W) or latents,
+    labels (batch,), read by --workers processes, which hand over what they read and draw nothing."""
+    at = (batch_indices(len(images), args.seed, step * args.batch + rank * batch, batch).tolist()
+          for step in range(start, args.steps))
+    loader = torch.utils.data.DataLoader(
+        images, batch_sampler=at, num_workers=args.workers, collate_fn=as_is, generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available())              # its own generator: the steps' is left alone
+    for item in loader:
+        if isinstance(item, Refused): raise item
+        yield item
+
+
+def as_is(item):
+    return item
+
+
 def drop_labels(y, header):
     """Each label becomes the null label with the probability the teacher was trained with."""
     return torch.where(torch.rand(len(y), device=y.device) < header["label_dropout"],
@@ -740,6 +1008,7 @@ def random_labels(n, header, device):
 
 # === 6. running a stage =====================================================================================
 
+DATA_HINT = "the images; the README's `Data` says how to make it"
 BODY = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -761,10 +1030,13 @@ def parser(doc, recipes, reads, writes, precision=None):
     """The flags all training stages share. --data picks the row of `recipes` whose numbers are the defaults,
     before --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
     row, name, path = find_data(given("--data", "digits"))
-    precision = precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    if row not in recipes:
+        raise Refused(f"--data {row}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
+    recipe = {k: v for k, v in recipes[row].items() if k != "origin"}
+    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and row not in ("digits", "own data")
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH|NAME=PATH",
-                   help=f"one of {', '.join(DATASETS)}, an .npz, or both")
+                   help=f"one of {', '.join(DATASETS)}, an .npz, .zip or folder, or both")
     if reads:
         p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
                        help="weights to start from")
@@ -773,15 +1045,23 @@ def parser(doc, recipes, reads, writes, precision=None):
     p.add_argument("--steps", type=positive, help="optimiser steps in all")
     p.add_argument("--batch", type=positive,
                    help="global batch: what one loss averages over, on all ranks together")
+    p.add_argument("--microbatch", type=positive, metavar="ROWS",
+                   help="rows a GPU takes at once, to save memory (default: its whole share of the batch)")
     p.add_argument("--lr", type=not_negative, help="peak learning rate")
     p.add_argument("--ema", type=float,
                    help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--workers", type=int, default=0 if row in ("digits", "own data") else 2,
+                   help="processes a rank reads its images with; 0: none but itself")
     p.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="steps between saves")
     p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
-    p.add_argument("--precision", choices=BODY, default=precision,
+    p.add_argument("--precision", choices=BODY, default=precision or ("bf16" if gpu else "fp32"),
                    help="of the network's body; all else is fp32")
-    p.set_defaults(**recipes[row], row=row, name=name, path=path)
+    p.add_argument("--dry-run", action="store_true",
+                   help="print recipe, memory, compute and what is missing, and stop")
+    p.add_argument("--world", type=positive, metavar="GPUS",
+                   help="for --dry-run (default: torchrun's, else 8; for digits and own data 1)")
+    p.set_defaults(**recipe, row=row, name=name, path=path, recipe=recipes[row])
     return p
 
 
@@ -830,6 +1110,24 @@ def reseed(*numbers):
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
 
 
+def microbatches(ddp, size, *tensors):
+    """Slices of `size` rows (None: all) of a rank's tensors, for one backward each; DDP averages over the
+    ranks in the last."""
+    rows = len(tensors[0])
+    for start in range(0, rows, size or rows):
+        last = start + (size or rows) >= rows or not hasattr(ddp, "no_sync")
+        with contextlib.nullcontext() if last else ddp.no_sync():
+            yield [x[start:start + (size or rows)] for x in tensors]
+
+
+def learning_rate(args, step):
+    """--lr after a linear warm-up over args.warmup images, then, by args.decay, "constant", "linear" to 0 at
+    the end, or with 1/sqrt from step T on if it is a number T (EDM2, 2312.02696, eq. 67)."""
+    lr = args.lr * min(1, (step + 1) * args.batch / max(args.warmup, 1))
+    if args.decay == "linear": return lr * (1 - step / args.steps)
+    return lr if args.decay == "constant" else lr / max(step / args.decay, 1) ** 0.5
+
+
 def update(net, ema, opt, lr, decay):
     """One optimiser step and the EMA after it -> gradient norm. A step whose norm is not finite is skipped:
     it enters neither weights, moments nor EMA. All ranks hold the same gradient, so they skip together."""
@@ -876,18 +1174,89 @@ def check_fit(init, header, source, shape, classes):
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
-FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "teacher_by", "trajectories"}
+FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "teacher_by", "trajectories",
+        "workers", "dry_run", "world", "recipe"}
 
 
 def stamp(args, stage, unit, world, **files):
     """What a stage adds to the header: who it is, and the settings that a continuation has to share, in which
     the files it reads stand by their sha256. `unit`: what the batch counts, "images" or "pairs"."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
-    settings |= {f"sha256 of {k}": sha256(v) for k, v in files.items() if v and v != "none"}
+    settings |= {f"sha256 of {k}": (fingerprint if k == "data" else sha256)(v)
+                 for k, v in files.items() if v and v != "none"}
     return {"stage": stage, "data": args.name, "data_path": args.path, "steps": args.steps, "unit": unit,
             "settings": json.loads(json.dumps(settings)),
             "argv": sys.argv, "torch": torch.__version__, "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def planned(init, args, kind, **network):
+    """The header that a run would start from, of `init` or of a new network; None where nothing at hand says
+    what that would be."""
+    row = DATASETS.get(args.row)
+    if init and os.path.isfile(init):
+        header = read_header(init)
+        return header | {"network": header["network"] | network}
+    if not row and os.path.exists(args.path): row = read_images(args.path)[1]
+    return row and fresh_header(row, kind, **network)
+
+
+def cost(header, precision, rows):
+    """Of one network in training, reckoned on the meta device. -> parameters, FLOPs of one row's forward,
+    bytes kept for the backward of `rows` rows"""
+    from torch.utils.flop_counter import FlopCounterMode
+    kept = []
+    with torch.device("meta"):
+        net = build(header).train()
+        net.body_dtype = BODY[precision]
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
+        for n in (1, 2):
+            t, seen = torch.ones(n), {}
+            def keep(x):
+                storage = x.untyped_storage()
+                if storage._cdata not in weights: seen[storage._cdata] = storage.nbytes()
+                return x
+            times = (t,) if header["kind"] == "Denoiser" else (t, t)
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+            with hooks, FlopCounterMode(display=False) as counter:
+                out = net(torch.ones(n, *image_shape(header)), *times, torch.zeros(n, dtype=torch.int64))
+            kept.append(sum(seen.values()))
+    count = sum(p.numel() for p in net.parameters())
+    return count, counter.get_total_flops() / n, kept[0] + (rows - 1) * (kept[1] - kept[0])
+
+
+def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=0, notes=()):
+    """Print what a run would be, do and need. header: as `planned`, of the student; forwards: those a row
+    without gradient; reads: {path: what makes it}; teacher: its header, of teacher_forwards a row."""
+    world = args.world or int(os.environ.get("WORLD_SIZE", 1 if args.row in ("digits", "own data") else 8))
+    if args.batch % world:
+        raise Refused(f"--batch {args.batch} cannot be split evenly over {world} processes.")
+    rows = args.batch // world
+    print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
+    origin = {k: who for who, names in args.recipe.get("origin", {}).items() for k in names.split()}
+    for k, v in args.recipe.items():
+        if k in ("origin", "teacher_by", "teacher_network", "init", "teacher"): continue
+        value = getattr(args, k)
+        if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        print(f"  {k:<12}{shown:<24}{origin.get(k, 'ours') if getattr(args, k) == v else 'command line'}")
+    print(f"  {'precision':<12}{args.precision}")
+    for path, made_by in reads.items():
+        if path != "none" and not os.path.exists(path): print(f"missing   {path}: {made_by}")
+    if not header: return print("The network follows from the images, which are missing.")
+
+    P, flops, kept = cost(header, args.precision, args.microbatch or rows)
+    Q, teacher_flops = cost(teacher, args.precision, 1)[:2] if teacher else (0, 0)
+    each = (3 + forwards) * flops + teacher_forwards * teacher_flops
+    print(f"network   {header['network']['class']}, {P:,} parameters"
+          + (f"; teacher {teacher['network']['class']}, {Q:,}" if teacher else ""))
+    print(f"batch     {rows:,} {unit} a GPU and step" + "".join(f", {n}" for n in notes))
+    parts = {"weights": 4 * P, "gradients": 4 * P, "moments": 8 * P, "EMA": 4 * P, "teacher": 4 * Q,
+             "activations": kept}
+    print(f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
+          + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))
+    print(f"compute   {each / 1e9:,.3g} GFLOP each, {each * args.steps * args.batch / 1e15:,.3g} "
+          "PFLOP in all")
 
 
 def resume_file(out):

@@ -19,17 +19,33 @@ import torch
 
 import model
 
+# double = 0 keeps the gap fixed, right after mid-training, else it is divided by q every `double` steps; c of
+# pseudo-Huber, 0 is the plain l2 norm; weight: "gap" 1/(t-r), "denoising" as in pre-training; decay: lr falls
+# to 0 ("linear"), or stays ("constant"); `network`: what differs from the network of --init; mid_t: the noise
+# level of the second of two sampling steps.
+# origin: whose numbers they are: the paper's, its released code's, ECT's (2406.14548); all others are ours.
+ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, double=0, c=0.0, weight="gap",
+           P_mean=-1.1, P_std=2.0, network={}, mid_t=0.821)
+PAPER = ECT | dict(steps=100_000, lr=1e-4, ema=0.9999, network=dict(dropout=0.2), origin={
+    "paper": "steps batch lr decay warmup ema q double weight optimizer beta2", "ECT": "P_mean P_std c",
+    "code": "network mid_t"})
+LARGE = dict(steps=100_000, c=0.06, weight="denoising", P_mean=-0.8, P_std=1.6, ema=0.9999, optimizer="Adam",
+             beta2=0.99, mid_t=1.526)
 RECIPES = {
-    # cifar10: the paper's steps, batch, lr, EMA and q; ECT's ln t ~ N(P_mean, P_std^2) (2406.14548); dropout
-    # and mid_t are the released code's. The other rows are ours. double = 0 keeps the gap fixed, right after
-    # mid-training; c = 0 is the plain l2 norm; `network`: what differs from the network of --init; mid_t: the
-    # noise level of the second of two sampling steps.
-    "digits":   dict(steps=300,     batch=64,  lr=1e-4, ema=0.99,   q=256,  double=0, c=0.0,
-                     P_mean=-1.1, P_std=2.0, network=dict(), mid_t=0.821),
-    "cifar10":  dict(steps=100_000, batch=128, lr=1e-4, ema=0.9999, q=4096, double=0, c=0.0,
-                     P_mean=-1.1, P_std=2.0, network=dict(dropout=0.2), mid_t=0.821),
-    "own data": dict(steps=10_000,  batch=128, lr=3e-4, ema=0.999,  q=256,  double=0, c=0.0,
-                     P_mean=-1.1, P_std=2.0, network=dict(), mid_t=0.821),
+    "digits":      ECT | dict(steps=300,    batch=64, lr=1e-4, ema=0.99,  q=256),
+    "cifar10":     PAPER | dict(q=4096),
+    "ffhq64":      PAPER | dict(q=512),
+    "afhqv2-64":   PAPER | dict(q=1024),
+    # The paper reports ECT and, better, ECD here; what q it gave ECT is unknown. These are ECT's own.
+    "imagenet64":  ECT | LARGE | dict(lr=1e-3, decay="constant", q=4, double=25_000, network=dict(
+                                      dropout=0.4, dropout_resolutions=(16, 8)), origin={
+        "ECT": "batch q double c weight P_mean P_std ema optimizer beta2 network", "code": "mid_t"}),
+    # The paper's numbers for ECD.
+    "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, network=dict(
+                                      dropout=0.0), origin={
+        "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network",
+        "code": "mid_t"}),
+    "own data":    ECT | dict(steps=10_000, lr=3e-4, ema=0.999, q=256),
 }
 
 
@@ -48,6 +64,12 @@ def ect_loss(f, x0, eps, t, r, y, weight, c):
     return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
 
+def ect_weight(t, r, kind, sigma_data=0.5):
+    """Weights of ECT (2406.14548): "gap" 1/(t-r), "denoising" 1/c_out(t)^2, as in pre-training. t, r (B,)"""
+    if kind == "gap": return 1 / (t - r)
+    return (t ** 2 + sigma_data ** 2) / (t * sigma_data) ** 2
+
+
 def ect_r(t, q, stage, k=8.0):
     """The nearer point r = t (1 - n(t) / q^(stage+1)) >= 0 with n(t) = 1 + k sigmoid(-t). t (B,) -> (B,)"""
     ratio = min(q ** (stage + 1), 2 ** 16)             # beyond, t - r is rounding noise in fp32, then 0
@@ -61,11 +83,14 @@ def main():
     p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(stage+1))")
     p.add_argument("--double", type=int, metavar="STEPS", help="steps a stage; 0: the gap stays fixed")
     args = p.parse_args()
+    made_by = f"python midtrain.py --data {args.data}"
+    if args.dry_run:
+        header = model.planned(args.init, args, "Denoiser", **args.network)
+        return model.dry_run(args, "images", header, 1, {args.path: model.DATA_HINT, args.init: made_by})
     rank, world, device, batch = model.setup(args.batch)
 
-    images, labels, row = model.read_images(args.path, model.DATASETS.get(args.row))
+    images, row = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
-    made_by = f"python midtrain.py --data {args.data}"
     net, header = model.first_weights(args.init, made_by, row, "Denoiser", device, **args.network)
     model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
     header |= model.stamp(args, "posttrain_cm", "images", world, init=args.init, data=args.path)
@@ -73,10 +98,13 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]
     ddp = model.parallel(net, world)
-    opt = torch.optim.RAdam(net.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8, foreach=True)
+    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
+                                               foreach=True)
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "images", world, step)
+    if rank == 0: print(images)
+    data = model.read_ahead(images, args, rank, batch, step)
     while True:
         done = step == args.steps
         if rank == 0 and step > start and (done or step % args.save_every == 0):
@@ -84,15 +112,20 @@ def main():
         if done: break
 
         model.reseed(args.seed, rank, step)
-        at = model.batch_indices(len(images), args.seed, step * args.batch + rank * batch, batch)
-        x0 = model.to_float(images[at]).to(device)                                 # (b, C, H, W)
-        y = model.drop_labels(labels[at], header).to(device)                       # (b,)
+        x0, y = (a.to(device, non_blocking=True) for a in next(data))
+        x0 = model.to_network(x0, header)                                          # (b, C, H, W)
+        y = model.drop_labels(y, header)                                           # (b,)
         t = (args.P_mean + args.P_std * torch.randn(batch, device=device)).exp()   # ln t ~ N(P_mean, P_std^2)
         r = ect_r(t, args.q, step // args.double if args.double else 0)
+        weight = ect_weight(t, r, args.weight, header["sigma_data"])
+        eps = torch.randn_like(x0)
 
-        loss = ect_loss(ddp, x0, torch.randn_like(x0), t, r, y, 1 / (t - r), args.c).mean()
-        loss.backward()
-        lr = args.lr * (1 - step / args.steps)
+        loss = 0
+        for rows in model.microbatches(ddp, args.microbatch, x0, eps, t, r, y, weight):
+            part = ect_loss(ddp, *rows, args.c).sum() / batch
+            part.backward()
+            loss += part.detach()
+        lr = model.learning_rate(args, step)
         norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
         step += 1
         log(step, loss, norm, lr)

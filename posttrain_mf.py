@@ -24,24 +24,23 @@ import torch
 
 import model
 
+# warmup: in images; decay: lr falls to 0 ("linear") or stays ("constant"); logit t, logit r ~ N(P_mean,
+# P_std^2); jumps: how many of four samples have r < t; p, c: of the adaptive weight (p = 1 on digits: one
+# step better, two worse, one seed); omega, kappa, guide_times: guidance baked in, none with 1 and 0;
+# `network`: what differs from the network of --init.
+# origin: whose numbers they are: MeanFlow's (2505.13447); all others are ours, the paper's are unknown.
+MF = dict(optimizer="Adam", beta2=0.999, decay="linear", warmup=0, P_mean=-0.4, P_std=1.0, jumps=1, p=1.0,
+          c=1e-3, omega=1.0, kappa=0.0, guide_times=(0.0, 1.0), network={})
 RECIPES = {
-    # cifar10 and imagenet256: batch, lr, warm-up, EMA, dropout, times, p and guidance are Mean Flow's
-    # (2505.13447); steps are ours, as are the other rows: the paper's are unknown. warmup: in images; decay:
-    # lr falls to 0 at the end; logit t, logit r ~ N(P_mean, P_std^2); jumps: share of a batch with r < t;
-    # p, c: of the adaptive weight (p = 1 on digits: one step better, two worse, one seed); omega, kappa,
-    # guide_times: guidance baked in, none with 1 and 0; `network`: what differs from the network of --init.
-    "digits":      dict(steps=800,     batch=64,   lr=6e-4, ema=0.99,    beta2=0.999, decay=True, warmup=0,
-                        P_mean=-0.4, P_std=1.0, jumps=0.25, p=0.0,  c=1e-3,
-                        omega=1.0, kappa=0.0,  guide_times=(0.0, 1.0),  network=dict()),
-    "cifar10":     dict(steps=200_000, batch=1024, lr=6e-4, ema=0.99995, beta2=0.999, decay=False, warmup=1e7,
-                        P_mean=-2.0, P_std=2.0, jumps=0.75, p=0.75, c=1e-3,
-                        omega=1.0, kappa=0.0,  guide_times=(0.0, 1.0),  network=dict(dropout=0.2)),
-    "imagenet256": dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  beta2=0.95,  decay=False, warmup=0,
-                        P_mean=-0.4, P_std=1.0, jumps=0.25, p=1.0,  c=1e-3,
-                        omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), network=dict()),
-    "own data":    dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999,   beta2=0.999, decay=True,  warmup=0,
-                        P_mean=-0.4, P_std=1.0, jumps=0.25, p=1.0,  c=1e-3,
-                        omega=1.0, kappa=0.0,  guide_times=(0.0, 1.0),  network=dict()),
+    "digits":      MF | dict(steps=800,     batch=64,   lr=6e-4, ema=0.99,    p=0.0),
+    "cifar10":     MF | dict(steps=200_000, batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",
+                             warmup=10**7, P_mean=-2.0, P_std=2.0, jumps=3,
+                             network=dict(dropout=0.2), origin={
+        "MeanFlow": "batch lr ema p decay warmup P_mean P_std jumps network optimizer beta2 c omega kappa"}),
+    "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  beta2=0.95, decay="constant",
+                             omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), origin={
+        "MeanFlow": "batch lr ema beta2 decay omega kappa guide_times P_mean P_std jumps p c optimizer"}),
+    "own data":    MF | dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999),
 }
 
 
@@ -88,11 +87,11 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
 
 
 def two_times(n, jumps, mean, std, device):
-    """logit t ~ N(mean, std^2), twice and sorted; the first `jumps` of n samples keep r < t, in the others
-    r = t. -> r, t (n,)"""
+    """logit t ~ N(mean, std^2), twice and sorted; the first `jumps` of every four samples keep r < t, in the
+    others r = t. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
-    return torch.where(torch.arange(n, device=device) < jumps, r, t), t
+    return torch.where(torch.arange(n, device=device) % 4 < jumps, r, t), t
 
 
 # === the run ================================================================================================
@@ -113,34 +112,42 @@ def main():
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.Refused("--derivative difference drowns in bf16; "
                             "choose --precision fp32 or --derivative jvp.")
-    rank, world, device, batch = model.setup(args.batch)
-    jumps = round(args.jumps * batch)                                              # rows with r < t
-    if jumps != args.jumps * batch:
-        raise model.Refused(f"--batch {args.batch}: {args.jumps:g} of it has to be a whole number on each "
-                            f"of {world} processes; choose a multiple of {4 * world}.")
-
-    images, labels, row = model.read_images(args.path, model.DATASETS.get(args.row))
-    model.reseed(args.seed)
     made_by = f"python midtrain.py --target mf --data {args.data}"
+    teacher_by = f"python pretrain.py --objective flow --data {args.data}"
+    if args.dry_run:
+        header = model.planned(args.init, args, "MeanVelocity", **args.network, interval=True)
+        reads, guided = {args.path: model.DATA_HINT, args.init: made_by}, (args.omega, args.kappa) != (1, 0)
+        teacher = model.planned(args.teacher, args, "MeanVelocity") if args.velocity == "teacher" else None
+        if teacher: reads[args.teacher] = teacher_by
+        return model.dry_run(args, "images", header, args.jumps / 2 + 2 * guided, reads, teacher, 1)
+    rank, world, device, batch = model.setup(args.batch)
+    if batch % 4 or (args.microbatch or 4) % 4:
+        raise model.Refused(f"--batch {args.batch} comes in fours, with r < t in {args.jumps} of each; "
+                            f"choose a multiple of {4 * world}, and of 4 for --microbatch.")
+
+    images, row = model.read_images(args.path, model.DATASETS.get(args.row))
+    model.reseed(args.seed)
     net, header = model.first_weights(args.init, made_by, row, "MeanVelocity", device, interval=True,
                                       **args.network)
     model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
     teacher, files = None, dict(init=args.init, data=args.path)
     if args.velocity == "teacher":
-        made_by = f"python pretrain.py --objective flow --data {args.data}"
-        teacher, teacher_header = model.parent(args.teacher, made_by, ["pretrain_flow"], device=device)
+        teacher, teacher_header = model.parent(args.teacher, teacher_by, ["pretrain_flow"], device=device)
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
         files["teacher"] = args.teacher
     header |= model.stamp(args, "posttrain_mf", "images", world, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]
     ddp = model.parallel(net, world)
-    opt = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8)
+    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
+                                               foreach=True)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
     null = header["network"]["label_dim"]
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "images", world, step)
+    if rank == 0: print(images)
+    data = model.read_ahead(images, args, rank, batch, step)
     while True:
         done = step == args.steps
         if rank == 0 and step > start and (done or step % args.save_every == 0):
@@ -148,27 +155,30 @@ def main():
         if done: break
 
         model.reseed(args.seed, rank, step)
-        at = model.batch_indices(len(images), args.seed, step * args.batch + rank * batch, batch)
-        x0 = model.to_float(images[at]).to(device)                                 # (b, C, H, W)
-        y = model.drop_labels(labels[at], header).to(device)                       # (b,)
-        r, t = two_times(batch, jumps, args.P_mean, args.P_std, device)
-        eps = torch.randn_like(x0)
-        z = x0 + t[:, None, None, None] * (eps - x0)
-        v = eps - x0
-        if teacher:
-            with torch.no_grad(): v = teacher(z, t, t, y)
-        v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
+        x0, y = (a.to(device, non_blocking=True) for a in next(data))
+        x0 = model.to_network(x0, header)                                          # (b, C, H, W)
+        y = model.drop_labels(y, header)                                           # (b,)
+        r, t = two_times(batch, args.jumps, args.P_mean, args.P_std, device)
+        v = torch.randn_like(x0) - x0                                              # eps - x_0
+        z = x0 + t[:, None, None, None] * v
 
-        # The rows with r < t go through the network apart from the others, so that their loss and their
-        # derivative share dropout masks. The derivative is of the bare network: DDP has no forward mode.
-        jumping = [a[:jumps] for a in (z, r, t, y, v)]
-        dudt = derivative(net, *jumping)
-        others = [a[jumps:] for a in (z, r, t, y, v)]
-        loss = torch.cat([meanflow_loss(ddp, *jumping, dudt, args.p, args.c),
-                          meanflow_loss(ddp, *others, 0, args.p, args.c)]).mean()
-        loss.backward()
-        lr = args.lr * min(1, (step + 1) * args.batch / max(args.warmup, 1))
-        if args.decay: lr *= 1 - step / args.steps
+        loss = 0
+        for z, r, t, y, v in model.microbatches(ddp, args.microbatch, z, r, t, y, v):
+            if teacher:
+                with torch.no_grad(): v = teacher(z, t, t, y)
+            v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
+
+            # The rows with r < t go through the network apart from the others, so that their loss and their
+            # derivative share dropout masks. The derivative is of the bare network: DDP has no forward mode.
+            fours = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
+            jumping = [a[:, :args.jumps].flatten(0, 1) for a in fours]
+            others = [a[:, args.jumps:].flatten(0, 1) for a in fours]
+            dudt = derivative(net, *jumping)
+            part = torch.cat([meanflow_loss(ddp, *jumping, dudt, args.p, args.c),
+                              meanflow_loss(ddp, *others, 0, args.p, args.c)]).sum() / batch
+            part.backward()
+            loss += part.detach()
+        lr = model.learning_rate(args, step)
         norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
         step += 1
         log(step, loss, norm, lr)

@@ -19,29 +19,37 @@ from safetensors import safe_open
 
 import model
 
-# decay: lr falls to 0 at the end; warmup: in images. EDM: ln t ~ N(P_mean, P_std^2); flow: logit t is.
+# warmup: in images; decay: lr falls to 0 ("linear"), stays ("constant"), or falls as 1/sqrt from a step on.
+# EDM: ln t ~ N(P_mean, P_std^2); flow: logit t is. `network`: what differs from the row of model.DATASETS.
+# origin: whose numbers they are: EDM (2206.00364, table 7), EDM2 (2312.02696), MeanFlow (2505.13447); all
+# others are ours. EDM's and EDM2's augmentation is not built.
+ADAM, OURS = dict(optimizer="Adam", beta2=0.999, network={}), dict(decay="linear", P_mean=-1.2, P_std=1.2)
+EDM = ADAM | dict(batch=256, decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2, P_std=1.2,
+                  origin={"EDM": "steps batch lr decay warmup ema P_mean P_std optimizer beta2"})
+EDM2 = ADAM | dict(batch=2048, warmup=10**7, ema=0.9999, beta2=0.99,
+                   origin={"EDM2": "steps batch lr decay P_mean P_std"})
+MF = ADAM | dict(decay="constant", P_mean=0.0, P_std=1.0,
+                 origin={"MeanFlow": "batch lr decay warmup ema"})
 RECIPES = {
-    # cifar10 is EDM's (2206.00364, table 7): constant lr, an EMA half-life of 500,000 images. The other rows
-    # are ours.
     "edm": {
-        "digits":      dict(steps=1600,    batch=64,   lr=2e-3, decay=True,  warmup=0,      ema=0.99,
-                            P_mean=-1.2, P_std=1.2),
-        "cifar10":     dict(steps=390_625, batch=512,  lr=1e-3, decay=False, warmup=10**7,  ema=0.99929,
-                            P_mean=-1.2, P_std=1.2),
-        "own data":    dict(steps=20_000,  batch=128,  lr=1e-3, decay=True,  warmup=12_800, ema=0.999,
-                            P_mean=-1.2, P_std=1.2),
+        "digits":      ADAM | OURS | dict(steps=1600,   batch=64,  lr=2e-3, warmup=0,      ema=0.99),
+        "cifar10":     EDM | dict(steps=390_625, batch=512, lr=1e-3, ema=0.99929),
+        "ffhq64":      EDM | dict(steps=781_250, lr=2e-4),
+        "afhqv2-64":   EDM | dict(steps=781_250, lr=2e-4),
+        "imagenet64":  EDM2 | dict(steps=500_000, lr=1e-2,   decay=35_000, P_mean=-0.8, P_std=1.6),
+        "imagenet512": EDM2 | dict(steps=437_500, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),
+        "own data":    ADAM | OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),
     },
-    # Nobody published a flow-matching teacher for CMT: all of it is ours, except that cifar10 and imagenet256
-    # have the batch, lr, warm-up and EMA of Mean Flow's runs (2505.13447).
+    # Nobody published a flow-matching teacher for CMT.
     "flow": {
-        "digits":      dict(steps=1600,    batch=64,   lr=2e-3, decay=True,  warmup=0,      ema=0.99,
-                            P_mean=0.0, P_std=1.0),
-        "cifar10":     dict(steps=200_000, batch=1024, lr=6e-4, decay=False, warmup=10**7,  ema=0.99995,
-                            P_mean=0.0, P_std=1.0),
-        "imagenet256": dict(steps=400_000, batch=256,  lr=1e-4, decay=False, warmup=0,      ema=0.9999,
-                            P_mean=0.0, P_std=1.0),
-        "own data":    dict(steps=20_000,  batch=128,  lr=1e-3, decay=True,  warmup=12_800, ema=0.999,
-                            P_mean=0.0, P_std=1.0),
+        "digits":      MF | dict(steps=1600, batch=64, lr=2e-3, decay="linear", warmup=0, ema=0.99,
+                                 origin={}),
+        "cifar10":     MF | dict(steps=200_000, batch=1024, lr=6e-4, warmup=10**7, ema=0.99995),
+        "imagenet256": MF | dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999, network={
+                                 "patch_size": 4, "hidden_size": 768, "depth": 12, "num_heads": 12},
+                                 origin=MF["origin"] | {"paper": "network"}),
+        "own data":    MF | dict(steps=20_000, batch=128, lr=1e-3, decay="linear", warmup=12_800, ema=0.999,
+                                 origin={}),
     },
 }
 
@@ -247,9 +255,10 @@ def edm2_header(kwargs):
 
 def denoiser_header(name, kwargs):
     t_min, t_max = max(0.002, kwargs.pop("sigma_min", 0.0)), min(80.0, kwargs.pop("sigma_max", 80.0))
-    return {"kind": "Denoiser", "sigma_data": kwargs.pop("sigma_data"), "noise_scale": 1.0, "t_min": t_min,
-            "t_max": t_max, "label_dropout": kwargs.pop("label_dropout", 0.0),
-            "network": {"class": name, **kwargs}}
+    header = {"kind": "Denoiser", "sigma_data": kwargs.pop("sigma_data"), "noise_scale": 1.0, "t_min": t_min,
+              "t_max": t_max, "label_dropout": kwargs.pop("label_dropout", 0.0),
+              "network": {"class": name, **kwargs}}
+    return header | ({"latents": model.LATENTS["EDM2UNet"]} if kwargs["img_channels"] == 4 else {})
 
 
 def sit_header(tensors, kwargs):
@@ -268,8 +277,9 @@ def sit_header(tensors, kwargs):
                "interval": any(k.startswith("r_embedder.") for k in tensors)}
     if kwargs.get("num_classes", network["label_dim"]) != network["label_dim"]:
         raise model.Refused("it has no null class, which we need")
-    return {"kind": "MeanVelocity", "time_scale": 1.0, "t_min": 0.0, "t_max": 1.0,
-            "label_dropout": mine["class_dropout_prob"], "network": network}
+    header = {"kind": "MeanVelocity", "time_scale": 1.0, "t_min": 0.0, "t_max": 1.0,
+              "label_dropout": mine["class_dropout_prob"], "network": network}
+    return header | ({"latents": model.LATENTS["SiT"]} if C == 4 else {})
 
 
 def check(header, tensors):
@@ -402,20 +412,26 @@ def main():
                    help="do not train, convert a public checkpoint; without --data named after it")
     args = p.parse_args()
     if args.public: return write_import(args, p.get_default("out"))
+    if args.dry_run:
+        header = model.planned(None, args, kind, **args.network)
+        return model.dry_run(args, "images", header, forwards=0, reads={args.path: model.DATA_HINT})
     rank, world, device, batch = model.setup(args.batch)
 
-    images, labels, row = model.read_images(args.path, model.DATASETS.get(args.row))
+    images, row = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
-    header = model.fresh_header(row, kind, **row.get("teacher", {}))
+    header = model.fresh_header(row, kind, **args.network)
     net = model.build(header).to(device).train()
     header |= model.stamp(args, stage, "images", world, data=args.path)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.body_dtype = model.BODY[args.precision]
     ddp = model.parallel(net, world)
-    opt = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.999), eps=1e-8)
+    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
+                                               foreach=True)
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "images", world, step)
+    if rank == 0: print(images)
+    data = model.read_ahead(images, args, rank, batch, step)
     while True:
         done = step == args.steps
         if rank == 0 and step > start and (done or step % args.save_every == 0):
@@ -423,17 +439,19 @@ def main():
         if done: break
 
         model.reseed(args.seed, rank, step)
-        at = model.batch_indices(len(images), args.seed, step * args.batch + rank * batch, batch)
-        x0 = model.to_float(images[at]).to(device)                                 # (b, C, H, W)
-        y = model.drop_labels(labels[at], header).to(device)                       # (b,)
-        noise_level = args.P_mean + args.P_std * torch.randn(batch, device=device)
+        x0, y = (a.to(device, non_blocking=True) for a in next(data))
+        x0 = model.to_network(x0, header)                                          # (b, C, H, W)
+        y = model.drop_labels(y, header)                                           # (b,)
+        t = args.P_mean + args.P_std * torch.randn(batch, device=device)
+        t = t.exp() if objective == "edm" else t.sigmoid()                         # (b,)
         eps = torch.randn_like(x0)
 
-        if objective == "edm": loss = edm_loss(ddp, x0, eps, noise_level.exp(), y).mean()
-        else:                  loss = flow_loss(ddp, x0, eps, noise_level.sigmoid(), y).mean()
-        loss.backward()
-        lr = args.lr * min(1, (step + 1) * args.batch / max(args.warmup, 1))
-        if args.decay: lr *= 1 - step / args.steps
+        loss = 0
+        for rows in model.microbatches(ddp, args.microbatch, x0, eps, t, y):
+            part = (edm_loss if objective == "edm" else flow_loss)(ddp, *rows).sum() / batch
+            part.backward()
+            loss += part.detach()
+        lr = model.learning_rate(args, step)
         norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
         step += 1
         log(step, loss, norm, lr)

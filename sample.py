@@ -62,10 +62,32 @@ def step_times(header, steps, mid_t=None):
     return solve.uniform_times(steps, header["t_max"], header["t_min"])[:-1].tolist()
 
 
+def open_vae(header, path, device):
+    """The autoencoder that turns a model's latents into images; None where it makes images itself."""
+    if "latents" not in header: return None
+    if not path:
+        raise model.Refused(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} in "
+                            "diffusers' format.")
+    try: from diffusers import AutoencoderKL
+    except ImportError: raise model.Refused("--vae needs diffusers; `pip install diffusers`.")
+    try: return AutoencoderKL.from_pretrained(path).to(device).eval()
+    except (OSError, ValueError) as e:
+        raise model.Refused(f"--vae {path} is not an autoencoder of diffusers ({str(e).splitlines()[0]}).")
+
+
+def to_images(x, header, vae):
+    """What a model makes -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded."""
+    if vae:
+        mean, scale = (x.new_tensor(header["latents"][k])[:, None, None] for k in ("mean", "scale"))
+        x = torch.cat([vae.decode(z[None]).sample for z in x / scale + mean])       # one by one: memory
+    return rearrange(model.to_uint8(x), "b c h w -> b h w c").cpu().numpy()
+
+
 @torch.no_grad()
-def generate(net, header, seeds, steps, labels="random", mid_t=None):
+def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None):
     """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order.
-    net, header as from model.load; labels "random" | "balanced" | a class; mid_t as for step_times."""
+    net, header as from model.load; labels "random" | "balanced" | a class; mid_t as for step_times; vae as
+    from open_vae."""
     device, K = next(net.parameters()).device, header["network"]["label_dim"]
     consistency = header["stage"] in ("midtrain_cm", "posttrain_cm")
     solver = None if consistency else solve.default_solver(header)
@@ -87,7 +109,7 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None):
         else:
             x = solve.solve_teacher(net, header, x, y_, steps, solver)[0][-1]
         keep = slice(max(seeds.start - 64 * block, 0), min(seeds.stop - 64 * block, 64))
-        yield rearrange(model.to_uint8(x), "b c h w -> b h w c").cpu().numpy()[keep], y.numpy()[keep]
+        yield to_images(x[keep], header, vae), y.numpy()[keep]
 
 
 def open_model(text, steps, device):
@@ -112,14 +134,17 @@ def numbers(text):
     return [float(t) for t in text.split(",")]
 
 
-def real_images(path, labels, K):
+@torch.no_grad()
+def real_images(path, labels, header, vae):
     """For each label the next real image of that class; any image where K = 0. -> uint8 (n,H,W,C)"""
-    images, y, _ = model.read_images(path)
+    images, _ = model.read_images(path, model.DATASETS.get(header["data"]))
+    y = images.labels
     queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in y.unique().tolist()}
-    if not K: queues = {0: itertools.cycle(range(len(images)))}
+    if not header["network"]["label_dim"]: queues = {0: itertools.cycle(range(len(images)))}
     if not set(labels.tolist()) <= queues.keys():
         raise model.Refused(f"{path} has no images of some classes; leave out --real or choose --labels.")
-    return rearrange(images[[next(queues[k]) for k in labels.tolist()]], "n c h w -> n h w c").numpy()
+    x = images.batch([next(queues[k]) for k in labels.tolist()])[0]
+    return to_images(model.to_network(x, header).to(vae.device if vae else "cpu"), header, vae)
 
 
 def sampling_flags(p):
@@ -131,6 +156,7 @@ def sampling_flags(p):
                    help="drawn from the seed, seed modulo classes, or one class")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
                    help="times of the second step and of those after it (default: the file's)")
+    p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) for models of latents")
 
 
 def main():
@@ -150,8 +176,9 @@ def main():
     rows, names, headers = [], [], []
     for text in args.files:
         net, header, steps = open_model(text, args.steps, device)
+        vae = open_vae(header, args.vae, device)
         images, labels = (np.concatenate(a) for a in
-                          zip(*generate(net, header, seeds, steps, args.labels, args.mid_t)))
+                          zip(*generate(net, header, seeds, steps, args.labels, args.mid_t, vae)))
         rows.append(images[:20])
         names.append(f"{header['stage']} {steps}")
         headers.append(header)
@@ -160,7 +187,7 @@ def main():
         with model.whole_file(out) as part, open(part, "wb") as f: np.savez(f, arr_0=images, arr_1=labels)
     if args.real:
         path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]
-        rows.insert(0, real_images(path, labels[:20], headers[0]["network"]["label_dim"]))
+        rows.insert(0, real_images(path, labels[:20], headers[0], vae))
         names.insert(0, "real")
     model.save_grid(out.with_suffix(".png"), rows, names)
     print(f"{len(images):,} images of each of {', '.join(names)}: "

@@ -199,7 +199,7 @@ def main():
         if header["kind"] == "Denoiser":
             states, _ = model.edm_to_flow(states, times)                           # noise fades into image
         model.save_grid(Path(args.out).with_suffix(".png"),
-                        model.to_uint8(states)[:, :16].movedim(2, -1).transpose(0, 1).cpu().numpy(),
+                        model.to_uint8(states)[:, :16, :3].movedim(2, -1).transpose(0, 1).cpu().numpy(),
                         [f"label {k}" for k in y[:16].tolist()])
         k = min(64, args.n)
         error_table(teacher, header, x[:k], y[:k])

@@ -73,7 +73,7 @@ def train_mf(seed, file, scratch):
     nfe = mid_header["settings"]["nfe"]
     teacher = (nfe - 1) / (nfe // 2)                                 # Heun, whose last step is Euler's
     mid_cost = (teacher + 3) * mid_header["pairs"]                   # student forward 1, backward 2
-    per_image = 3 + 2 * post_header["settings"]["jumps"]             # student 3, JVP 2 for its rows
+    per_image = 3 + 2 * post_header["settings"]["jumps"] / 4         # student 3, JVP 2 for its rows
     total = mid_cost + per_image * post_header["images"]
     steps = round(total / per_image / post_header["settings"]["batch"])
     rows = [("teacher", pre, 0), ("after mid-training", mid, mid_cost), ("after post-training", post, total)]

@@ -137,17 +137,15 @@ def test_every_published_name_has_its_place(family):
         assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == theirs, name
 
 
-@pytest.mark.parametrize("millions, build", [
-    (55.7, lambda: model.DDPMpp(32, 3, **model.DATASETS["cifar10"]["network"])),
-    (61.8, lambda: model.DDPMpp(64, 3, channel_mult=(1, 2, 2, 2))),
-    (280.2, lambda: model.EDM2UNet(64, 3, 1000)),
-    (1523.2, lambda: model.EDM2UNet(64, 4, 1000, model_channels=448)),
-    (131.2, lambda: model.SiT(32, 4, 1000, 4, 768, 12, 12, interval=True)),
-    (131.3, lambda: model.SiT(32, 4, 1000, 2, 768, 12, 12, interval=True)),
-    (459.3, lambda: model.SiT(32, 4, 1000, 2, 1024, 24, 16, interval=True)),
-    (676.7, lambda: model.SiT(32, 4, 1000, 2, 1152, 28, 16, interval=True))])
-def test_parameter_counts_of_the_paper(millions, build):
-    with torch.device("meta"): count = sum(v.numel() for v in build().state_dict().values())
+@pytest.mark.parametrize("millions, row, network", [
+    (55.73, "cifar10", {}), (61.80, "ffhq64", {}), (61.80, "afhqv2-64", {}), (280.2, "imagenet64", {}),
+    (1523.2, "imagenet512", {}), (676.7, "imagenet256", {"interval": True}),
+    (131.2, "imagenet256", pretrain.RECIPES["flow"]["imagenet256"]["network"] | {"interval": True}),
+    (131.3, "imagenet256", dict(hidden_size=768, depth=12, num_heads=12, interval=True)),
+    (459.3, "imagenet256", dict(hidden_size=1024, depth=24, interval=True))])
+def test_parameter_counts_of_the_paper(millions, row, network):
+    with torch.device("meta"): net = model.build(model.fresh_header(model.DATASETS[row], **network)).net
+    count = sum(v.numel() for v in net.state_dict().values())
     assert abs(count / 1e6 - millions) < 0.1
 
 

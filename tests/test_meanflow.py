@@ -72,14 +72,6 @@ def test_sit_reproduces_the_reference(name):
             assert out.dtype == torch.float64 and relerr(out, v[f"out64/{k}"]) < 1e-9, k
 
 
-def test_sit_parameter_counts():
-    row = model.DATASETS["imagenet256"]
-    with torch.device("meta"):
-        for network, expected in [(row["teacher"], 131_214_400), ({}, 676_735_504)]:
-            net = model.build(model.fresh_header(row, "MeanVelocity", **network, interval=True))
-            assert sum(v.numel() for v in net.state_dict().values()) == expected
-
-
 def test_zero_embedding_makes_u_of_v(tmp_path):
     """Loading a flow-matching model with an embedding of t - r leaves it as it was, until it is trained."""
     for u, cls in zip(networks(interval=False), ("DDPMpp", "SiT")):
@@ -224,8 +216,9 @@ def test_solvers_in_flow_time():
 
 def test_exactly_a_quarter_jumps():
     torch.manual_seed(0)
-    r, t = posttrain_mf.two_times(4096, 1024, -0.4, 1.0, "cpu")
-    assert (r[:1024] < t[:1024]).sum() >= 1023 and torch.equal(r[1024:], t[1024:])      # one tie may happen
+    r, t = posttrain_mf.two_times(4096, 1, -0.4, 1.0, "cpu")
+    first = torch.arange(4096) % 4 < 1
+    assert (r < t)[first].sum() >= 1023 and torch.equal(r[~first], t[~first])           # one tie may happen
     assert 0 < r.min() and t.max() < 1
     # t is the larger of two draws: P(t <= sigmoid(-0.4)) = 1/4; 5 standard errors
     assert abs((t <= torch.tensor(-0.4).sigmoid()).float().mean() - 0.25) < 5 * (0.25 * 0.75 / 4096) ** 0.5

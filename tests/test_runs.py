@@ -238,7 +238,7 @@ def test_solver_and_teacher_have_to_match(run, chain, monkeypatch):
     refused(run("solve", "--teacher", flow, "--solver", "jump"), "t - r", "heun")
     mid = "midtrain", "--target", "mf"
     refused(run(*mid, "--teacher", mf, "--solver", "dpm2"), "does not fit", "jump")
-    refused(run(*mid, "--distance", "huber"), "squared l2")
+    refused(run(*mid, "--distance", "huber"), "--target cm")
     refused(run(*mid, "--teacher", "runs/digits/midtrain_cm.safetensors"), "midtrain_cm")
     refused(run(*mid, "--init", "runs/digits/pretrain.safetensors"), "stage pretrain,", "pretrain_flow or")
     refused(run("midtrain", "--teacher", flow), "pretrain_flow", "has to be a pretrain file")

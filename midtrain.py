@@ -55,7 +55,7 @@ RECIPES = {
     },
     # The paper's mean-flow teacher is a Mean Flow SiT-B/4 in 8 jumps.
     "mf": {
-        "digits":      MF | dict(steps=1200,    batch=64,   lr=1.5e-3, ema=0.99),
+        "digits":      MF | dict(steps=2000,    batch=64,   lr=1.5e-3, ema=0.99),
         "cifar10":     MF | dict(steps=100_000, batch=1024, lr=6e-4,   ema=0.99995, network=dict(dropout=0.2),
                                  origin={"MeanFlow": "batch lr ema network", "paper": "distance"}),
         "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4,   ema=0.9999, solver="jump", nfe=8,

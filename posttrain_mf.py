@@ -32,7 +32,7 @@ import model
 MF = dict(optimizer="Adam", beta2=0.999, decay="linear", warmup=0, P_mean=-0.4, P_std=1.0, jumps=1, p=1.0,
           c=1e-3, omega=1.0, kappa=0.0, guide_times=(0.0, 1.0), network={})
 RECIPES = {
-    "digits":      MF | dict(steps=800,     batch=64,   lr=6e-4, ema=0.99,    p=0.0),
+    "digits":      MF | dict(steps=600,     batch=64,   lr=2e-4, ema=0.99,    p=0.0),
     "cifar10":     MF | dict(steps=200_000, batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",
                              warmup=10**7, P_mean=-2.0, P_std=2.0, jumps=3,
                              network=dict(dropout=0.2), origin={

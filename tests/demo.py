@@ -78,7 +78,8 @@ def train_mf(seed, file, scratch):
     steps = round(total / per_image / post_header["settings"]["batch"])
     rows = [("teacher", pre, 0), ("after mid-training", mid, mid_cost), ("after post-training", post, total)]
     rows += [("MeanFlow from the flow-matching weights", file("mf_flow"), total)]
-    command("posttrain_mf", "--seed", seed, "--init", pre, "--steps", steps, "--out", rows[-1][1])
+    command("posttrain_mf", "--seed", seed, "--init", pre, "--steps", steps, "--lr", 6e-4,
+            "--out", rows[-1][1])
     if scratch:
         pre_header = model.read(pre)[1]
         more = round(3 * pre_header["images"] / per_image / post_header["settings"]["batch"])

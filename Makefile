@@ -3,6 +3,8 @@
 # make test         all fast tests, two minutes
 # make test-slow    the others, a few minutes more
 # make bench        what a step of each method costs, as ratios
+# make precision    what of each stage's loss and gradient survives bf16
+# make ablation     what each choice of the consistency branch is worth, a table in docs/ (two hours)
 # make compare      the README's table: two seeds, plain ECT with three doubling intervals (an hour)
 # make compare-mf   the README's other table: two seeds (three quarters of an hour)
 # make scratch-mf   the same and Mean Flow from scratch (another half hour)
@@ -27,6 +29,12 @@ test-slow: $(ENV)
 bench: $(ENV)
 	$(PY) tests/bench.py
 
+ablation: $(ENV)
+	$(PY) tests/ablation.py
+
+precision: $(ENV)
+	$(PY) tests/precision.py
+
 compare: $(ENV)
 	$(PY) tests/demo.py --seeds 2 --n 10000 --intervals 95 125 190
 
@@ -41,4 +49,4 @@ scratch-mf: $(ENV)
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-mf test test-slow bench compare compare-mf scratch-mf
+.PHONY: demo demo-mf test test-slow bench precision ablation compare compare-mf scratch-mf

@@ -1,21 +1,36 @@
 """Evaluation: the Frechet distance between two sets of images.
 
-  reads   FILE ...: images as an .npz (arr_0 uint8 NHWC), or a checkpoint FILE[:STEPS] to sample from;
-          --ref: a data set's name, or any .npz, .zip or folder of images
+  reads   FILE ...: images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint FILE[:STEPS] to draw
+          from; --ref: a data set's name, images, or statistics, an .npz with mu and sigma as EDM's and ADM's
   prints  for each FILE a line, and then the same as JSON
-  run     python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
-  expect  digits, 10,000 samples: teacher 0.09, after mid-training 0.16, one step of the teacher 3.6
+  run     torchrun --nproc_per_node=8 fid.py runs/cifar10/posttrain_cm.safetensors:2    # 50,000 samples
+          python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
+  expect  digits, FD-pixels of 10,000 samples: teacher 0.09, after mid-training 0.16, teacher in one step 3.6
+
+`--features inception` is FID as everyone quotes it (1706.08500): Inception-v3 with the weights of
+TensorFlow's release of 2015, images resized to 299x299 by TensorFlow 1's bilinear filter (torch-fidelity's
+convention), in fp32, statistics in float64. The weights are a file to fetch once. Fewer than 50,000 images
+stand in the name, FID-10k, because the distance falls with their number.
 
 `--features pixels` compares the flattened images themselves, scaled to [-1, 1]. That number is called
 FD-pixels and is no FID: it serves small images, up to 3,072 values each, for which no Inception network means
 anything.
 """
-import argparse, json, math
+import argparse, json, math, os
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from einops import rearrange
+from torch import nn
 
 import model, sample
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+WHERE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+
 
 # === the method =============================================================================================
 
@@ -30,69 +45,246 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     return (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 
-def statistics(batches):
-    """Mean and unbiased covariance of feature batches (n, d), summed in float64. -> n, mu (d,), cov (d,d)"""
+def sums(batches):
+    """Of feature batches (n, d), in float64: number, sum (d,), sum of squares x x^T (d,d)."""
     n, total, outer = 0, 0, 0
     for x in batches:
         x = x.double()
         n, total, outer = n + len(x), total + x.sum(0), outer + x.T @ x
+    return n, total, outer
+
+
+def moments(n, total, outer):
+    """Such sums -> mean (d,), unbiased covariance (d,d)"""
     mu = total / n
-    return n, mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
+    return mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
+
+
+def resize_tf1(x, size=299):
+    """TensorFlow 1's bilinear resize: output pixel i reads from i n / size, without the half-pixel shift of
+    today's filters, and without antialiasing. x (B,C,H,W) -> (B,C,size,size)"""
+    for dim in (3, 2):
+        n = x.shape[dim]
+        at = torch.arange(size, device=x.device, dtype=torch.float32) * (
+            torch.tensor(n, dtype=torch.float32) / size).to(x.device)
+        low = at.long().clamp(max=n - 1)
+        weight = (at - low).to(x.dtype).reshape(-1, *[1] * (3 - dim))
+        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
+        x = a + (b - a) * weight
+    return x
+
+
+# === Inception-v3, the form that FID is measured with =======================================================
+# Layers are named as in the weights file. A branch is a list of convolutions (name, channels, kernel); two in
+# brackets work side by side. In a block that halves the size ("stride") the last of each branch has stride 2.
+
+class Conv(nn.Module):
+    def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
+        super().__init__()
+        kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+        pad = [k // 2 * pad for k in kernel]
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, pad, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, 1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    def __init__(self, c_in, branches, pool=None, max_pool=False, stride=1):
+        super().__init__()
+        self.branches, self.max_pool, self.stride = branches, max_pool or stride == 2, stride
+        for branch in branches:
+            c = c_in
+            for step in branch:
+                parallel = step if isinstance(step, list) else [step]
+                last = stride == 2 and step is branch[-1]
+                for name, c_out, kernel in parallel:
+                    self.add_module(name, Conv(c, c_out, kernel, 2 if last else 1, pad=not last))
+                c = parallel[0][1]
+        self.branch_pool = Conv(c_in, pool, 1) if pool else None
+
+    def forward(self, x):
+        out = []
+        for branch in self.branches:
+            h = x
+            for step in branch:
+                parallel = step if isinstance(step, list) else [step]
+                h = torch.cat([getattr(self, name)(h) for name, _, _ in parallel], 1)
+            out.append(h)
+        if self.stride == 2:  pooled = F.max_pool2d(x, 3, 2)
+        elif self.max_pool:   pooled = F.max_pool2d(x, 3, 1, 1)
+        else:                 pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([*out, self.branch_pool(pooled) if self.branch_pool else pooled], 1)
+
+
+def mixed_a(c_in, pool):
+    return Mixed(c_in, [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
+                        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]],
+                 pool)
+
+
+def mixed_c(c):
+    return Mixed(768, [[("branch1x1", 192, 1)],
+                       [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
+                       [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)),
+                        ("branch7x7dbl_3", c, (1, 7)), ("branch7x7dbl_4", c, (7, 1)),
+                        ("branch7x7dbl_5", 192, (1, 7))]], 192)
+
+
+def mixed_e(c_in, max_pool):
+    split = lambda name: [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
+    return Mixed(c_in, [[("branch1x1", 320, 1)], [("branch3x3_1", 384, 1), split("branch3x3_2")],
+                        [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), split("branch3x3dbl_3")]],
+                 192, max_pool)
+
+
+class Inception(nn.Module):
+    """uint8 (n,H,W,C), C 1 (repeated) or 3 -> features (n,2048), the last mean over pixels."""
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2, pad=False)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, pad=False)
+        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
+        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, pad=False)
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
+        self.Mixed_6a = Mixed(288, [[("branch3x3", 384, 3)], [
+            ("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]], stride=2)
+        self.Mixed_6b, self.Mixed_6c = mixed_c(128), mixed_c(160)
+        self.Mixed_6d, self.Mixed_6e = mixed_c(160), mixed_c(192)
+        self.Mixed_7a = Mixed(768, [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)], [
+            ("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
+            ("branch7x7x3_4", 192, 3)]], stride=2)
+        self.Mixed_7b, self.Mixed_7c = mixed_e(1280, False), mixed_e(2048, True)
+
+    def forward(self, images):
+        x = rearrange(torch.as_tensor(images), "n h w c -> n c h w").to(self.Conv2d_1a_3x3.conv.weight)
+        x = (resize_tf1(x.expand(-1, 3, -1, -1)) - 128) / 128
+        for name, layer in self.named_children():
+            if name in ("Conv2d_3b_1x1", "Mixed_5b"): x = F.max_pool2d(x, 3, 2)
+            x = layer(x)
+        return x.mean((2, 3))
+
+
+def load_inception(path):
+    """The published weights (see WHERE) -> Inception in eval mode. Raises Refused."""
+    if not os.path.exists(path):
+        raise model.Refused(f"{path} does not exist; fetch {WHERE} and give it as --inception.")
+    net = Inception()
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
+    except Exception as e:                                 # damaged, or another network
+        raise model.Refused(f"{path} is not {INCEPTION} ({type(e).__name__}: {str(e).splitlines()[0]}); "
+                            f"fetch {WHERE}.")
+    return net.eval().requires_grad_(False)
 
 
 # === the run ================================================================================================
 
 def pixels(images):
     """uint8 (n,H,W,C) -> (n, HWC) in [-1, 1]"""
-    return rearrange(model.to_float(torch.as_tensor(images)), "n h w c -> n (h w c)")
+    x = model.to_float(torch.as_tensor(images)).flatten(1)
+    if x.shape[1] > 3072:
+        raise model.Refused(f"--features pixels is for small images (at most 3,072 values), not for "
+                            f"{x.shape[1]:,}.")
+    return x
 
 
-def read(path, row=None):
-    """Yield the images of `path` as uint8 (n,H,W,C). row: of DATASETS, which they have to agree with."""
-    images, _ = model.read_images(path, row)
-    if math.prod(images.shape) > 3072 or images[0].dtype != torch.uint8:
-        raise model.Refused(f"{path} holds {math.prod(images.shape):,} values an image; --features pixels is "
-                            "for small images (at most 3,072).")
-    for at in torch.arange(len(images)).split(1000):
+def read(path, rank, world, row=None, train=False):
+    """Yield this rank's share of the images of `path` as uint8 (n,H,W,C): as they are, or as a training stage
+    with that row of DATASETS reads them."""
+    images, _ = model.read_images(path, row, train)
+    if images[0].dtype != torch.uint8:
+        raise model.Refused(f"{path} holds latents; a Frechet distance is between images, give --ref.")
+    for at in torch.arange(len(images)).split(64)[rank::world]:
         yield rearrange(images.batch(at.tolist())[0], "n c h w -> n h w c")
+
+
+def reduced(n, total, outer, device):
+    """Sums over all ranks -> number, mean, covariance"""
+    if dist.is_initialized():
+        size = torch.tensor([0 if n == 0 else len(total)], device=device)
+        dist.all_reduce(size, dist.ReduceOp.MAX)           # a rank may have had no images
+        if n == 0: total, outer = torch.zeros(size.item()), torch.zeros(size.item(), size.item())
+        packed = torch.cat([torch.tensor([float(n)]).double().to(device), total.double().to(device),
+                            outer.double().to(device).flatten()])
+        dist.all_reduce(packed)
+        n, total, outer = int(packed[0]), packed[1:1 + size], packed[1 + size:].reshape(size, size)
+    if n < 2: raise model.Refused(f"a distance needs at least two images on each side, not {n}.")
+    return n, *moments(n, total, outer)
+
+
+def reference(args, header, features, rank, world, device):
+    """--ref -> what it is called, number of images or None, mean, covariance. Statistics of images are kept
+    in runs/reference/, for images that have not changed."""
+    name, _, path = model.find_data(args.ref) if args.ref else (header["data"], None, header["data_path"])
+    row, train = model.DATASETS.get(name), not args.ref or name in model.DATASETS
+    if path.endswith(".npz") and os.path.isfile(path):
+        try:
+            with np.load(path, allow_pickle=False) as f:
+                if "mu" in f: return path, None, torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
+        except Exception as e:
+            raise model.Refused(f"{path} is damaged ({type(e).__name__}: {e}).")
+    if not os.path.exists(path): raise model.Refused(f"{path}, the images to compare with, does not exist.")
+    kept = f"{model.fingerprint(path)[:16]}-{args.features}{'' if train else '-as-they-are'}.npz"
+    kept = Path("runs/reference", kept)
+    if not kept.exists():
+        images = read(path, rank, world, row, train)
+        n, mu, cov = reduced(*sums(features(x) for x in images), device)
+        if rank == 0:
+            with model.whole_file(kept) as part, open(part, "wb") as f:
+                np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
+        return path, n, mu, cov
+    with np.load(kept) as f: return path, int(f["n"]), torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
-    p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help=".npz of images or checkpoints")
+    p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="images or checkpoints")
     p.add_argument("--ref", metavar="NAME|PATH",
                    help="what to compare with (default: the data the checkpoint was trained on)")
-    p.add_argument("--features", choices=["pixels"], required=True, help="what to compare")
+    p.add_argument("--features", choices=["inception", "pixels"], default="inception", help="what to compare")
+    p.add_argument("--inception", default=f"data/{INCEPTION}", metavar="FILE", help="weights")
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
-    device = model.setup(None)[2]
-    for file in args.files: evaluate(file, args, device)
+    rank, world, device, _ = model.setup(0)
+    features = pixels
+    if args.features == "inception":
+        net = load_inception(args.inception).to(device)
+        features = lambda images: net(torch.as_tensor(images).to(device))
+    for file in args.files: evaluate(file, args, features, rank, world, device)
 
 
-def evaluate(file, args, device):
+@torch.no_grad()
+def evaluate(file, args, features, rank, world, device):
     """Prints a line on FILE[:STEPS], and one of JSON."""
-    if file.endswith(".npz"):
-        batches, what = read(file), {"file": file}
+    header = None
+    if file.endswith((".npz", ".zip")) or os.path.isdir(file):
+        batches, what = read(file, rank, world), {"file": file}
         if not args.ref:
-            raise model.Refused("--ref is missing; name the data set or the .npz to compare with.")
+            raise model.Refused("--ref is missing; name the data set, images or statistics to compare with.")
     else:
-        net, header, steps = sample.open_model(file, args.steps, device)
-        seeds = args.seeds or range(args.n)
-        vae = sample.open_vae(header, args.vae, device)
-        batches = (x for x, _ in sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae))
+        net, header, steps = sample.open_model(file, args, device)
+        vae, seeds = sample.open_vae(header, args.vae, device), args.seeds or range(args.n)
+        drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world)
+        batches = (images for images, _ in drawn)
         what = {"file": file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
                 "labels": args.labels}
-    name, _, ref = model.find_data(args.ref) if args.ref else (header["data"], None, header["data_path"])
-    n_ref, mu_ref, cov_ref = statistics(pixels(x) for x in read(ref, model.DATASETS.get(name)))
-    n, mu, cov = statistics(pixels(x) for x in batches)
-    if min(n, n_ref) < 2 or mu.shape != mu_ref.shape:
-        raise model.Refused(f"{n} images of {len(mu)} values against {n_ref} of {len(mu_ref)}: "
-                            "give at least two of each, of one shape.")
-    fd = frechet_distance(mu, cov, mu_ref, cov_ref).item()
-    print(f"FD-pixels {fd:.4f}  {n:,} images against the {n_ref:,} of {ref}  "
+    ref, n_ref, mu_ref, cov_ref = reference(args, header, features, rank, world, device)
+    n, mu, cov = reduced(*sums(features(x) for x in batches), device)
+    if mu.shape != mu_ref.shape:
+        raise model.Refused(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference has "
+                            "to be of the same features and, for pixels, of the same size.")
+    distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
+    if rank: return
+    key, name = ("fid", f"FID-{n / 1000:g}k") if args.features == "inception" else ("fd", "FD-pixels")
+    if key == "fid": what |= {"features": "Inception-v3 of 2015", "resize": "TF1 bilinear, 299x299"}
+    print(f"{name} {distance:.4f}  {n:,} images against {f'the {n_ref:,} of ' if n_ref else ''}{ref}  "
           + "  ".join(f"{k} {v}" for k, v in what.items()))
-    print(json.dumps({"fd": fd, "name": "FD-pixels", "n": n, "ref": ref, "n_ref": n_ref} | what), flush=True)
+    print(json.dumps({key: distance, "name": name, "n": n, "ref": ref, "n_ref": n_ref} | what), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ solver's, each pair of times is equally likely and has weight 1.
 import copy, math
 
 import torch
+import torch.nn.functional as F
 
 import model, solve
 
@@ -101,10 +102,11 @@ def huber(a, b):
     return e / ((e + c ** 2).sqrt() + c)           # the same value, without the cancellation when e is small
 
 
-def pair_table(N, target):
+def pair_table(N, target, pairing="cmt"):
     """The pairs of times t_i > t_j that a trajectory of N steps offers: "cm" every state with the end, "mf"
-    every two states. -> i, j (M,) int64, M = N or N (N+1) / 2"""
+    every two states; pairing "kd" only the start with the end. -> i, j (M,) int64, M = N, N (N+1) / 2, 1"""
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
+    if pairing == "kd": return i[N - 1:N], j[N - 1:N]
     return (i[j == N], j[j == N]) if target == "cm" else (i, j)
 
 
@@ -115,6 +117,55 @@ def pairs(states, times, y, number, i, j):
     path, i, j = number // len(i), i[number % len(i)], j[number % len(i)]
     t, r = times[i].to(states.dtype), times[j].to(states.dtype)
     return states[i, path], t, states[j, path], r, y[path]
+
+
+# === the paper's distance of pixels =========================================================================
+
+class LPIPS(torch.nn.Module):
+    """LPIPS of VGG-16 (1801.03924): features of both images, of unit length in each pixel, their squared
+    difference, channels weighted, mean over pixels, sum over five depths. In fp32, at the images' resolution.
+    vgg, lin: state dicts of torchvision's vgg16 and of the lpips package's linear layers.
+
+    forward(a, b): (B,C,H,W) in [-1, 1], C 1 (repeated) or 3, H and W >= 16 -> (B,)"""
+    DEPTHS = (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)      # convolutions between poolings
+
+    def __init__(self, vgg, lin):
+        super().__init__()
+        for n in sum(self.DEPTHS, ()):
+            self.register_buffer(f"weight{n}", vgg[f"features.{n}.weight"].float())
+            self.register_buffer(f"bias{n}", vgg[f"features.{n}.bias"].float())
+        for k in range(len(self.DEPTHS)):
+            self.register_buffer(f"lin{k}", lin[f"lin{k}.model.1.weight"].float())      # (1, channels, 1, 1)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+
+    def features(self, x):
+        x = (x.expand(-1, 3, -1, -1) - self.shift) / self.scale
+        for k, depth in enumerate(self.DEPTHS):
+            if k: x = F.max_pool2d(x, 2)
+            for n in depth:
+                x = F.conv2d(x, getattr(self, f"weight{n}"), getattr(self, f"bias{n}"), padding=1).relu()
+            yield x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
+
+    def forward(self, a, b):
+        return sum((getattr(self, f"lin{k}") * (f - g).square()).sum(1).mean((1, 2))
+                   for k, (f, g) in enumerate(zip(self.features(a), self.features(b))))
+
+
+def load_lpips(files, header):
+    """--lpips VGG.pth LIN.pth -> LPIPS, for images as the header says. Raises Refused."""
+    where = ("torchvision's vgg16-397923af.pth from download.pytorch.org/models and "
+             "lpips/weights/v0.1/vgg.pth from github.com/richzhang/PerceptualSimilarity")
+    if not files: raise model.Refused(f"--distance lpips needs --lpips VGG.pth LIN.pth, {where}.")
+    C, H, _ = model.image_shape(header)
+    if C not in (1, 3) or H < 16:
+        raise model.Refused(f"--distance lpips is for images of at least 16x16 pixels, not for {C}x{H}x{H}.")
+    if C == 1: print("LPIPS: the one channel is repeated to three")
+    try:
+        return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
+    except Exception as e:                                 # missing, damaged, or of another network
+        raise model.Refused(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); it "
+                            f"takes {where}.")
 
 
 # === the run ================================================================================================
@@ -150,13 +201,14 @@ def student_time(states, times, header, target):
     return states, times
 
 
-def read_paths(path, teacher, header, target, device):
+def read_paths(args, header, device):
     """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). Made with the same teacher."""
-    tensors, made = model.read(path)
-    if made.get("sha256 of teacher") != model.sha256(teacher):
-        raise model.Refused(f"{path} holds no trajectories of {teacher}; solve.py writes them.")
+    tensors, made = model.read(args.trajectories)
+    if (made.get("sha256 of teacher"), made.get("guidance")) != (model.sha256(args.teacher), args.guidance):
+        raise model.Refused(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
+                            f"{args.guidance:g}; solve.py writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
-    return *student_time(states.transpose(0, 1), times, header, target), y
+    return *student_time(states.transpose(0, 1), times, header, args.target), y
 
 
 def draw_pairs(paths, N, M, device):
@@ -171,9 +223,11 @@ def dry_run(args, kind, network, made_by, teacher_by):
     teacher = model.planned(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
     solver = args.solver or (teacher and solve.default_solver(teacher))
     N = args.nfe // 2 if solver == "heun" else args.nfe
+    paths = args.batch / (N if args.pairing == "cmt" else 1)                       # trajectories a step
+    calls = args.nfe * (1 if args.guidance == 1 else 2)
     reads = {args.init: made_by, args.teacher: teacher_by}
-    model.dry_run(args, "pairs", header, 0, reads, teacher, args.nfe / N, [
-                  f"of {args.batch / N:g} trajectories of {args.nfe} calls a step, on all GPUs together"])
+    model.dry_run(args, "pairs", header, 0, reads, teacher, calls * paths / args.batch, [
+                  f"of {paths:g} trajectories of {calls} calls a step, on all GPUs together"])
 
 
 def main():
@@ -186,11 +240,17 @@ def main():
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
     p.add_argument("--solver", choices=solve.SOLVER_NAMES,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
-    p.add_argument("--distance", choices=DISTANCES, help="of the loss; with --target mf only l2")
+    p.add_argument("--distance", choices=[*DISTANCES, "lpips"], help="of the loss; with --target mf only l2")
+    p.add_argument("--lpips", nargs=2, metavar=("VGG.pth", "LIN.pth"), help="weights for --distance lpips")
+    p.add_argument("--pairing", choices=["cmt", "kd", "slow"], default="cmt",
+                   help="the paper's ablation. kd: only noise and end; slow: a new trajectory for each pair")
     p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file, do not solve")
+    solve.guidance_flags(p)
     args = p.parse_args()
     if target == "mf" and args.distance != "l2":
         raise model.Refused(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
+    if args.pairing == "slow" and args.trajectories:
+        raise model.Refused("--pairing slow solves a new trajectory for each pair; leave out --trajectories.")
     made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": made_by += " --objective flow"
     elif public := model.DATASETS.get(args.row, {}).get("public"): made_by += f" [--import {public}]"
@@ -201,6 +261,8 @@ def main():
 
     teachers = solve.TEACHERS if target == "mf" else [reads]
     teacher, teacher_header = model.parent(args.teacher, teacher_by, teachers, device=device)
+    teacher.requires_grad_(False).body_dtype = model.BODY[args.precision]          # in eval mode, as loaded
+    teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
@@ -208,29 +270,29 @@ def main():
     row = model.DATASETS.get(args.row) or model.own_data(shape, classes)
     net, header = model.first_weights(args.init, made_by, row, model.KIND[reads], device, **network)
     model.check_fit(args.init, header, args.teacher, shape, classes)
+    distance = DISTANCES.get(args.distance) or load_lpips(args.lpips, header).to(device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
     header |= model.stamp(args, f"midtrain_{target}", "pairs", world, init=args.init, teacher=args.teacher,
-                          trajectories=args.trajectories)
+                          trajectories=args.trajectories, guide=args.guide,
+                          **dict(zip(("vgg", "lin"), args.lpips or ())))
     if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    teacher.requires_grad_(False)                                                  # in eval mode, as loaded
-    net.train()
-    teacher.body_dtype = net.body_dtype = model.BODY[args.precision]
+    net.train().body_dtype = model.BODY[args.precision]
     ddp = model.parallel(net, world)
     opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
                                                foreach=True)
-    distance = DISTANCES[args.distance]
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
     log = model.Log(args, "pairs", world, step)
-    paths, N = None, args.nfe // 2 if args.solver == "heun" else args.nfe          # N pairs a trajectory
+    paths, N = None, args.nfe // 2 if args.solver == "heun" else args.nfe          # N steps a trajectory
     if args.trajectories:
-        paths = read_paths(args.trajectories, args.teacher, teacher_header, target, device)
+        paths = read_paths(args, teacher_header, device)
         N = len(paths[1]) - 1
-    i, j = (k.to(device) for k in pair_table(N, target))
-    size = pool_size(batch, N)
-    steps_per_pool = size * N // batch
+    i, j = (k.to(device) for k in pair_table(N, target, args.pairing))
+    each = N if args.pairing == "cmt" else 1                                       # pairs of a trajectory
+    size = pool_size(batch, each)
+    steps_per_pool = size * each // batch
     while True:
         done = step == args.steps
         if rank == 0 and step > start and (done or step % args.save_every == 0):
@@ -244,9 +306,9 @@ def main():
             if step % steps_per_pool == 0 or paths is None:
                 number = step // steps_per_pool
                 model.reseed(args.seed, rank, "pool", number)
-                still_needed = math.ceil((args.steps - number * steps_per_pool) * batch / N)
+                still_needed = math.ceil((args.steps - number * steps_per_pool) * batch / each)
                 paths = solve_pool(teacher, teacher_header, min(size, still_needed), args, device)
-                order = draw_pairs(len(paths[2]), N, len(i), device)
+                order = draw_pairs(len(paths[2]), each, len(i), device)
             at = order[step % steps_per_pool * batch:][:batch]
         drawn = pairs(*paths, at.to(device), i, j)
         model.reseed(args.seed, rank, step)

@@ -875,7 +875,7 @@ def list_images(path):
                       f"folder of images ({type(e).__name__}: {e}).")
 
 
-def read_images(path, row=None):
+def read_images(path, row=None, train=True):
     """One of
       .npz     arr_0 uint8 (N,H,W,C) and, optionally, labels arr_1 (N,): ADM's layout;
                or arr_0 floats (N,C,H,W) or (N,H,W,C), C = 4 latents or 8, their means and deviations
@@ -883,6 +883,7 @@ def read_images(path, row=None):
       folder   images of any size, cropped as ADM does; classes: dataset.json, else the sub-folders
 
     row: the DATASETS row they have to agree with; None accepts any and makes one with `own_data`.
+    train=False: not to be cropped nor trained on, of any one size.
     -> Images, row. Opens up to 1,000 of the files, the others when their turn comes. Raises Refused.
     """
     path = str(path).rstrip("/")
@@ -895,7 +896,8 @@ def read_images(path, row=None):
                       "integers >= 0.")
     images = Images(path, names, torch.zeros(count, dtype=torch.int64))
     if names is None: images.channels_last = is_channels_last(path, images.file())
-    if os.path.isdir(path): images.crop = row["shape"][1] if row else common_size(path, names)
+    if os.path.isdir(path) and (row or train):
+        images.crop = row["shape"][1] if row else common_size(path, names)
     images.channels = row and row["shape"][0]
     images.shape = images[0].shape
     images.channels = images.shape[0]
@@ -910,7 +912,7 @@ def read_images(path, row=None):
         raise Refused(f"{path} holds {what}, the recipe is for {row['shape'][0]} channels and "
                       f"{row['shape'][1]}x{row['shape'][2]}{' latents' if 'latents' in row else ''}; "
                       "give the plain path to use it as your own data.")
-    if C not in ((4,) if what.startswith("latents") else (1, 3)) or H != W or H % 4:
+    if C not in ((4,) if what.startswith("latents") else (1, 3)) or train and (H != W or H % 4):
         raise Refused(f"{path} holds {what}; they have to be square with a side divisible by 4 and 1 or 3 "
                       "channels, latents 4.")
     row = row or own_data((C, H, W), 0 if labels is None else int(labels.max()) + 1)
@@ -1077,9 +1079,9 @@ def not_negative(text):
     return value
 
 
-def setup(batch):
+def setup(batch, group=True):
     """-> rank, world, device, this rank's share of the global batch. torchrun's variables start a process
-    group; plain python is world 1, and scripts that have no batch (None) run in one process only."""
+    group, where one is needed; plain python is world 1. Batch None: a script for one process only."""
     rank, local, world = (int(os.environ.get(k, d))
                           for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if torch.cuda.is_available() and local >= torch.cuda.device_count():
@@ -1094,7 +1096,7 @@ def setup(batch):
     # TF32 is off for convolutions and matrix products alike (torch's default differs between the two).
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if cuda: torch.cuda.set_device(device)
-    if world > 1: dist.init_process_group("nccl" if cuda else "gloo")
+    if world > 1 and group: dist.init_process_group("nccl" if cuda else "gloo")
     return rank, world, device, batch and batch // world
 
 
@@ -1175,7 +1177,7 @@ def check_fit(init, header, source, shape, classes):
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
 FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "teacher_by", "trajectories",
-        "workers", "dry_run", "world", "recipe"}
+        "guide", "lpips", "workers", "dry_run", "world", "recipe"}
 
 
 def stamp(args, stage, unit, world, **files):

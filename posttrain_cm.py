@@ -1,11 +1,15 @@
-"""Stage 4a, post-training as a consistency model: Easy Consistency Tuning (ECT) on real images.
+"""Stage 4a, post-training as a consistency model: Easy Consistency Tuning or Distillation on real images.
 
-  reads   runs/D/midtrain_cm.safetensors and the images of --data
+  reads   runs/D/midtrain_cm.safetensors and the images of --data; with --loss ecd also
+          runs/D/pretrain.safetensors, the teacher
   writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py draws from them in one or two steps
   run     python posttrain_cm.py                                      # digits, half a minute on two CPU cores
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
-  cost    per image: two forwards and one backward
+  cost    per image: two forwards and one backward; ecd: and one (euler) or two forwards of the teacher
   expect  digits: a loss of about 3; it need not fall, its target moves with the network
+
+--loss ect   f(x_t, t) is pulled towards f(x_r, r) at a nearer point of the same straight noising line;
+--loss ecd   x_r lies where the teacher's ODE leads from x_t: no variance, but the teacher's errors.
 
 The baseline this project is about, ECT straight from the diffusion model with its doubling schedule:
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --steps 1500 \
@@ -17,17 +21,17 @@ import copy
 
 import torch
 
-import model
+import model, solve
 
 # double = 0 keeps the gap fixed, right after mid-training, else it is divided by q every `double` steps; c of
 # pseudo-Huber, 0 is the plain l2 norm; weight: "gap" 1/(t-r), "denoising" as in pre-training; decay: lr falls
 # to 0 ("linear"), or stays ("constant"); `network`: what differs from the network of --init; mid_t: the noise
-# level of the second of two sampling steps.
+# level of the second of two sampling steps; solver: of ecd's step.
 # origin: whose numbers they are: the paper's, its released code's, ECT's (2406.14548); all others are ours.
 ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, double=0, c=0.0, weight="gap",
-           P_mean=-1.1, P_std=2.0, network={}, mid_t=0.821)
+           P_mean=-1.1, P_std=2.0, network={}, mid_t=0.821, loss="ect", solver="heun")
 PAPER = ECT | dict(steps=100_000, lr=1e-4, ema=0.9999, network=dict(dropout=0.2), origin={
-    "paper": "steps batch lr decay warmup ema q double weight optimizer beta2", "ECT": "P_mean P_std c",
+    "paper": "steps batch lr decay warmup ema q double weight optimizer beta2 loss", "ECT": "P_mean P_std c",
     "code": "network mid_t"})
 LARGE = dict(steps=100_000, c=0.06, weight="denoising", P_mean=-0.8, P_std=1.6, ema=0.9999, optimizer="Adam",
              beta2=0.99, mid_t=1.526)
@@ -40,11 +44,12 @@ RECIPES = {
     "imagenet64":  ECT | LARGE | dict(lr=1e-3, decay="constant", q=4, double=25_000, network=dict(
                                       dropout=0.4, dropout_resolutions=(16, 8)), origin={
         "ECT": "batch q double c weight P_mean P_std ema optimizer beta2 network", "code": "mid_t"}),
-    # The paper's numbers for ECD.
-    "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, network=dict(
-                                      dropout=0.0), origin={
-        "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network",
-        "code": "mid_t"}),
+    # The paper's guide is edm2-img512-m-0268435-0.155.pkl: pretrain.py --import it with --out GUIDE.
+    "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
+                                      network=dict(dropout=0.0), guidance=2.05,
+                                      guide="runs/imagenet512/guide.safetensors", origin={
+        "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network loss "
+                 "solver guidance guide", "code": "mid_t"}),
     "own data":    ECT | dict(steps=10_000, lr=3e-4, ema=0.999, q=256),
 }
 
@@ -62,6 +67,31 @@ def ect_loss(f, x0, eps, t, r, y, weight, c):
     # e = f(x_t, t) - sg f(x_r, r),   w(t, r) (sqrt(||e||^2 + c^2) - c)
     e = torch.linalg.vector_norm(f(x0 + t_ * eps, t, y) - target, dim=(1, 2, 3))   # at 0: gradient 0
     return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
+
+
+def ecd_loss(f, x_t, x_r, t, r, y, weight, c):
+    """Consistency distillation (2303.01469) with ECT's weights, one number per sample: two points of one path
+    of the teacher's ODE, one end. x_t, x_r (B,C,H,W), t, r, weight (B,), y (B,), c >= 0 a number -> (B,)"""
+    devices = [x_t.device] if x_t.is_cuda else []                     # the target has the same dropout mask
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        target = torch.where(r[:, None, None, None] > 0, f(x_r, r, y), x_r)
+    # e = f(x_t, t) - sg f(x_r, r),   w(t, r) (sqrt(||e||^2 + c^2) - c)
+    e = torch.linalg.vector_norm(f(x_t, t, y) - target, dim=(1, 2, 3))             # at 0: gradient 0
+    return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
+
+
+def ode_step(D, x, t, r, y, solver="heun"):
+    """One step of the PF-ODE from t to r, a time for each sample, "euler" or "heun" (2206.00364, algorithm
+    1); into r = 0 Euler's. x (B,C,H,W), t, r (B,), y (B,) -> x_r (B,C,H,W), no graph"""
+    t_, r_ = t[:, None, None, None], r[:, None, None, None]
+    with torch.no_grad():
+        # dx/dt = (x - D(x, t)) / t
+        slope = (x - D(x, t, y)) / t_
+        x_r = x + (r_ - t_) * slope
+        if solver == "euler": return x_r
+        safe = torch.where(r_ > 0, r_, 1.0)
+        ahead = (x_r - D(x_r, torch.where(r > 0, r, 1.0), y)) / safe
+        return torch.where(r_ > 0, x + (r_ - t_) * (slope + ahead) / 2, x_r)
 
 
 def ect_weight(t, r, kind, sigma_data=0.5):
@@ -82,18 +112,37 @@ def main():
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
     p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(stage+1))")
     p.add_argument("--double", type=int, metavar="STEPS", help="steps a stage; 0: the gap stays fixed")
+    p.add_argument("--c", type=model.not_negative, help="of pseudo-Huber; 0: the plain l2 norm")
+    p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or pre-training's")
+    p.add_argument("--loss", choices=["ect", "ecd"], help="ect: from data; ecd: along the teacher's ODE")
+    p.add_argument("--solver", choices=["euler", "heun"], help="of ecd's step")
+    p.add_argument("--teacher", default=f"runs/{p.get_default('name')}/pretrain.safetensors", metavar="FILE",
+                   help="diffusion model, for --loss ecd")
+    solve.guidance_flags(p)
     args = p.parse_args()
-    made_by = f"python midtrain.py --data {args.data}"
+    made_by, teacher_by = (f"python {stage} --data {args.data}" for stage in ("midtrain.py", "pretrain.py"))
+    if public := model.DATASETS.get(args.row, {}).get("public"): teacher_by += f" [--import {public}]"
     if args.dry_run:
         header = model.planned(args.init, args, "Denoiser", **args.network)
-        return model.dry_run(args, "images", header, 1, {args.path: model.DATA_HINT, args.init: made_by})
+        reads, calls = {args.path: model.DATA_HINT, args.init: made_by}, 0
+        if args.loss == "ecd":
+            reads |= {args.teacher: teacher_by} | ({args.guide: "a guide"} if args.guide else {})
+            calls = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
+        teacher = model.planned(args.teacher, args, "Denoiser") if calls else None
+        return model.dry_run(args, "images", header, 1, reads, teacher, calls)
     rank, world, device, batch = model.setup(args.batch)
 
     images, row = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
     net, header = model.first_weights(args.init, made_by, row, "Denoiser", device, **args.network)
     model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
-    header |= model.stamp(args, "posttrain_cm", "images", world, init=args.init, data=args.path)
+    teacher, files = None, dict(init=args.init, data=args.path)
+    if args.loss == "ecd":
+        teacher, teacher_header = model.parent(args.teacher, teacher_by, ["pretrain"], device=device)
+        model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
+        files |= dict(teacher=args.teacher, guide=args.guide)
+        teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
+    header |= model.stamp(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]
@@ -121,8 +170,13 @@ def main():
         eps = torch.randn_like(x0)
 
         loss = 0
-        for rows in model.microbatches(ddp, args.microbatch, x0, eps, t, r, y, weight):
-            part = ect_loss(ddp, *rows, args.c).sum() / batch
+        for x0, eps, t, r, y, weight in model.microbatches(ddp, args.microbatch, x0, eps, t, r, y, weight):
+            if args.loss == "ect":
+                part = ect_loss(ddp, x0, eps, t, r, y, weight, args.c).sum() / batch
+            else:
+                x_t = x0 + t[:, None, None, None] * eps
+                x_r = ode_step(teacher, x_t, t, r, y, args.solver)
+                part = ecd_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / batch
             part.backward()
             loss += part.detach()
         lr = model.learning_rate(args, step)

@@ -4,14 +4,16 @@
   writes  runs/D/samples.png     the first 20 images, one row per FILE:STEPS, the same seeds in each column
           runs/D/samples.npz     where one FILE is given: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
   run     python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
+          torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
   cost    STEPS network calls an image
 
 Image k, its label and its noise are a function of seed k alone, whatever --n. Convolutions on batches of
 other sizes differ in their last bits, so seeds are always drawn in blocks of 64 (block = seed // 64), and
-cut afterwards.
+cut afterwards: any number of processes makes the same images. They are kept in parts of 1,024 until all are
+there; the same command continues an interrupted run. (torchrun takes --n for one of its own: use --seeds.)
 """
-import argparse, itertools
+import argparse, contextlib, hashlib, itertools, json, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -84,18 +86,19 @@ def to_images(x, header, vae):
 
 
 @torch.no_grad()
-def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None):
-    """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order.
-    net, header as from model.load; labels "random" | "balanced" | a class; mid_t as for step_times; vae as
-    from open_vae."""
-    device, K = next(net.parameters()).device, header["network"]["label_dim"]
-    consistency = header["stage"] in ("midtrain_cm", "posttrain_cm")
+def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
+             rank=0, world=1):
+    """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order; every
+    world-th block from `rank` on. net, header as from model.load, or a function instead of net, and its
+    device; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from open_vae."""
+    device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
+    consistency = header["stage"] not in solve.TEACHERS
     solver = None if consistency else solve.default_solver(header)
     if solver == "heun" and steps % 2: solver = "euler"
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels not in ("random", "balanced") and not (labels.isdigit() and int(labels) < max(1, K)):
         raise model.Refused(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
-    for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1):
+    for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world]:
         y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
         elif labels != "random": y = torch.full((64,), int(labels))
@@ -112,14 +115,62 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None):
         yield to_images(x[keep], header, vae), y.numpy()[keep]
 
 
-def open_model(text, steps, device):
-    """FILE or FILE:STEPS -> model, header, steps. Without STEPS: `steps`, else teachers 16, others 1."""
+PART = 1024                                                # images a part, a multiple of 64
+
+
+def draw_parts(draw, seeds, folder, key, rank, world):
+    """Draw the seeds part by part, this rank every world-th, leaving out what an interrupted run with the
+    same key has left in the folder. -> names of all parts, in order"""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    bounds = [seeds.start, *range(seeds.start // PART * PART + PART, seeds.stop, PART), seeds.stop]
+    parts = [(range(a, b), folder / f"{name}-{a}-{b}.npz") for a, b in itertools.pairwise(bounds)]
+    todo = [(part, path) for part, path in parts if not path.exists()][rank::world]
+    started, done = time.time(), 0
+    for part, path in todo:
+        images, labels = (np.concatenate(a) for a in zip(*draw(part)))
+        with model.whole_file(path) as file, open(file, "wb") as f: np.savez(f, arr_0=images, arr_1=labels)
+        done += len(images)
+        rate = done / (time.time() - started)
+        if rank == 0 and len(todo) > 1:
+            left = sum(len(part) for part, _ in todo) - done
+            print(f"{world * done:,} images  {world * rate:,.0f} images/s  left {left / rate:,.0f} s",
+                  flush=True)
+    return [path for _, path in parts]
+
+
+def collect(parts, seeds, out):
+    """Wait for all parts, join them, one in memory at a time, and remove them. -> first images, labels"""
+    while not all(path.exists() for path in parts): time.sleep(0.1)             # of the other ranks
+    with np.load(parts[0]) as f: first = f["arr_0"]
+    labels = np.concatenate([np.load(path)["arr_1"] for path in parts])
+    with model.whole_file(out) as file, zipfile.ZipFile(file, "w") as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            shape = len(seeds), *first.shape[1:]
+            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for path in parts: f.write(np.load(path)["arr_0"].tobytes())
+        with z.open("arr_1.npy", "w") as f: np.lib.format.write_array(f, labels)
+    for path in parts: path.unlink()
+    with contextlib.suppress(OSError): parts[0].parent.rmdir()                  # parts of another run stay
+    return first, labels
+
+
+def path_of(text):
+    """FILE or FILE:STEPS -> FILE"""
     path, colon, count = text.rpartition(":")
-    if not (colon and count.isdigit()): path, count = text, steps
+    return path if colon and count.isdigit() else text
+
+
+def open_model(text, args, device):
+    """FILE or FILE:STEPS -> model, guided as the flags say, header, steps. Without STEPS: --steps, else
+    teachers 16, others 1."""
+    path = path_of(text)
+    count = args.steps if path == text else text[len(path) + 1:]
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.Refused(f"{text}: at least one step is needed.")
-    return net, header, steps
+    if args.guidance != 1 and header["stage"] not in solve.TEACHERS:
+        raise model.Refused(f"{path} is a consistency model, which --guidance is not for; guide its teacher.")
+    return solve.guide_teacher(net, header, args, path), header, steps
 
 
 def seed_range(text):
@@ -157,6 +208,7 @@ def sampling_flags(p):
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
                    help="times of the second step and of those after it (default: the file's)")
     p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) for models of latents")
+    solve.guidance_flags(p)
 
 
 def main():
@@ -170,28 +222,33 @@ def main():
     p.add_argument("--out", metavar="X.npz",
                    help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
     args = p.parse_args()
-    seeds = args.seeds or range(args.n)
+    one, seeds = len(args.files) == 1, args.seeds or range(args.n)
 
-    device = model.setup(None)[2]
+    rank, world, device, _ = model.setup(0, group=False)
     rows, names, headers = [], [], []
     for text in args.files:
-        net, header, steps = open_model(text, args.steps, device)
+        net, header, steps = open_model(text, args, device)
+        out = Path(args.out or f"runs/{(headers or [header])[0]['data']}/samples.npz").with_suffix(".npz")
         vae = open_vae(header, args.vae, device)
-        images, labels = (np.concatenate(a) for a in
-                          zip(*generate(net, header, seeds, steps, args.labels, args.mid_t, vae)))
+        draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device)
+        if one:
+            folder = out.with_suffix(".parts")
+            key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
+            key["sha256"] = model.sha256(path_of(text))
+            parts = draw_parts(draw, seeds, folder, key, rank, world)
+        if rank: return
+        images, labels = (collect(parts, seeds, out) if one else
+                          (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         rows.append(images[:20])
         names.append(f"{header['stage']} {steps}")
         headers.append(header)
-    out = Path(args.out or f"runs/{headers[0]['data']}/samples.npz").with_suffix(".npz")
-    if len(args.files) == 1:
-        with model.whole_file(out) as part, open(part, "wb") as f: np.savez(f, arr_0=images, arr_1=labels)
     if args.real:
         path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]
         rows.insert(0, real_images(path, labels[:20], headers[0], vae))
         names.insert(0, "real")
     model.save_grid(out.with_suffix(".png"), rows, names)
-    print(f"{len(images):,} images of each of {', '.join(names)}: "
-          + (f"{out}, " if len(args.files) == 1 else "") + f"{out.with_suffix('.png')}")
+    print(f"{', '.join(names)}: " + (f"{len(seeds):,} images in {out}, " if one else "")
+          + f"{out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

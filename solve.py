@@ -106,6 +106,22 @@ def flow_map(u, z, times):
     return torch.stack(states), times.double()
 
 
+def guided(teacher, guide, w):
+    """guide + w (teacher - guide): classifier-free guidance (2207.12598) where the guide is the same model
+    without its label, autoguidance (2406.02507) where it is a worse one. w = 1: the teacher itself.
+    teacher, guide: functions of (x, t, y) or (z, r, t, y) -> a function of the same"""
+    def both(*inputs):
+        # D_guide + w (D - D_guide)
+        weak = guide(*inputs)
+        return weak + w * (teacher(*inputs) - weak)
+    return teacher if w == 1 else both
+
+
+def without_label(teacher, null):
+    """The same model with every label replaced by the null label, a number. -> a function of the same"""
+    return lambda *inputs: teacher(*inputs[:-1], torch.full_like(inputs[-1], null))
+
+
 # === the run ================================================================================================
 SOLVERS = {"Denoiser": ["dpm1", "dpm2", "dpm3", "euler", "heun"], "MeanVelocity": ["euler", "heun", "jump"]}
 SOLVER_NAMES = sorted({name for names in SOLVERS.values() for name in names})
@@ -150,6 +166,36 @@ def check_solver(solver, nfe, teacher, header):
         raise model.Refused(f"--nfe {nfe}: a Heun step takes two network calls; choose an even number.")
 
 
+def guidance_flags(p):
+    """--guidance and --guide, for every script that calls a teacher."""
+    p.add_argument("--guidance", type=float, default=p.get_default("guidance") or 1.0, metavar="W",
+                   help="of the teacher: guide + W (teacher - guide); 1: none")
+    p.add_argument("--guide", default=p.get_default("guide"), metavar="FILE",
+                   help="a worse model to guide by (default: the teacher with the null label)")
+
+
+def guide_teacher(teacher, header, args, path):
+    """The teacher read from `path`, guided as the flags say. -> a function of what the teacher takes. Raises
+    Refused where there is nothing to guide by."""
+    null = header["network"]["label_dim"]
+    if args.guidance == 1: return teacher
+    if args.guide:
+        if not Path(args.guide).exists():
+            raise model.Refused(f"{args.guide} does not exist; `python pretrain.py --import FILE --out "
+                                f"{args.guide}` makes it of a smaller or less trained public model.")
+        guide, other = model.load(args.guide, next(teacher.parameters()).device)
+        model.check_fit(args.guide, other, path, model.image_shape(header), null)
+        if other["kind"] != header["kind"]:
+            raise model.Refused(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have to "
+                                "be of one kind.")
+        guide.body_dtype = teacher.body_dtype
+        return guided(teacher, guide.requires_grad_(False), args.guidance)
+    if not null or not header["label_dropout"]:
+        raise model.Refused(f"{path} was never trained without labels and cannot guide itself; give --guide, "
+                            "a smaller or less trained model.")
+    return guided(teacher, without_label(teacher, null), args.guidance)
+
+
 def error_table(teacher, header, x, y):
     """Prints, per solver and number of network calls, the root-mean-square error per pixel of the end point
     against a fine solution (256 calls), and the order observed between the last two columns."""
@@ -180,6 +226,7 @@ def main():
     p.add_argument("--nfe", type=model.positive, default=16, help="network calls a trajectory")
     p.add_argument("--n", type=model.positive, default=64, help="trajectories")
     p.add_argument("--seed", type=int, default=0, help="of noise and labels")
+    guidance_flags(p)
     args = p.parse_args()
 
     device = model.setup(None)[2]
@@ -187,6 +234,7 @@ def main():
     teacher, header = model.parent(args.teacher, made_by, TEACHERS, device=device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.nfe, args.teacher, header)
+    teacher = guide_teacher(teacher, header, args, args.teacher)
     model.reseed(args.seed)
     x = header["t_max"] * torch.randn(args.n, *model.image_shape(header), device=device)
     y = torch.randint(max(1, header["network"]["label_dim"]), (args.n,), device=device)
@@ -195,6 +243,7 @@ def main():
         print("times  " + "  ".join(f"{t:.4g}" for t in times.tolist()))
         model.save(args.out, {"states": states.transpose(0, 1), "times": times, "labels": y},
                    {"stage": "solve", "data": name, "solver": solver, "nfe": args.nfe,
+                    "guidance": args.guidance, "guide": args.guide,
                     "sha256 of teacher": model.sha256(args.teacher)})
         if header["kind"] == "Denoiser":
             states, _ = model.edm_to_flow(states, times)                           # noise fades into image

@@ -29,17 +29,36 @@ def vector_weights(name):
     v, meta = vectors(name)
     found = {k.removeprefix("w/"): w for k, w in v.items() if k.startswith("w/")}
     if "check/sum" not in v: return found
-    for i, (k, shape) in enumerate(json.loads(meta["state_dict"]).items()):
+    shapes = {k: s for k, s in json.loads(meta["state_dict"]).items() if "num_batches_tracked" not in k}
+    for i, (k, shape) in enumerate(shapes.items()):
         if k not in found:
-            seed = zlib.crc32((meta["salt"] + k).encode())
+            seed = zlib.crc32((meta["salt"] + k.replace("lins.", "lin")).encode())     # one tensor, two names
             z = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-            if meta["config"]["class"] == "SiT":             found[k] = 0.1 * z
+            kind = meta["config"]["class"]
+            if kind == "SiT":                                found[k] = 0.1 * z
+            elif kind == "lpips.LPIPS":                      found[k] = lpips_rule(k, z)
+            elif "Inception" in kind:                        found[k] = inception_rule(k, z)
             elif z.dim() == 4:                               found[k] = z * z[0].numel() ** -0.5
             elif "norm" in k and k.endswith("weight"):       found[k] = 1 + 0.1 * z
             else:                                            found[k] = 0.1 * z
         assert found[k].flatten()[0] == v["check/first"][i]
         assert abs(found[k].double().sum() - v["check/sum"][i]) < 1e-6
     return found
+
+
+def lpips_rule(k, z):
+    if k == "scaling_layer.shift": return torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1)
+    if k == "scaling_layer.scale": return torch.tensor([0.458, 0.448, 0.450]).reshape(1, 3, 1, 1)
+    if k.startswith("lin"):        return 0.1 * z.abs()
+    return z * (2 / z[0].numel()) ** 0.5 if k.endswith("weight") else 0.1 * z
+
+
+def inception_rule(k, z):
+    if k.startswith("fc."):          return 0.02 * z
+    if k.endswith("conv.weight"):    return z * (2 / z[0].numel()) ** 0.5
+    if k.endswith("bn.weight"):      return 1 + 0.1 * z
+    if k.endswith("running_var"):    return 1 + 0.1 * z.abs()
+    return 0.1 * z
 
 
 def relerr(a, b):
@@ -73,6 +92,20 @@ def run():
             sys.argv = argv
         return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
     return call
+
+
+def refused(done, *words):
+    """One sentence with all these words, exit code 2, no traceback."""
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.err
+    assert "Traceback" not in done.err, done.err
+    assert all(w in done.err for w in words), done.err
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def write_npz(path, n=24, size=8, channels=3, classes=4, **arrays):

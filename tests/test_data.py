@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 import model
-from conftest import ROOT, relerr, write_npz
-from test_runs import refused
+from conftest import ROOT, refused, relerr, write_npz
 
 N, RNG = 24, np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (N, 16, 16, 3), dtype=np.uint8)

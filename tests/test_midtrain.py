@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import midtrain, model, solve
-from conftest import mixture_denoiser, relerr, vectors
+from conftest import mixture_denoiser, refused, relerr, vector_weights, vectors, write_npz
 
 S = 0.5                                                        # data ~ N(0, S^2): everything is known
 
@@ -138,3 +138,57 @@ def test_mean_flow_draws_N_pairs_of_each_trajectory_without_replacement():
     counts = (number % M).bincount(minlength=M).double()
     assert ((counts - paths * N / M).abs() < 5 * (paths * N / M * (1 - N / M)) ** 0.5).all()
     assert sorted(zip(i.tolist(), j.tolist())) == [(a, b) for a in range(8) for b in range(a + 1, 9)]
+
+
+def test_kd_takes_the_start_with_the_end():
+    for target in ("cm", "mf"):
+        i, j = midtrain.pair_table(5, target, "kd")
+        assert (i.tolist(), j.tolist()) == ([0], [5])
+
+
+# --- LPIPS --------------------------------------------------------------------------------------------------
+
+def lpips_weights():
+    """-> state dicts named as torchvision's vgg16 and the lpips package's linear weights are"""
+    found = vector_weights("lpips_vgg")
+    vgg = {f"features.{k.split('.', 2)[2]}": w for k, w in found.items() if k.startswith("net.")}
+    return vgg, {k: w for k, w in found.items() if k.startswith("lin") and not k.startswith("lins")}
+
+
+@pytest.mark.parametrize("size", ["32x32", "64x64"])
+def test_lpips_reproduces_the_reference(size):
+    v, _ = vectors("lpips_vgg")
+    lpips = midtrain.LPIPS(*lpips_weights())
+    x, y = v[f"in/{size}/x"].float().requires_grad_(), v[f"in/{size}/y"].float()
+    distance = lpips(x, y)
+    assert relerr(distance.detach(), v[f"out64/{size}/distance"]) < 1e-5
+    distance.sum().backward()
+    assert relerr(x.grad[:, :, ::7, ::7], v[f"out64/{size}/grad_x"]) < 1e-3
+    assert torch.equal(lpips(y, y), torch.zeros(2))
+
+
+def test_lpips_repeats_one_channel_and_has_no_nan_gradient():
+    lpips, a = midtrain.LPIPS(*lpips_weights()), torch.rand(2, 1, 16, 16, requires_grad=True)
+    b = torch.rand(2, 1, 16, 16)
+    assert torch.equal(lpips(a, b), lpips(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)))
+    lpips(a, a.detach()).sum().backward()
+    assert torch.equal(a.grad, torch.zeros_like(a))
+
+
+def test_lpips_by_command_line(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = "--steps", 1, "--batch", 4
+    data = write_npz(tmp_path / "a.npz", size=16, channels=1)
+    assert run("pretrain", "--data", data, *small).code == 0
+    mid = "midtrain", "--data", data, *small, "--nfe", 4, "--distance", "lpips"
+    refused(run(*mid), "--lpips", "download.pytorch.org", "PerceptualSimilarity")
+    refused(run(*mid, "--lpips", "nowhere.pth", "lin.pth"), "nowhere.pth", "download.pytorch.org")
+    for name, weights in zip(("vgg.pth", "lin.pth"), lpips_weights()): torch.save(weights, name)
+    refused(run(*mid, "--lpips", "lin.pth", "vgg.pth"), "features.0.weight")
+    done = run(*mid, "--lpips", "vgg.pth", "lin.pth")
+    assert done.code == 0 and "repeated to three" in done.out, done.err
+    assert len(model.read("runs/a/midtrain_cm.safetensors")[1]["settings"]["sha256 of vgg"]) == 64
+    tiny = write_npz(tmp_path / "b.npz", size=8, channels=3)
+    assert run("pretrain", "--data", tiny, *small).code == 0
+    refused(run("midtrain", "--data", tiny, *small, "--distance", "lpips", "--lpips", "vgg.pth", "lin.pth"),
+            "16x16", "3x8x8")

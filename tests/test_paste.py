@@ -22,6 +22,8 @@ CALLS = {
     "solve.euler": (shrink, x, times),
     "solve.heun": (shrink, x, times),
     "solve.flow_map": (jump, x, times),
+    "solve.guided": (shrink, jump, 2.0),
+    "solve.without_label": (shrink, 10),
     "midtrain.cmt_loss": (shrink, x, t, eps, None, lambda a, b: (a - b).flatten(1).norm(dim=1)),
     "midtrain.cmt_meanflow_loss": (jump, x, eps, 0.5 * t, t, None),
     "midtrain.l2": (x, eps),
@@ -30,6 +32,8 @@ CALLS = {
     "midtrain.pairs": (torch.randn(4, 5, 1, 8, 8), times, torch.arange(5), torch.arange(15),
                        torch.arange(3), torch.full((3,), 3)),
     "posttrain_cm.ect_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.0),
+    "posttrain_cm.ecd_loss": (shrink, x, 0.9 * x, t, 0.9 * t, None, 1 / t, 0.06),
+    "posttrain_cm.ode_step": (shrink, x, t, 0.9 * t, None),
     "posttrain_cm.ect_r": (t, 256, 0),
     "posttrain_cm.ect_weight": (t, 0.9 * t, "denoising"),
     "posttrain_mf.meanflow_loss": (jump, x, 0.5 * t, t, None, eps, 0),
@@ -41,7 +45,9 @@ CALLS = {
     "sample.geometric_times": (2, 80.0, 0.8),
     "sample.draw_block": (0, 2, (1, 8, 8), 10),
     "fid.frechet_distance": (torch.zeros(3), cov, torch.ones(3), cov),
-    "fid.statistics": ([torch.randn(9, 3), torch.randn(9, 3)],),
+    "fid.sums": ([torch.randn(9, 3), torch.randn(9, 3)],),
+    "fid.moments": (9, torch.ones(3), 9 * cov),
+    "fid.resize_tf1": (torch.rand(2, 3, 40, 30),),
 }
 
 

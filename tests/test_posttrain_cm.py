@@ -1,8 +1,9 @@
-"""ECT: the schedule and the loss against the reference, and the shared dropout mask."""
+"""ECT and ECD: schedule and loss against the reference, the shared dropout mask, the teacher's step."""
+import pytest
 import torch
 
-import model, posttrain_cm
-from conftest import relerr, vectors
+import model, posttrain_cm, solve
+from conftest import mixture_denoiser, relerr, vectors
 
 
 def test_schedule_reproduces_the_reference():
@@ -19,8 +20,9 @@ def test_doubling_stops_where_fp32_ends():
         assert (r < t).all() and torch.equal(r, posttrain_cm.ect_r(t, 2, 15))
 
 
-def test_loss_reproduces_the_reference():
-    v, meta = vectors("ecm_loss")
+@pytest.mark.parametrize("name, kind", [("ecm_loss", "gap"), ("ecm_loss_snrpk", "denoising")])
+def test_loss_reproduces_the_reference(name, kind):
+    v, meta = vectors(name)
     x0, eps = v["in/y"].double(), v["in/eps"].double()
     t = (2.0 * v["in/rnd_normal"].double().flatten() - 1.1).exp()
     assert relerr(t, v["out64/t"]) < 1e-14
@@ -30,11 +32,12 @@ def test_loss_reproduces_the_reference():
         assert relerr(r, v[f"out64/q{q}_stage{stage}/r"]) < 1e-12
         a = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         f = lambda x, t, y: x * 0.25 / (t ** 2 + 0.25)[:, None, None, None] + a * x.tanh()
-        loss = posttrain_cm.ect_loss(f, x0, eps, t, r, None, 1 / (t - r), c)
+        weight = posttrain_cm.ect_weight(t, r, kind)
+        loss = posttrain_cm.ect_loss(f, x0, eps, t, r, None, weight, c)
         loss.sum().backward()
         reference = v[f"out64/q{q}_stage{stage}_c{c}/loss"]
         # sqrt(e + c^2) - c, as the reference has it, is good to float64's spacing at c; ours does not cancel
-        spacing = 2.0 ** -52 * c / (t - r)
+        spacing = 2.0 ** -52 * c * weight
         assert ((loss.detach() - reference).abs() <= 1e-12 * reference.max() + spacing).all(), case
         assert relerr(a.grad, v[f"out64/q{q}_stage{stage}_c{c}/grad_a"]) < 1e-12
 
@@ -57,3 +60,55 @@ def test_target_is_the_image_itself_where_r_is_zero():
     broken_at_zero = lambda x, t, y: x * (t / t)[:, None, None, None]                     # NaN at t = 0
     loss = posttrain_cm.ect_loss(broken_at_zero, x0, eps, t, 0 * t, None, torch.ones(4), 0.0)
     assert torch.allclose(loss, eps.flatten(1).norm(dim=1))
+
+
+def mixture():
+    """A two-dimensional mixture as (B,2,1,1) images -> its exact denoiser D(x, t, y)"""
+    means = torch.tensor([[-0.6, 0.3], [0.5, 0.4], [0.1, -0.7]], dtype=torch.float64)
+    stds, weights = torch.tensor([[0.1, 0.2, 0.15], [0.3, 0.3, 0.4]], dtype=torch.float64)
+    denoise = mixture_denoiser(means, stds, weights)
+    return lambda x, t, y=None: denoise(x.flatten(1), t).reshape(x.shape)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_teachers_step_approaches_the_exact_flow_map_at_the_solvers_order(solver, order):
+    """The local error of a step of size h is of order h^(p+1), from any time, against a fine solution."""
+    D, g = mixture(), torch.Generator().manual_seed(0)
+    t = torch.linspace(0.3, 2.0, 12, dtype=torch.float64)
+    x = t[:, None, None, None] * torch.randn(12, 2, 1, 1, generator=g, dtype=torch.float64)
+    def error(h):
+        r, worst = t * (1 - h), 0.0
+        step = posttrain_cm.ode_step(D, x, t, r, None, solver)
+        for i in range(12):                                # solve.heun takes one time for a whole batch
+            velocity = lambda x, t: (x - D(x, t)) / t[:, None, None, None]
+            times = torch.linspace(t[i], r[i], 201, dtype=torch.float64)
+            fine = solve.heun(velocity, x[i:i + 1], times)[0][-1]
+            worst = max(worst, (step[i] - fine[0]).norm().item())
+        return worst
+    slope = torch.log2(torch.tensor(error(0.05) / error(0.025))).item()
+    assert abs(slope - (order + 1)) < 0.2, slope
+
+
+def test_ecd_is_zero_for_the_exact_flow_map_up_to_the_step():
+    """With the exact consistency function only the error of the teacher's step is left."""
+    torch.manual_seed(0)
+    s, c = 0.5, lambda t: (0.25 / (0.25 + t ** 2)).sqrt()[:, None, None, None]           # Gaussian data
+    f, D = (lambda x, t, y: c(t) * x), (lambda x, t, y: c(t) ** 2 * x)
+    t = torch.linspace(0.1, 20, 9, dtype=torch.float64)
+    x = torch.randn(9, 1, 2, 2, dtype=torch.float64) * (s ** 2 + t[:, None, None, None] ** 2).sqrt()
+    losses = []
+    for q in (64, 128):
+        r = posttrain_cm.ect_r(t, q, 0)
+        x_r = posttrain_cm.ode_step(D, x, t, r, None)
+        losses.append(posttrain_cm.ecd_loss(f, x, x_r, t, r, None, torch.ones_like(t), 0.0))
+    assert losses[1].max() < 1e-4 and (losses[0] / losses[1] > 6).all()                  # third order: 8
+
+
+def test_ecd_takes_the_state_itself_and_eulers_step_where_r_is_zero():
+    D = lambda x, t, y: x / (1 + t)[:, None, None, None]
+    x, t = torch.randn(4, 1, 8, 8), torch.ones(4)
+    x_r = posttrain_cm.ode_step(D, x, t, 0 * t, None)
+    assert torch.allclose(x_r, x / 2, atol=1e-6)                                          # D itself
+    broken_at_zero = lambda x, t, y: x * (t / t)[:, None, None, None]
+    loss = posttrain_cm.ecd_loss(broken_at_zero, x, x_r, t, 0 * t, None, torch.ones(4), 0.0)
+    assert torch.allclose(loss, (x / 2).flatten(1).norm(dim=1))

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing
 
 import midtrain, model, pretrain
-from conftest import ROOT, relerr, write_npz
+from conftest import ROOT, free_port, refused, relerr, write_npz
 
 SMALL = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
 # what each stage's file is called, and its command line
@@ -122,12 +122,6 @@ def test_another_teacher_is_noticed(run, chain, tmp_path, monkeypatch):
 
 
 # --- refusals: one sentence, exit code 2, nothing on disk touched -------------------------------------------
-
-def refused(done, *words):
-    assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.err
-    assert "Traceback" not in done.err, done.err
-    assert all(w in done.err for w in words), done.err
-
 
 @pytest.mark.parametrize("script, words", [
     ("pretrain", ["data/digits.npz"]),
@@ -272,6 +266,54 @@ def test_post_training_variants(run, chain, tmp_path, monkeypatch):
         assert model.read(tmp_path / f"{i}.safetensors")[1]["network"]["interval"]
 
 
+def test_consistency_distillation_and_guidance(run, chain, tmp_path, monkeypatch):
+    """ECD, guided trajectories and the guided teacher itself, by its null label or by another model."""
+    monkeypatch.chdir(chain)
+    teacher = "runs/digits/pretrain.safetensors"
+    out = lambda name: ("--out", tmp_path / f"{name}.safetensors")
+    assert run("pretrain", *SMALL, "--seed", 1, *out("guide")).code == 0
+    guide = "--guide", tmp_path / "guide.safetensors"
+    for i, flags in enumerate([(), ("--solver", "euler"), ("--guidance", 2), ("--guidance", 2, *guide)]):
+        done = run("posttrain_cm", "--loss", "ecd", *SMALL, *flags, *out(f"ecd{i}"))
+        assert done.code == 0, done.err
+        assert len(model.read(tmp_path / f"ecd{i}.safetensors")[1]["settings"]["sha256 of teacher"]) == 64
+    images = []
+    for i, flags in enumerate([(), ("--guidance", 1), ("--guidance", 2), ("--guidance", 2, *guide)]):
+        assert run("midtrain", *SMALL, *flags, *out(f"mid{i}")).code == 0
+        done = run("sample", f"{teacher}:4", *flags, "--n", 8, "--out", tmp_path / f"{i}.npz")
+        assert done.code == 0, done.err
+        images.append(np.load(tmp_path / f"{i}.npz")["arr_0"])
+    weights = [model.read(tmp_path / f"mid{i}.safetensors")[0]["net.map_layer0.weight"] for i in range(4)]
+    for a in (images, [w.numpy() for w in weights]):
+        assert np.array_equal(a[0], a[1])
+        assert not np.array_equal(a[0], a[2]) and not np.array_equal(a[2], a[3])
+    refused(run("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2), "guide its teacher")
+    refused(run("midtrain", "--guidance", 2, "--guide", "nowhere.safetensors"), "nowhere", "--import")
+    flow = "runs/digits/pretrain_flow.safetensors"
+    refused(run("midtrain", "--guidance", 2, "--guide", flow), "MeanVelocity", "Denoiser")
+    rgb = write_npz(tmp_path / "rgb.npz", classes=0)
+    assert run("pretrain", "--data", rgb, *SMALL, *out("rgb")).code == 0
+    refused(run("midtrain", "--data", rgb, "--teacher", tmp_path / "rgb.safetensors", "--guidance", 2),
+            "--guide")
+
+
+def test_pairing_of_the_papers_ablation(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    solved, solve_pool = [], midtrain.solve_pool
+    def counted(teacher, header, count, *args):
+        solved.append(count)
+        return solve_pool(teacher, header, count, *args)
+    monkeypatch.setattr(midtrain, "solve_pool", counted)
+    for target in ("cm", "mf"):
+        for pairing, trajectories in [("cmt", 4), ("kd", 32), ("slow", 32)]:       # 4 steps of 8 pairs
+            solved.clear()
+            nfe = 8 if target == "cm" else 16                                      # Heun: two calls a step
+            done = run("midtrain", "--target", target, "--pairing", pairing, "--nfe", nfe, *SMALL,
+                       "--out", tmp_path / f"{target}-{pairing}.safetensors")
+            assert done.code == 0 and sum(solved) == trajectories, (done.err, solved)
+    refused(run("midtrain", "--pairing", "slow", "--trajectories", "x"), "--pairing slow")
+
+
 def test_bad_sampling_arguments(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     file, out = "runs/digits/midtrain_cm.safetensors", ("--out", tmp_path / "a.npz")
@@ -364,13 +406,6 @@ def rank_main(rank, port, folder):
         torch.save({n: p.grad for n, p in ddp.module.named_parameters()}, f"{folder}/{k}-{rank}.pt")
     torch.save(meanflow_gradients(world, slice(rank * batch, (rank + 1) * batch)), f"{folder}/mf-{rank}.pt")
     torch.distributed.destroy_process_group()
-
-
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_two_ranks_average_to_one_process_on_the_global_batch(tmp_path):

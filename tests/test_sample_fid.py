@@ -1,5 +1,5 @@
 """Sampling is a function of the seed; the Frechet distance has closed forms."""
-import json
+import json, os, subprocess, sys
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import fid, model, sample
-from conftest import write_npz
+from conftest import ROOT, free_port, refused, relerr, vector_weights, vectors, write_npz
 
 
 @pytest.fixture
@@ -87,8 +87,141 @@ def test_frechet_distance_closed_forms():
 
 def test_streamed_statistics_equal_numpy():
     x = torch.rand(57, 5, dtype=torch.float64)
-    n, mu, cov = fid.statistics(x.split(10))
-    assert n == 57 and np.allclose(mu, x.mean(0)) and np.allclose(cov, np.cov(x.numpy().T))
+    mu, cov = fid.moments(*fid.sums(x.split(10)))
+    assert np.allclose(mu, x.mean(0)) and np.allclose(cov, np.cov(x.numpy().T))
+
+
+def test_distances_reproduce_the_reference():
+    v, _ = vectors("fid_stats")
+    stats = {k: fid.moments(*fid.sums(v[f"in/{k}"].double().split(100))) for k in ("f1", "f2", "fr", "fr2")}
+    for k in ("f1", "f2", "fr"):
+        mu, cov = stats[k]
+        assert relerr(mu, v[f"out64/mu_{k}"]) < 1e-12 and relerr(cov, v[f"out64/sigma_{k}"]) < 1e-12
+    for a, b, tolerance in [("f1", "f2", 1e-9), ("f1", "fr", 1e-6), ("fr", "f1", 1e-6), ("fr", "fr2", 1e-6)]:
+        expected = v[f"out64/fid_eig_{a}_{b}"].item()
+        distance = fid.frechet_distance(*stats[a], *stats[b]).item()
+        assert abs(distance - expected) < tolerance * expected, (a, b)
+    assert abs(fid.frechet_distance(*stats["f1"], *stats["f1"]).item()) < 1e-10
+
+
+def formula_image(H, W, off):
+    y, x = np.mgrid[:H, :W]
+    return np.stack([(7 * x ** 2 + 13 * y ** 2 + 5 * x * y + 1600 * c + off) // 16 % 256 for c in range(3)],
+                    axis=-1).astype(np.uint8)[None]
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A weights file as published, fc and counters included, with the weights of the vectors' rule."""
+    path = tmp_path_factory.mktemp("inception") / fid.INCEPTION
+    weights = vector_weights("inception")
+    weights |= {k.replace("running_var", "num_batches_tracked"): torch.tensor(0) for k in list(weights)
+                if k.endswith("running_var")}
+    torch.save(weights, path)
+    return path
+
+
+def test_inception_reproduces_the_reference(inception):
+    (v, meta), net = vectors("inception"), fid.load_inception(inception)
+    images = {k: formula_image(**f) for k, f in json.loads(meta["formula_images"]).items()}
+    assert all(int(x.sum()) == v[f"in/{k}_sum"] for k, x in images.items())
+    images |= {k: v[f"in/{k}"].permute(0, 2, 3, 1).to(torch.uint8).numpy() for k in ("s32x32", "s64x64")}
+    for k, x in images.items():
+        resized = fid.resize_tf1(torch.from_numpy(x).permute(0, 3, 1, 2).float())
+        assert relerr(resized[:, :, ::23, ::23], v[f"out64/{k}/tf_resize"]) < 5e-5, k
+        features = net(x)
+        assert relerr(features, v[f"out/{k}/tf_pool2048"]) < 5e-6, k
+        assert relerr(features[:, ::8], v[f"out64/{k}/tf_pool2048"]) < 5e-6, k
+
+
+def test_fid_of_every_kind_of_reference(run, here, tmp_path, inception):
+    """Data set, folder, zip, npz of images and of statistics give one number; the line names everything."""
+    from test_data import encoded, write_zip
+    with np.load("data/digits.npz") as f: images = f["arr_0"][:8]
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    files = {f"{i:03d}.png": encoded(x[:, :, 0]) for i, x in enumerate(images)}
+    write_zip(tmp_path / "a.zip", files)
+    (tmp_path / "a").mkdir()
+    for name, content in files.items(): (tmp_path / "a" / name).write_bytes(content)
+    mu, cov = fid.moments(*fid.sums([fid.load_inception(inception)(images)]))
+    np.savez(tmp_path / "stats.npz", mu=mu, sigma=cov)
+    np.savez(tmp_path / "adm.npz", mu=mu, sigma=cov, arr_0=images)
+    found = []
+    for ref in ("a.npz", "a.zip", "a", "stats.npz", "adm.npz"):
+        done = run("fid", "runs/digits/midtrain_cm.safetensors:1", "--n", 8, "--inception", inception,
+                   "--ref", tmp_path / ref)
+        assert done.code == 0, done.err
+        found.append(json.loads(done.out.splitlines()[-1]))
+    assert found[0]["name"] == "FID-0.008k" and found[0]["n_ref"] == 8 and found[3]["n_ref"] is None
+    assert all(abs(f["fid"] / found[0]["fid"] - 1) < 1e-6 for f in found) and found[0]["fid"] > 1
+    assert all(word in done.out for word in ("labels random", "calls 1", "seeds 0-7", "TF1 bilinear"))
+
+
+def test_two_processes_score_and_sample_as_one(here, tmp_path):
+    """The same images bit for bit, in the file too, and the same distance."""
+    def alone_and_together(script, *flags):
+        for world in (1, 2):
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}",
+                       f"--master_port={free_port()}", ROOT / f"{script}.py",
+                       "runs/digits/midtrain_cm.safetensors:1", *flags]
+            if script == "sample": command += ["--out", tmp_path / f"{world}.npz"]
+            done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300,
+                                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stderr
+            yield done.stdout
+    one, two = (json.loads(out.splitlines()[-1]) for out in
+                alone_and_together("fid", "--seeds", "0-199", "--features", "pixels"))
+    assert one["n"] == two["n"] == 200 and abs(one["fd"] / two["fd"] - 1) < 1e-8      # summed in another order
+    list(alone_and_together("sample", "--seeds", "0-2499"))
+    one, two = (np.load(tmp_path / f"{world}.npz") for world in (1, 2))
+    assert one["arr_0"].shape == (2500, 8, 8, 1) and all(np.array_equal(one[k], two[k]) for k in one)
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_interrupted_sampling_continues(run, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "PART", 64)
+    command = "sample", "runs/digits/midtrain_cm.safetensors:1", "--n", 200
+    whole_file, written = model.whole_file, []
+    def dies(path):
+        if len(written) == 2: raise model.Refused("the power went out")
+        written.append(path)
+        return whole_file(path)
+    monkeypatch.setattr(model, "whole_file", dies)
+    assert run(*command, "--out", tmp_path / "a.npz").code == 2 and len(list(tmp_path.glob("a.parts/*"))) == 2
+    monkeypatch.setattr(model, "whole_file", whole_file)
+    assert run(*command, "--labels", "3", "--out", tmp_path / "a.npz").code == 0          # takes none of them
+    assert len(list(tmp_path.glob("a.parts/*"))) == 2
+    drawn, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda net, header, seeds, *a: drawn.append(seeds) or generate(
+        net, header, seeds, *a))
+    done = run(*command, "--out", tmp_path / "a.npz")
+    assert done.code == 0 and [(s.start, s.stop) for s in drawn] == [(128, 192), (192, 200)]
+    assert run(*command, "--out", tmp_path / "b.npz").code == 0
+    assert all(np.array_equal(np.load(tmp_path / "a.npz")[k], np.load(tmp_path / "b.npz")[k])
+               for k in ("arr_0", "arr_1"))
+
+
+def test_bad_input_of_fid(run, here, tmp_path, inception):
+    pixels = "--ref", "digits", "--features", "pixels"
+    weights = "--ref", "digits", "--inception", inception
+    def bad(words, file, *flags): refused(run("fid", tmp_path / file, *flags), *words)
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((3, 8, 8, 1)))
+    bad(["float.npz", "uint8"], "float.npz", *pixels)
+    np.savez(tmp_path / "large.npz", arr_0=np.full((3, 8, 8, 1), 300))
+    bad(["large.npz", "uint8"], "large.npz", *pixels)
+    np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 8, 8, 1), np.uint8))
+    bad(["at least two", "1"], "one.npz", *pixels)
+    np.savez(tmp_path / "rgb.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    bad(["64 features", "192"], "rgb.npz", *pixels)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "rgb.npz").read_bytes()[:200])
+    bad(["cut.npz", "damaged"], "cut.npz", *pixels)
+    (tmp_path / "empty").mkdir()
+    bad(["empty", "no images"], "empty", *pixels)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
+    bad(["5 features", "192"], "rgb.npz", "--ref", tmp_path / "stats.npz", "--features", "pixels")
+    bad([fid.INCEPTION, "github.com"], "rgb.npz", "--ref", "digits")
+    bad([fid.INCEPTION, "github.com"], "rgb.npz", "--ref", "digits", "--inception", tmp_path / "rgb.npz")
+    refused(run("fid", "runs/digits/midtrain_cm.safetensors", "--ref", "nowhere.npz", *pixels[2:]), "nowhere")
 
 
 def test_fid_prints_the_distance_as_json(run, here, tmp_path):

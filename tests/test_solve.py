@@ -74,3 +74,14 @@ def test_gaussian_closed_form_and_count_of_calls(solver):
     exact = x * ((s ** 2 + times ** 2) / (s ** 2 + 80 ** 2)).sqrt().reshape(-1, 1, 1, 1, 1)
     error = ((states - exact).flatten(1).abs().amax(1) / exact.flatten(1).abs().amax(1)).max()
     assert error < {"dpm1": 0.03, "euler": 0.03}.get(solver, 1e-3)
+
+
+def test_guidance():
+    """w = 1 is the plain teacher, bit for bit; w = 0 the guide; else the line through both."""
+    x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4) + 0.1, torch.arange(4)
+    D = lambda x, t, y: x * (1 + y.float())[:, None, None, None]
+    weak = solve.without_label(D, 10)
+    assert torch.equal(weak(x, t, y), 11 * x)
+    assert torch.equal(solve.guided(D, weak, 1.0)(x, t, y), D(x, t, y))
+    assert torch.allclose(solve.guided(D, weak, 0.0)(x, t, y), 11 * x)
+    assert torch.allclose(solve.guided(D, weak, 2.0)(x, t, y), 2 * D(x, t, y) - 11 * x, atol=1e-5)

@@ -1,0 +1,121 @@
+"""`make precision`: how much of what each stage learns from survives a body in bf16 (and TF32, on a GPU).
+
+Prints, for the digits model and for a 32x32 RGB DDPM++ of 64 channels, both pre-trained here for 300 steps,
+the cosine similarity and the ratio of norms between a reduced body and an fp32 one, of the residual (what the
+loss measures: output minus target) and of the gradient of the loss. `--precision`'s defaults follow from it.
+"""
+import copy, sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
+
+STEPS, BATCH = 300, 64
+
+
+def shapes(n, size=32):
+    """Made-up RGB images: a bright disc before a gradient. -> fp32 (n,3,size,size) in [-1, 1]"""
+    g = torch.Generator().manual_seed(0)
+    line = torch.linspace(-1, 1, size)
+    centre, radius = torch.rand(n, 2, 1, 1, generator=g) - 0.5, 0.2 + 0.4 * torch.rand(n, 1, 1, generator=g)
+    disc = ((line[None, :, None] - centre[:, 0]) ** 2 + (line[None, None] - centre[:, 1]) ** 2 < radius ** 2)
+    colour, tilt = 2 * torch.rand(2, n, 3, 1, 1, generator=g) - 1
+    return torch.where(disc[:, None], colour, 0.5 * tilt * line).clamp(-1, 1)
+
+
+def trained(header, images, labels, loss, device):
+    """The network of `header` after STEPS steps of pre-training."""
+    torch.manual_seed(0)
+    net = model.build(header).to(device).train()
+    opt = torch.optim.Adam(net.parameters(), 1e-3)
+    for step in range(STEPS):
+        at = model.batch_indices(len(images), 0, step * BATCH, BATCH)
+        x0, y = images[at].to(device), labels[at].to(device)
+        t = torch.randn(BATCH, device=device)
+        t = (1.2 * t - 1.2).exp() if header["kind"] == "Denoiser" else t.sigmoid()
+        loss(net, x0, torch.randn_like(x0), t, y).mean().backward()
+        opt.step()
+        opt.zero_grad()
+    return net
+
+
+def losses(D, u, images, labels, device):
+    """-> {name: function of a body dtype that gives residual and loss}, all on the same numbers."""
+    x0, y = images[:BATCH].to(device), labels[:BATCH].to(device)
+    torch.manual_seed(1)
+    eps, t = torch.randn_like(x0), (2.0 * torch.randn(BATCH, device=device) - 1.1).exp()
+    r_, t_ = posttrain_mf.two_times(BATCH, 4, -0.4, 1.0, device)
+    states, times = solve.dpm_solver_pp(lambda x, t: D(x, t, y), 80 * eps, solve.log_uniform_times(16))
+    z, v = x0 + t_[:, None, None, None] * (eps - x0), eps - x0
+
+    def mid(net):
+        i = torch.arange(BATCH, device=device) % 16
+        a = states[i, torch.arange(BATCH, device=device)], times.to(device).float()[i]
+        return net(*a, y) - states[-1], midtrain.cmt_loss(net, *a, states[-1], y, midtrain.huber)
+
+    def ect(net, q):
+        r = posttrain_cm.ect_r(t, q, 0)
+        both = [net(x0 + s[:, None, None, None] * eps, s, y) for s in (t, r)]
+        return both[0] - both[1].detach(), posttrain_cm.ect_loss(net, x0, eps, t, r, y, 1 / (t - r), 0.0)
+
+    def mf(net, derivative):
+        dudt = derivative(net, z, r_, t_, y, v)
+        return (net(z, r_, t_, y) - v + (t_ - r_)[:, None, None, None] * dudt,
+                posttrain_mf.meanflow_loss(net, z, r_, t_, y, v, dudt, 0.0))
+
+    return ({"mid-training, CM": (D, mid)} | {f"ECT, q = {q}": (D, lambda net, q=q: ect(net, q))
+                                              for q in (4, 16, 256, 1024, 4096)}
+            | {"MeanFlow, JVP": (u, lambda net: mf(net, posttrain_mf.derivative_jvp)),
+               "MeanFlow, difference": (u, lambda net: mf(net, posttrain_mf.derivative_difference))})
+
+
+def compare(net, f, reduce):
+    """-> cosine and ratio of norms of the residual, then of the gradient, reduced against fp32"""
+    found = []
+    for reduced in (False, True):
+        net = copy.deepcopy(net).eval()
+        if reduced: reduce(net)
+        residual, loss = f(net)
+        loss.mean().backward()
+        found.append([residual.detach().flatten(), torch.cat([p.grad.flatten() for p in net.parameters()
+                                                              if p.grad is not None])])
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return [value.item() for full, less in zip(*found) for value in
+            (torch.cosine_similarity(full.double(), less.double(), 0), less.norm() / full.norm())]
+
+
+def bf16(net):
+    net.body_dtype = torch.bfloat16
+
+
+def tf32(net):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def main():
+    device = model.setup(None)[2]
+    images, _ = model.read_images(Path(__file__).parent.parent / "data/digits.npz")
+    digits = model.to_float(images.batch(range(len(images)))[0]), images.labels
+    rgb = model.own_data((3, 32, 32), 0)
+    rgb["network"] = rgb["network"] | {"model_channels": 64}
+    print(f"{STEPS} steps of pre-training, batch {BATCH}, {device.type}, torch {torch.__version__}\n")
+    print("| network | loss | body | residual: cosine | norm | gradient: cosine | norm |")
+    print("|---|---|---|---|---|---|---|")
+    made_up = shapes(512), torch.zeros(512, dtype=torch.int64)
+    for name, row, (images, labels) in [("digits", model.DATASETS["digits"], digits),
+                                        ("32x32 RGB", rgb, made_up)]:
+        D = trained(model.fresh_header(row), images, labels, pretrain.edm_loss, device)
+        flow = model.fresh_header(row, "MeanVelocity", interval=True)
+        u = trained(flow, images, labels, pretrain.flow_loss, device)
+        D, u = D.eval(), u.eval()
+        with torch.no_grad(): table = losses(D, u, images, labels, device)
+        for loss, (net, f) in table.items():
+            for body, reduce in [("bf16", bf16)] + [("tf32", tf32)] * (device.type == "cuda"):
+                numbers = " | ".join(f"{x:.4f}" for x in compare(net, f, reduce))
+                print(f"| {name} | {loss} | {body} | {numbers} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -227,10 +227,13 @@ def reference(args, header, features, rank, world, device):
                 if "mu" in f: return path, None, torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
         except Exception as e:
             raise model.Refused(f"{path} is damaged ({type(e).__name__}: {e}).")
-    if not os.path.exists(path): raise model.Refused(f"{path}, the images to compare with, does not exist.")
-    kept = f"{model.fingerprint(path)[:16]}-{args.features}{'' if train else '-as-they-are'}.npz"
-    kept = Path("runs/reference", kept)
-    if not kept.exists():
+    if not os.path.exists(path):
+        raise model.Refused(f"the images to compare with, {path or 'unknown'}, are not there; give --ref.")
+    how = "x".join(map(str, row["shape"])) if row else "own" if train else "as-they-are"
+    kept = Path(f"runs/reference/{model.fingerprint(path)[:16]}-{how}-{args.features}.npz")
+    there = [kept.exists()]
+    if dist.is_initialized(): dist.broadcast_object_list(there)                  # all ranks do the same
+    if not there[0]:
         images = read(path, rank, world, row, train)
         n, mu, cov = reduced(*sums(features(x) for x in images), device)
         if rank == 0:

@@ -5,7 +5,7 @@
   writes  runs/D/midtrain_cm.safetensors     EMA weights of a one- or two-step sampler, for posttrain_cm.py
           runs/D/midtrain_mf.safetensors     with --target mf: of a sampler of any number of steps
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
-          python midtrain.py --target mf
+          python midtrain.py --target mf                               # four
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # as long as the paper's, 38.4M pairs
   cost    per pair: one forward of the teacher, one forward and one backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33 (mf: squared, from
@@ -204,9 +204,11 @@ def student_time(states, times, header, target):
 def read_paths(args, header, device):
     """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). Made with the same teacher."""
     tensors, made = model.read(args.trajectories)
-    if (made.get("sha256 of teacher"), made.get("guidance")) != (model.sha256(args.teacher), args.guidance):
+    guide = model.sha256(args.guide) if args.guide and args.guidance != 1 else None
+    expected = model.sha256(args.teacher), args.guidance, guide
+    if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
         raise model.Refused(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
-                            f"{args.guidance:g}; solve.py writes them.")
+                            f"{args.guidance:g} and that --guide; solve.py writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return *student_time(states.transpose(0, 1), times, header, args.target), y
 
@@ -274,7 +276,7 @@ def main():
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
     header |= model.stamp(args, f"midtrain_{target}", "pairs", world, init=args.init, teacher=args.teacher,
-                          trajectories=args.trajectories, guide=args.guide,
+                          trajectories=args.trajectories, guide=args.guide if args.guidance != 1 else None,
                           **dict(zip(("vgg", "lin"), args.lpips or ())))
     if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -284,7 +286,7 @@ def main():
                                                foreach=True)
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
-    log = model.Log(args, "pairs", world, step)
+    log, stop = model.Log(args, "pairs", world, step), model.Stop(world)
     paths, N = None, args.nfe // 2 if args.solver == "heun" else args.nfe          # N steps a trajectory
     if args.trajectories:
         paths = read_paths(args, teacher_header, device)
@@ -294,7 +296,7 @@ def main():
     size = pool_size(batch, each)
     steps_per_pool = size * each // batch
     while True:
-        done = step == args.steps
+        done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or step % args.save_every == 0):
             model.save_run(args.out, step, net, ema, opt, header)
         if done: break

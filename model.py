@@ -15,7 +15,8 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, io, json, math, os, struct, sys, time, zipfile
+import argparse, contextlib, functools, gc, hashlib, io, json, math, os, resource, signal, struct, sys, time
+import zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -595,17 +596,29 @@ def whole_file(path):
         yield part
         with open(part, "rb+") as f: os.fsync(f.fileno())
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)         # the new name has to reach the disk, too
+        os.fsync(folder)
+        os.close(folder)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError): part.unlink()
         raise Refused(f"{path} could not be written ({e}); free some space or choose another --out, "
                       "what was saved before is untouched.")
 
 
+def checksum(tensors, config):
+    """CRC-32 of names, shapes, values and header: what a damaged file no longer agrees with."""
+    crc = zlib.crc32(config.encode())
+    for k in sorted(tensors):
+        crc = zlib.crc32(f"{k} {tuple(tensors[k].shape)}".encode(), crc)
+        crc = zlib.crc32(tensors[k].flatten().view(torch.uint8).numpy(), crc)
+    return str(crc)
+
+
 def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises Refused as `whole_file` does."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors, config = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, json.dumps(header)
     with whole_file(path) as part:
-        save_file(tensors, part, metadata={"format": "pt", "config": json.dumps(header)})
+        save_file(tensors, part, {"format": "pt", "config": config, "crc32": checksum(tensors, config)})
 
 
 def read(path, tensors=True):
@@ -614,8 +627,10 @@ def read(path, tensors=True):
         raise Refused(f"{path} does not exist.")
     try:
         with safe_open(path, "pt") as f:
-            header = json.loads(f.metadata()["config"])
-            return {k: f.get_tensor(k) for k in f.keys() if tensors}, header
+            meta, found = f.metadata(), {k: f.get_tensor(k) for k in f.keys() if tensors}
+        if tensors and "crc32" in meta and meta["crc32"] != checksum(found, meta["config"]):
+            raise ValueError("its checksum is not that of its content")
+        return found, json.loads(meta["config"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise Refused(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                       "make it again or copy it again.")
@@ -642,10 +657,14 @@ def load(path, device="cpu", **network):
     try:
         adds_interval = network.get("interval") and not header["network"].get("interval")
         header["network"].update(network)
-        model = build(header)
         if adds_interval:
-            tensors |= {k: v for k, v in model.state_dict().items() if k.startswith("net.r_embedder.")}
-        model.load_state_dict(tensors)
+            fresh = build(header).state_dict()
+            tensors |= {k: v for k, v in fresh.items() if k.startswith("net.r_embedder.")}
+        n = header["network"]
+        if n.get("num_blocks", 0) * len(n.get("channel_mult", ())) + n.get("depth", 0) > len(tensors):
+            raise KeyError("it describes more blocks than there are tensors")
+        with torch.device("meta"): model = build(header)   # no memory but the file's own tensors
+        model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise Refused(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
                       "it is damaged or was written by another program.")
@@ -706,6 +725,8 @@ def npz_array(path, name):
             major, _ = np.lib.format.read_magic(f)
             shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
             head = f.tell()
+    if head + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{name} is {shape}, but of {member.file_size:,} bytes")
     if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
         with np.load(path, allow_pickle=False) as f: return f[name]
     with open(path, "rb") as f:
@@ -771,6 +792,9 @@ class Images(torch.utils.data.Dataset):
         """Bytes of an image file -> uint8 (C,H,W)"""
         from PIL import Image
         image = Image.open(io.BytesIO(data))
+        if self.shape and not self.crop and image.size != tuple(self.shape[:0:-1]):
+            raise Refused(f"is of {image.size[0]}x{image.size[1]} pixels, the others of "
+                          f"{self.shape[2]}x{self.shape[1]}")
         if "A" in image.getbands() or "transparency" in image.info: raise Refused("has an alpha channel")
         if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
             raise Refused(f"has pixels of a kind we do not read ({image.mode}), only 8 bits a channel")
@@ -864,7 +888,9 @@ def list_images(path):
                 names = sorted(n for n in z.namelist() if Path(n).suffix.lower() in (*PICTURES, ".npy"))
                 if "dataset.json" in z.namelist(): labels = listed_labels(path, z.read("dataset.json"), names)
         else:
-            with zipfile.ZipFile(path) as z: has_labels = "arr_1.npy" in z.namelist()
+            with zipfile.ZipFile(path) as z:
+                has_labels = "arr_1.npy" in z.namelist()
+                if bad := z.testzip(): raise ValueError(f"the checksum of {bad} is wrong")
             labels = np.array(npz_array(path, "arr_1")) if has_labels else None
         return len(npz_array(path, "arr_0") if names is None else names), names, labels
     except FileNotFoundError:
@@ -987,7 +1013,7 @@ def read_ahead(images, args, rank, batch, start):
           for step in range(start, args.steps))
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=at, num_workers=args.workers, collate_fn=as_is, generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available())              # its own generator: the steps' is left alone
+        pin_memory=torch.cuda.is_available(), worker_init_fn=deaf)      # generator: the steps' is left alone
     for item in loader:
         if isinstance(item, Refused): raise item
         yield item
@@ -995,6 +1021,11 @@ def read_ahead(images, args, rank, batch, start):
 
 def as_is(item):
     return item
+
+
+def deaf(worker):
+    """Whoever asks a run to stop signals all of its processes; workers have to last until the save."""
+    for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, signal.SIG_IGN)
 
 
 def drop_labels(y, header):
@@ -1096,7 +1127,10 @@ def setup(batch, group=True):
     # TF32 is off for convolutions and matrix products alike (torch's default differs between the two).
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if cuda: torch.cuda.set_device(device)
-    if world > 1 and group: dist.init_process_group("nccl" if cuda else "gloo")
+    if world > 1 and group:                                # after a restart not to meet the dead's addresses
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+                                 next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     return rank, world, device, batch and batch // world
 
 
@@ -1237,7 +1271,7 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
     print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
     origin = {k: who for who, names in args.recipe.get("origin", {}).items() for k in names.split()}
     for k, v in args.recipe.items():
-        if k in ("origin", "teacher_by", "teacher_network", "init", "teacher"): continue
+        if k in ("origin", "teacher_by", "teacher_network", "init", "teacher", "guide"): continue
         value = getattr(args, k)
         if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
         shown = f"{value:,}" if isinstance(value, int) else str(value)
@@ -1289,11 +1323,14 @@ def resume_run(out, net, ema, opt, header):
         return 0
     state, old = read(path)
     was, now = old["settings"], header["settings"]
+    free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
     changed = [f"{k} was {was.get(k)}, is {now.get(k)}"
-               for k in sorted(was | now) if was.get(k) != now.get(k)]
+               for k in sorted((was | now).keys() - free) if was.get(k) != now.get(k)]
     if changed:
         raise Refused(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                       "settings to continue it, another --out to keep both, or delete it to start over.")
+    if now["steps"] < old["step"]:
+        raise Refused(f"{path} is at step {old['step']:,} already; give more --steps, or another --out.")
     def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     net.load_state_dict(part("net."))
     ema.load_state_dict(part("ema."))
@@ -1302,23 +1339,58 @@ def resume_run(out, net, ema, opt, header):
         for name, p in net.named_parameters():
             opt.state[p][slot] = values[name].to(p.device if values[name].dim() else "cpu")
     if int(os.environ.get("RANK", 0)) == 0:
-        if not os.path.exists(out) or read(out)[1] != old:
-            save(out, ema.state_dict(), old)               # killed between the two saves
-        print(f"{out} is finished ({old['step']:,} steps)." if old["step"] == old["steps"] else
+        try: current = read(out)[1] == old
+        except Refused: current = False                    # killed between the two saves, or damaged since
+        if not current: save(out, ema.state_dict(), old)
+        print(f"{out} is finished ({old['step']:,} steps)." if old["step"] == now["steps"] else
               f"continuing {out} at step {old['step']:,}.", flush=True)
     return old["step"]
 
 
+class Stop:
+    """stop(step): has anybody asked this run to end, by SIGTERM (preemption) or SIGINT (Ctrl-C)? The step is
+    finished and saved first; a second Ctrl-C does not wait. Ranks agree at every step: torchrun kills after
+    30 s."""
+    def __init__(self, world):
+        self.world, self.asked = world, False
+        for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.ask)
+
+    def ask(self, sign, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self, step):
+        if self.world > 1:
+            asked = torch.tensor([self.asked], dtype=torch.int32,
+                                 device="cuda" if dist.get_backend() == "nccl" else "cpu")
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.asked = bool(asked)
+        if self.asked and int(os.environ.get("RANK", 0)) == 0:
+            print(f"asked to stop: ends after step {step:,}, saved; the same command continues.", flush=True)
+        return self.asked
+
+
 class Log:
-    """Rank 0: one line per --log-every steps, mean loss since the last line over all ranks, rate, time left.
+    """Rank 0: one line per --log-every steps and the same as JSON in NAME.jsonl beside the checkpoint: mean
+    loss since the last line over all ranks, its parts, gradient norm, rate, time left, memory at its highest.
     Raises Diverged after 10 skipped steps in a row."""
     def __init__(self, args, unit, world, step):
-        self.args, self.unit, self.world = args, unit, world
+        self.args, self.unit, self.world, self.rank = args, unit, world, int(os.environ.get("RANK", 0))
         self.losses, self.skipped, self.in_a_row, self.last, self.clock = [], 0, 0, step, time.time()
+        self.file = Path(str(args.out).removesuffix(".safetensors") + ".jsonl")
+        if self.rank == 0 and self.file.exists():          # lines after the last save are written again
+            lines = self.file.read_text().splitlines()
+            with whole_file(self.file) as part:
+                part.write_text("".join(f"{line}\n" for line in lines if self.step_of(line) <= step))
 
-    def __call__(self, step, loss, norm, lr):
+    @staticmethod
+    def step_of(line):
+        try: return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError): return math.inf              # cut off by a full disk
+
+    def __call__(self, step, loss, norm, lr, parts={}):
         if math.isfinite(norm):
-            self.losses.append(loss.detach())
+            self.losses.append(torch.stack([loss, *parts.values()]))
             self.in_a_row = 0
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
@@ -1327,15 +1399,26 @@ class Log:
                                "what was saved is good; try a smaller --lr or --precision fp32, with "
                                "another --out.")
         if step % self.args.log_every and step != self.args.steps: return
-        mean = torch.stack(self.losses).mean() / self.world if self.losses else loss.new_tensor(math.nan)
+        nothing = loss.new_full((1 + len(parts),), math.nan)
+        mean = torch.stack(self.losses).mean(0) / self.world if self.losses else nothing
         if self.world > 1: dist.all_reduce(mean)
-        seconds = (time.time() - self.clock) / (step - self.last)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if self.rank == 0:
+            seconds = (time.time() - self.clock) / (step - self.last)
+            gib = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else (
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+            found = dict(zip(["loss", *parts], mean.tolist()))
+            line = {"step": step, self.unit: step * self.args.batch, **found, "grad": norm, "lr": lr,
+                    f"{self.unit}/s": self.args.batch / seconds, "left": (self.args.steps - step) * seconds,
+                    "GiB": gib, "skipped": self.skipped}
+            line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
             print(f"step {step:>7,}/{self.args.steps:,}  {self.unit} {step * self.args.batch:,}  "
-                  f"loss {mean.item():.5f}  grad {norm:.3f}  lr {lr:.2e}  "
+                  + "  ".join(f"{k} {v:.5f}" for k, v in found.items()) + f"  grad {norm:.3f}  lr {lr:.2e}  "
                   f"{self.args.batch / seconds:,.0f} {self.unit}/s  "
-                  f"left {(self.args.steps - step) * seconds:,.0f} s"
+                  f"left {(self.args.steps - step) * seconds:,.0f} s  {gib:.1f} GiB"
                   + (f"  skipped {self.skipped}" if self.skipped else ""), flush=True)
+            with contextlib.suppress(OSError):             # a full disk is the save's to tell
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.file, "a") as f: f.write(json.dumps(line) + "\n")
         self.losses, self.last, self.clock = [], step, time.time()
 
 
@@ -1348,6 +1431,9 @@ def run(main):
     except Refused as e:
         print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(e.code)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped at once; the last save continues.", file=sys.stderr)
+        sys.exit(130)
     else:
         if dist.is_initialized():
             dist.barrier()                                 # rank 0 may still be writing the last save

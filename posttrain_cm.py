@@ -25,8 +25,8 @@ import model, solve
 
 # double = 0 keeps the gap fixed, right after mid-training, else it is divided by q every `double` steps; c of
 # pseudo-Huber, 0 is the plain l2 norm; weight: "gap" 1/(t-r), "denoising" as in pre-training; decay: lr falls
-# to 0 ("linear"), or stays ("constant"); `network`: what differs from the network of --init; mid_t: the noise
-# level of the second of two sampling steps; solver: of ecd's step.
+# to 0 ("linear"), stays ("constant") or falls as 1/sqrt from a step on; `network`: what differs from the
+# network of --init; mid_t: the noise level of the second of two sampling steps; solver: of ecd's step.
 # origin: whose numbers they are: the paper's, its released code's, ECT's (2406.14548); all others are ours.
 ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, double=0, c=0.0, weight="gap",
            P_mean=-1.1, P_std=2.0, network={}, mid_t=0.821, loss="ect", solver="heun")
@@ -41,15 +41,17 @@ RECIPES = {
     "ffhq64":      PAPER | dict(q=512),
     "afhqv2-64":   PAPER | dict(q=1024),
     # The paper reports ECT and, better, ECD here; what q it gave ECT is unknown. These are ECT's own.
-    "imagenet64":  ECT | LARGE | dict(lr=1e-3, decay="constant", q=4, double=25_000, network=dict(
+    "imagenet64":  ECT | LARGE | dict(lr=1e-3, decay=2000, q=4, double=25_000, network=dict(
                                       dropout=0.4, dropout_resolutions=(16, 8)), origin={
-        "ECT": "batch q double c weight P_mean P_std ema optimizer beta2 network", "code": "mid_t"}),
-    # The paper's guide is edm2-img512-m-0268435-0.155.pkl: pretrain.py --import it with --out GUIDE.
+        "ECT": "batch lr decay q double c weight P_mean P_std ema optimizer beta2 network", "code": "mid_t"}),
+    # The paper's teacher here is edm2-img512-xxl-0939524-0.075.pkl, its guide edm2-img512-m-0268435-0.155.pkl;
+    # import both with pretrain.py's --out.
     "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
                                       network=dict(dropout=0.0), guidance=2.05,
+                                      teacher="runs/imagenet512/guided.safetensors",
                                       guide="runs/imagenet512/guide.safetensors", origin={
         "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network loss "
-                 "solver guidance guide", "code": "mid_t"}),
+                 "solver teacher guide", "code": "mid_t guidance"}),
     "own data":    ECT | dict(steps=10_000, lr=3e-4, ema=0.999, q=256),
 }
 
@@ -116,17 +118,19 @@ def main():
     p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or pre-training's")
     p.add_argument("--loss", choices=["ect", "ecd"], help="ect: from data; ecd: along the teacher's ODE")
     p.add_argument("--solver", choices=["euler", "heun"], help="of ecd's step")
-    p.add_argument("--teacher", default=f"runs/{p.get_default('name')}/pretrain.safetensors", metavar="FILE",
+    pretrained = f"runs/{p.get_default('name')}/pretrain.safetensors"
+    p.add_argument("--teacher", default=p.get_default("teacher") or pretrained, metavar="FILE",
                    help="diffusion model, for --loss ecd")
     solve.guidance_flags(p)
     args = p.parse_args()
+    guide = args.guide if args.guidance != 1 else None
     made_by, teacher_by = (f"python {stage} --data {args.data}" for stage in ("midtrain.py", "pretrain.py"))
     if public := model.DATASETS.get(args.row, {}).get("public"): teacher_by += f" [--import {public}]"
     if args.dry_run:
         header = model.planned(args.init, args, "Denoiser", **args.network)
         reads, calls = {args.path: model.DATA_HINT, args.init: made_by}, 0
         if args.loss == "ecd":
-            reads |= {args.teacher: teacher_by} | ({args.guide: "a guide"} if args.guide else {})
+            reads |= {args.teacher: teacher_by} | ({guide: "a worse model"} if guide else {})
             calls = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
         teacher = model.planned(args.teacher, args, "Denoiser") if calls else None
         return model.dry_run(args, "images", header, 1, reads, teacher, calls)
@@ -140,7 +144,7 @@ def main():
     if args.loss == "ecd":
         teacher, teacher_header = model.parent(args.teacher, teacher_by, ["pretrain"], device=device)
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
-        files |= dict(teacher=args.teacher, guide=args.guide)
+        files |= dict(teacher=args.teacher, guide=guide)
         teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
     header |= model.stamp(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = args.mid_t
@@ -151,11 +155,11 @@ def main():
                                                foreach=True)
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
-    log = model.Log(args, "images", world, step)
+    log, stop = model.Log(args, "images", world, step), model.Stop(world)
     if rank == 0: print(images)
     data = model.read_ahead(images, args, rank, batch, step)
     while True:
-        done = step == args.steps
+        done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or step % args.save_every == 0):
             model.save_run(args.out, step, net, ema, opt, header)
         if done: break

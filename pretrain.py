@@ -396,7 +396,8 @@ def write_import(args, default_out):
         model.check_fit(args.public, header, f"--data {args.data}", row["shape"], row["classes"])
     out = f"runs/{name}/{stage}.safetensors" if args.out == default_out else args.out
     if Path(out).exists(): raise model.Refused(f"{out} exists; delete it or give another --out.")
-    header |= {"stage": stage, "data": name, "data_path": args.path, "step": 0, "steps": 0,
+    header |= {"stage": stage, "data": name, "step": 0, "steps": 0,
+               "data_path": args.path if model.given("--data", None) else "",
                "imported from": args.public, "sha256 of import": model.sha256(args.public)}
     model.save(out, net.state_dict(), header)
     print(f"{out}: {network['class']}, {sum(p.numel() for p in net.parameters()):,} parameters, "
@@ -429,11 +430,11 @@ def main():
                                                foreach=True)
 
     step = start = model.resume_run(args.out, net, ema, opt, header)
-    log = model.Log(args, "images", world, step)
+    log, stop = model.Log(args, "images", world, step), model.Stop(world)
     if rank == 0: print(images)
     data = model.read_ahead(images, args, rank, batch, step)
     while True:
-        done = step == args.steps
+        done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or step % args.save_every == 0):
             model.save_run(args.out, step, net, ema, opt, header)
         if done: break

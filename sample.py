@@ -124,7 +124,7 @@ def draw_parts(draw, seeds, folder, key, rank, world):
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     bounds = [seeds.start, *range(seeds.start // PART * PART + PART, seeds.stop, PART), seeds.stop]
     parts = [(range(a, b), folder / f"{name}-{a}-{b}.npz") for a, b in itertools.pairwise(bounds)]
-    todo = [(part, path) for part, path in parts if not path.exists()][rank::world]
+    todo = [(part, path) for part, path in parts[rank::world] if not path.exists()]
     started, done = time.time(), 0
     for part, path in todo:
         images, labels = (np.concatenate(a) for a in zip(*draw(part)))
@@ -188,6 +188,7 @@ def numbers(text):
 @torch.no_grad()
 def real_images(path, labels, header, vae):
     """For each label the next real image of that class; any image where K = 0. -> uint8 (n,H,W,C)"""
+    if not path: raise model.Refused("--real: the file does not say where its images are; give --data.")
     images, _ = model.read_images(path, model.DATASETS.get(header["data"]))
     y = images.labels
     queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in y.unique().tolist()}

@@ -243,7 +243,8 @@ def main():
         print("times  " + "  ".join(f"{t:.4g}" for t in times.tolist()))
         model.save(args.out, {"states": states.transpose(0, 1), "times": times, "labels": y},
                    {"stage": "solve", "data": name, "solver": solver, "nfe": args.nfe,
-                    "guidance": args.guidance, "guide": args.guide,
+                    "guidance": args.guidance, "sha256 of guide":
+                        model.sha256(args.guide) if args.guide and args.guidance != 1 else None,
                     "sha256 of teacher": model.sha256(args.teacher)})
         if header["kind"] == "Denoiser":
             states, _ = model.edm_to_flow(states, times)                           # noise fades into image

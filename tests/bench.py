@@ -1,12 +1,13 @@
-"""`make bench`: what one training step of each method costs, as ratios measured in one run.
+"""`make bench`: what one training step of each method costs, and what surviving does, as ratios of one run.
 
 Denoising for the consistency branch and flow matching for the mean-flow branch cost one forward and one
 backward; everything is given relative to these. The methods take turns, so that a slow minute of the machine
 meets all of them, and the median over the turns counts. A step is loss and backward, without the optimiser,
 which is the same for all; dropout is off.
 """
-import statistics, sys, time
+import contextlib, io, statistics, sys, tempfile, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -44,10 +45,42 @@ def steps(name, batch, device):
     }, "flow matching": flow}
 
 
+def survival(batch, device):
+    """-> a whole step of pre-training, optimiser and EMA included: plain, and with all that a stage adds so
+    that it survives: seeding, microbatches, the check of the gradient, the log, the ear for signals."""
+    header = model.fresh_header(model.DATASETS["digits"])
+    net, ema = (model.build(header).to(device) for _ in range(2))
+    opt = torch.optim.Adam(net.parameters(), 1e-4, foreach=True)
+    x, eps, t = torch.randn(batch, 1, 8, 8), torch.randn(batch, 1, 8, 8), torch.rand(batch) + 0.1
+    rows = [a.to(device) for a in (x, eps, t, torch.zeros(batch, dtype=torch.int64))]
+    args = SimpleNamespace(out=f"{tempfile.mkdtemp()}/a", steps=10 ** 9, batch=batch, log_every=50)
+    with contextlib.redirect_stdout(io.StringIO()): log = model.Log(args, "images", 1, 0)
+    stop, step = model.Stop(1), iter(range(1, 10 ** 9))
+
+    def plain():
+        pretrain.edm_loss(net, *rows).mean().backward()
+        opt.step()
+        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.01)
+        opt.zero_grad(set_to_none=True)
+
+    def surviving():
+        number, loss = next(step), 0
+        stop(number)
+        model.reseed(0, 0, number)
+        for some in model.microbatches(net, None, *rows):
+            part = pretrain.edm_loss(net, *some).sum() / batch
+            part.backward()
+            loss += part.detach()
+        norm = model.update(net, ema, opt, 1e-4, 0.99)
+        with contextlib.redirect_stdout(io.StringIO()): log(number, loss, norm, 1e-4)
+    return plain, surviving
+
+
 def seconds(step, device):
     if device.type == "cuda": torch.cuda.synchronize()
     started = time.perf_counter()
-    step().mean().backward()
+    loss = step()
+    if loss is not None: loss.mean().backward()
     if device.type == "cuda": torch.cuda.synchronize()
     return time.perf_counter() - started
 
@@ -69,6 +102,10 @@ def main():
             for method in methods:
                 ratio = statistics.median(a / b for a, b in zip(times[method], times[base]))
                 print(f"  {method:<40}{ratio:.2f}")
+    plain, surviving = survival(64, device)
+    ratios = [seconds(surviving, device) / seconds(plain, device) for _ in range(110)][10:]
+    print(f"a step that survives (checks, seeds, log, signals), relative to a plain one: "
+          f"{statistics.median(ratios):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the tests share: the stored reference outputs, a Gaussian mixture with a closed-form denoiser, and a
 way to run a script's real command line inside this process (starting Python and torch anew costs seconds
 each time)."""
-import importlib, json, os, sys, zlib
+import importlib, json, os, signal, sys, zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +83,7 @@ def run():
         import contextlib, io
         import model
         module, out, err, argv = importlib.import_module(script), io.StringIO(), io.StringIO(), sys.argv
+        handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
         sys.argv, code = [f"{script}.py", *map(str, args)], 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): model.run(module.main)
@@ -90,6 +91,7 @@ def run():
             code = e.code or 0
         finally:
             sys.argv = argv
+            for sign, handler in handlers.items(): signal.signal(sign, handler)
         return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
     return call
 

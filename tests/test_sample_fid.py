@@ -171,7 +171,7 @@ def test_two_processes_score_and_sample_as_one(here, tmp_path):
             yield done.stdout
     one, two = (json.loads(out.splitlines()[-1]) for out in
                 alone_and_together("fid", "--seeds", "0-199", "--features", "pixels"))
-    assert one["n"] == two["n"] == 200 and abs(one["fd"] / two["fd"] - 1) < 1e-8      # summed in another order
+    assert one["n"] == two["n"] == 200 and abs(one["fd"] / two["fd"] - 1) < 1e-8     # summed in another order
     list(alone_and_together("sample", "--seeds", "0-2499"))
     one, two = (np.load(tmp_path / f"{world}.npz") for world in (1, 2))
     assert one["arr_0"].shape == (2500, 8, 8, 1) and all(np.array_equal(one[k], two[k]) for k in one)

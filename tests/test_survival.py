@@ -1,0 +1,247 @@
+"""Runs that are killed anywhere continue bit for bit; files that were damaged anywhere are refused."""
+import json, os, random, resource, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from conftest import ROOT, refused, write_npz
+from test_runs import STAGES
+
+# A stage's main, in a process that ends itself: `where` is an event and how often it has to happen.
+WRAPPED = """
+import importlib, os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import model
+sign, event, count = getattr(signal, sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))
+sys.argv.pop(0)
+replace = os.replace
+def dies(function, first):
+    def call(*args, **kwargs):
+        global count
+        if function is replace and not str(args[1]).endswith(".safetensors"): return function(*args)
+        count -= 1
+        if count == 0 and first: os.kill(os.getpid(), sign)
+        result = function(*args, **kwargs)
+        if count == 0 and not first: os.kill(os.getpid(), sign)
+        return result
+    return call
+if event == "step":    model.update = dies(model.update, first=False)
+if event == "write":   model.os.replace = dies(os.replace, first=True)
+if event == "renamed": model.os.replace = dies(os.replace, first=False)
+if event == "fsync":   model.os.fsync = dies(os.fsync, first=True)
+if os.environ.get("RANK", "0") == os.environ.get("VICTIM", "0") and os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0") == "0": pass
+else: count = 10 ** 9
+model.run(importlib.import_module(sys.argv[0].removesuffix(".py")).main)
+"""
+
+
+def killed(folder, sign, event, count, script, *args, python=(sys.executable,), **env):
+    """Run a stage until `event` has happened `count` times -> the finished process"""
+    wrapper = folder / "wrapped.py"
+    wrapper.write_text(WRAPPED)
+    command = [*python, wrapper, ROOT, sign, event, count, f"{script}.py", *args]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=240,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
+
+
+def tensors_equal(a, b):
+    a, b = (model.read(path)[0] for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def stage_command(stage, steps):
+    script, *flags = STAGES[stage]
+    flags += ["--steps", steps, "--batch", 8, "--save-every", 2, "--log-every", 1]
+    return script, flags + (["--nfe", 8] if script == "midtrain" else [])
+
+
+def test_killed_at_three_points_a_run_ends_as_it_would_have(run, chain, tmp_path, monkeypatch):
+    """In the middle of a step, before the resume file has its name, and between the two files of a save."""
+    monkeypatch.chdir(chain)
+    script, flags = stage_command("midtrain_cm", 8)
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    assert run(script, *flags, "--out", whole).code == 0
+    for event, count, saved in [("step", 3, 2), ("write", 1, 2), ("renamed", 3, 6)]:
+        done = killed(tmp_path, "SIGKILL", event, count, script, *flags, "--out", cut)
+        assert done.returncode == -signal.SIGKILL
+        assert model.read(model.resume_file(cut))[1]["step"] == saved
+        model.load(cut)
+    assert run(script, *flags, "--out", cut).code == 0
+    assert tensors_equal(whole, cut) and tensors_equal(model.resume_file(whole), model.resume_file(cut))
+    lines = [json.loads(line) for line in cut.with_suffix(".jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+def test_asked_to_stop_a_run_saves_and_says_so(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    script, flags = stage_command("posttrain_mf", 8)
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    assert run(script, *flags, "--out", whole).code == 0
+    for sign, step in (("SIGTERM", 3), ("SIGINT", 6)):
+        done = killed(tmp_path, sign, "step", 3, script, *flags, "--out", cut)
+        assert done.returncode == 0 and f"ends after step {step}" in done.stdout, done.stderr
+        assert model.read(cut)[1]["step"] == step
+    assert run(script, *flags, "--out", cut).code == 0 and tensors_equal(whole, cut)
+    line = json.loads(cut.with_suffix(".jsonl").read_text().splitlines()[-1])
+    assert {"step", "images", "grad", "lr", "images/s", "left", "GiB", "skipped"} <= line.keys()
+    share = 0.25 * line["loss r<t"] + 0.75 * line["loss r=t"]
+    assert line["loss"] == pytest.approx(share, rel=1e-5) and line["images"] == 64
+
+
+def test_a_second_interrupt_stops_at_once(monkeypatch):
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = model.Stop(1)
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop(2)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        def main(): raise KeyboardInterrupt
+        with pytest.raises(SystemExit) as e: model.run(main)
+        assert e.value.code == 130
+    finally:
+        for sign, handler in before.items(): signal.signal(sign, handler)
+
+
+def test_a_full_disk_leaves_the_last_save(run, chain, tmp_path, monkeypatch):
+    """A limit on the size of files, as far as a file of this size gets."""
+    monkeypatch.chdir(chain)
+    script, flags = stage_command("pretrain", 8)
+    out = tmp_path / "a.safetensors"
+    assert killed(tmp_path, "SIGTERM", "step", 3, script, *flags, "--out", out).returncode == 0
+    before = {f: f.read_bytes() for f in tmp_path.glob("a.*safetensors")}
+    limit = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, 10 ** 6));" \
+            "sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0]);" \
+            "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", limit, str(ROOT / f"{script}.py"), *map(str, flags),
+                           "--out", str(out)], capture_output=True, text=True, timeout=120)
+    refused(SimpleDone(done), "could not be written", "untouched")
+    assert {f: f.read_bytes() for f in tmp_path.glob("a.*safetensors*")} == before
+
+
+class SimpleDone:
+    def __init__(self, done): self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+
+
+def test_more_steps_only_at_a_constant_rate(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    import pretrain
+    out = "--out", tmp_path / "a.safetensors"
+    small = "pretrain", "--batch", 8, *out, "--steps"
+    assert run(*small, 2).code == 0
+    refused(run(*small, 4), "steps was 2, is 4")
+    monkeypatch.setitem(pretrain.RECIPES["edm"]["digits"], "decay", "constant")
+    (tmp_path / "a.resume.safetensors").unlink()
+    assert run(*small, 2).code == 0
+    done = run(*small, 4)
+    assert done.code == 0 and "continuing" in done.out and model.read(out[1])[1]["step"] == 4
+
+
+def test_a_rank_that_dies_takes_the_job_down_and_a_restart_continues(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    script, flags = stage_command("posttrain_cm", 8)
+    def torchrun(name, restarts, sign, event, count):
+        started = time.time()
+        python = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                  f"--max-restarts={restarts}")
+        done = killed(tmp_path, sign, event, count, script, *flags, "--out", tmp_path / f"{name}.safetensors",
+                      python=python, VICTIM="1")
+        return done, time.time() - started
+    whole, _ = torchrun("whole", 0, "SIGKILL", "step", 10 ** 6)
+    assert whole.returncode == 0, whole.stderr
+    dead, seconds = torchrun("cut", 0, "SIGKILL", "step", 4)
+    assert dead.returncode != 0 and seconds < 60
+    assert model.read(model.resume_file(tmp_path / "cut.safetensors"))[1]["step"] == 2
+    back, _ = torchrun("cut", 1, "SIGKILL", "step", 3)
+    assert back.returncode == 0 and "continuing" in back.stdout, back.stderr
+    assert tensors_equal(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
+
+
+def test_a_group_that_is_told_to_stop_saves_first_its_workers_too(chain, tmp_path):
+    """SIGTERM to the whole process group, as torchrun and schedulers send it, data workers included."""
+    out = tmp_path / "a.safetensors"
+    flags = ["--steps", 10 ** 6, "--batch", 8, "--log-every", 1, "--workers", 2, "--out", out]
+    process = subprocess.Popen([str(c) for c in (sys.executable, ROOT / "pretrain.py", *flags)], cwd=chain,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not process.stdout.readline().startswith("step "): assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "asked to stop" in rest, err
+    assert model.read(model.resume_file(out))[1]["step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "midtrain_cm", "posttrain_cm", "posttrain_mf"])
+def test_twenty_random_kills(run, chain, tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(chain)
+    rng, survived = random.Random(stage), 0
+    script, flags = stage_command(stage, 100)
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    assert run(script, *flags, "--out", whole).code == 0
+    while survived < 20:
+        sign = rng.choice(["SIGKILL", "SIGTERM"])
+        event = rng.choice(["step", "step", "write", "renamed", "fsync"])
+        done = killed(tmp_path, sign, event, rng.randint(3, 6), script, *flags, "--out", cut)
+        assert done.returncode == (0 if sign == "SIGTERM" else -signal.SIGKILL), done.stderr
+        assert model.read(model.resume_file(cut))[1]["step"] < 100
+        model.load(cut)
+        survived += 1
+    assert run(script, *flags, "--out", cut).code == 0
+    assert tensors_equal(whole, cut) and tensors_equal(model.resume_file(whole), model.resume_file(cut))
+    print(f"{stage}: survived {survived} kills")
+
+
+@pytest.mark.slow
+def test_500_damaged_files(chain, tmp_path):
+    """Checkpoints, .npz and .zip with bits flipped, cut off, headers edited: as before, or a sentence."""
+    from test_data import edm_zip, latents_npz
+    rng, loaded, refusals = random.Random(0), 0, 0
+    compressed = tmp_path / "compressed.npz"
+    np.savez_compressed(compressed, **np.load(write_npz(tmp_path / "a.npz")))
+    readers = {chain / "runs/digits/midtrain_cm.safetensors": read_checkpoint, edm_zip(tmp_path): read_data,
+               tmp_path / "a.npz": read_data, compressed: read_data, latents_npz(tmp_path): read_data}
+    originals = {path: (path.read_bytes(), reader(path)) for path, reader in readers.items()}
+    base = peak_memory()
+    for i in range(500):
+        path, (content, expected) = rng.choice(list(originals.items()))
+        bad = bytearray(content)
+        how = rng.choice(["flip", "cut", "header", "tail"])
+        if how == "cut": del bad[rng.randrange(len(bad)):]
+        else:
+            low, high = {"flip": (0, len(bad)), "header": (0, 600), "tail": (len(bad) - 600, len(bad))}[how]
+            for _ in range(rng.randint(1, 3)): bad[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
+        damaged = tmp_path / f"damaged{path.suffix}"
+        damaged.write_bytes(bad)
+        started = time.time()
+        try: found = readers[path](damaged)
+        except model.Refused as e:
+            assert "\n" not in str(e)
+            refusals += 1
+        else:
+            loaded += 1
+            assert len(found) == len(expected)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected)), how
+        assert time.time() - started < 10
+    print(f"500 damaged files: {loaded} loaded, {refusals} refused in a sentence")
+    assert refusals > 200 and peak_memory() - base < 2 * max(len(c) for c, _ in originals.values()) + 2 ** 28
+
+
+def read_checkpoint(path):
+    net, _ = model.load(path)
+    return list(net.state_dict().values())
+
+
+def read_data(path):
+    images, _ = model.read_images(path)
+    return images.batch(range(len(images)))
+
+
+def peak_memory():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,7 +16,7 @@ stand in the name, FID-10k, because the distance falls with their number.
 FD-pixels and is no FID: it serves small images, up to 3,072 values each, for which no Inception network means
 anything.
 """
-import argparse, json, math, os
+import argparse, json, os
 from pathlib import Path
 
 import numpy as np

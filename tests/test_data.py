@@ -1,5 +1,5 @@
 """Data sets on disk in every layout, what can be wrong with them, and --dry-run of the large ones."""
-import importlib, io, json, os, pickle, resource, subprocess, sys, zipfile
+import importlib, io, json, os, pickle, subprocess, sys, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 

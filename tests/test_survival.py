@@ -1,6 +1,5 @@
 """Runs that are killed anywhere continue bit for bit; files that were damaged anywhere are refused."""
 import json, os, random, resource, signal, subprocess, sys, time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +36,15 @@ if os.environ.get("RANK", "0") == os.environ.get("VICTIM", "0") and os.environ.g
 else: count = 10 ** 9
 model.run(importlib.import_module(sys.argv[0].removesuffix(".py")).main)
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the processes that die: sums over other numbers of threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def killed(folder, sign, event, count, script, *args, python=(sys.executable,), **env):

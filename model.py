@@ -873,6 +873,14 @@ def common_size(path, names):
     return min(64, 2 ** (shortest.bit_length() - 1))
 
 
+def whole_zip(path):
+    """The open .zip, whose directory lists as many files as it says, which zipfile does not check."""
+    z = zipfile.ZipFile(path)
+    listed, count = len(z.namelist()), zipfile._EndRecData(z.fp)[4]
+    if listed != count: raise ValueError(f"only {listed} of {count} files are listed")
+    return z
+
+
 def list_images(path):
     """-> how many there are, names of the files (None for an .npz), labels (N,) or None. Raises Refused."""
     names = labels = None
@@ -884,11 +892,12 @@ def list_images(path):
             labels = (listed_labels(path, listing.read_bytes(), names) if listing.exists() else
                       folder_labels(path, names))
         elif path.endswith(".zip"):
-            with zipfile.ZipFile(path) as z:
+            with whole_zip(path) as z:
                 names = sorted(n for n in z.namelist() if Path(n).suffix.lower() in (*PICTURES, ".npy"))
+                for n in set(z.namelist()) - {*names, "dataset.json"}: z.open(n).close()    # a damaged name?
                 if "dataset.json" in z.namelist(): labels = listed_labels(path, z.read("dataset.json"), names)
         else:
-            with zipfile.ZipFile(path) as z:
+            with whole_zip(path) as z:
                 has_labels = "arr_1.npy" in z.namelist()
                 if bad := z.testzip(): raise ValueError(f"the checksum of {bad} is wrong")
             labels = np.array(npz_array(path, "arr_1")) if has_labels else None
@@ -896,7 +905,8 @@ def list_images(path):
     except FileNotFoundError:
         raise Refused(f"{path} does not exist; --data takes an .npz with arr_0 uint8 (N,H,W,C) and, "
                       "optionally, labels arr_1, a .zip or a folder of images.")
-    except (OSError, KeyError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
+    except (OSError, KeyError, ValueError, EOFError, AttributeError, RuntimeError, MemoryError, struct.error,
+            zlib.error, zipfile.BadZipFile) as e:          # RuntimeError: a zip that says it is encrypted
         raise Refused(f"{path} is damaged or neither an .npz with arr_0 uint8 (N,H,W,C), nor a .zip or "
                       f"folder of images ({type(e).__name__}: {e}).")
 

@@ -44,7 +44,7 @@ RECIPES = {
     "imagenet64":  ECT | LARGE | dict(lr=1e-3, decay=2000, q=4, double=25_000, network=dict(
                                       dropout=0.4, dropout_resolutions=(16, 8)), origin={
         "ECT": "batch lr decay q double c weight P_mean P_std ema optimizer beta2 network", "code": "mid_t"}),
-    # The paper's teacher here is edm2-img512-xxl-0939524-0.075.pkl, its guide edm2-img512-m-0268435-0.155.pkl;
+    # The paper's teacher is edm2-img512-xxl-0939524-0.075.pkl, its guide edm2-img512-m-0268435-0.155.pkl:
     # import both with pretrain.py's --out.
     "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
                                       network=dict(dropout=0.0), guidance=2.05,

@@ -204,7 +204,7 @@ def student_time(states, times, header, target):
 def read_paths(args, header, device):
     """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). Made with the same teacher."""
     tensors, made = model.read(args.trajectories)
-    guide = model.sha256(args.guide) if args.guide and args.guidance != 1 else None
+    guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
     if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
         raise model.Refused(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
@@ -276,7 +276,7 @@ def main():
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
     header |= model.stamp(args, f"midtrain_{target}", "pairs", world, init=args.init, teacher=args.teacher,
-                          trajectories=args.trajectories, guide=args.guide if args.guidance != 1 else None,
+                          trajectories=args.trajectories, guide=solve.guide_file(args),
                           **dict(zip(("vgg", "lin"), args.lpips or ())))
     if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)

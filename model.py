@@ -636,17 +636,21 @@ def read(path, tensors=True):
                       "make it again or copy it again.")
 
 
-def read_header(path):
-    """-> header of a checkpoint, whose tensors are left alone. Raises Refused as `read` does."""
-    return read(path, tensors=False)[1]
-
-
 def build(header):
     """An untrained model as a header describes it: {"kind", "network" and the scales of its kind}."""
     network = dict(header["network"])
     net = {"DDPMpp": DDPMpp, "EDM2UNet": EDM2UNet, "SiT": SiT}[network.pop("class")](**network)
     if header["kind"] == "MeanVelocity": return MeanVelocity(net, header["time_scale"])
     return Denoiser(net, header["sigma_data"], header["noise_scale"])
+
+
+def build_for(header, tensors):
+    """The model of a header, on the meta device: it takes no memory but that of the `tensors` it is to be
+    given. Raises ValueError where it is of more blocks than they could fill."""
+    n = header["network"]
+    if n.get("num_blocks", 0) * len(n.get("channel_mult", ())) + n.get("depth", 0) > len(tensors):
+        raise ValueError("its arguments describe more blocks than tensors")
+    with torch.device("meta"): return build(header)
 
 
 def load(path, device="cpu", **network):
@@ -660,12 +664,9 @@ def load(path, device="cpu", **network):
         if adds_interval:
             fresh = build(header).state_dict()
             tensors |= {k: v for k, v in fresh.items() if k.startswith("net.r_embedder.")}
-        n = header["network"]
-        if n.get("num_blocks", 0) * len(n.get("channel_mult", ())) + n.get("depth", 0) > len(tensors):
-            raise KeyError("it describes more blocks than there are tensors")
-        with torch.device("meta"): model = build(header)   # no memory but the file's own tensors
+        model = build_for(header, tensors)
         model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise Refused(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
                       "it is damaged or was written by another program.")
     return model.to(device).eval(), header
@@ -752,6 +753,7 @@ class Images(torch.utils.data.Dataset):
     uint8 (C,H,W), or fp32 latents as they are stored. labels (N,) int64, all 0 without classes."""
     def __init__(self, path, names, labels):
         self.path, self.names, self.labels = path, names, labels      # names: of the files; None for an .npz
+        self.folder = os.path.isdir(path)
         self.opened, self.shape, self.channels, self.crop, self.channels_last = {}, None, None, None, False
 
     def file(self):
@@ -774,7 +776,7 @@ class Images(torch.utils.data.Dataset):
             return x if x.dtype == torch.uint8 else x.float()
         name = self.names[i]
         try:
-            data = Path(self.path, name).read_bytes() if os.path.isdir(self.path) else self.file().read(name)
+            data = Path(self.path, name).read_bytes() if self.folder else self.file().read(name)
             if name.endswith(".npy"):
                 x = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
             else:
@@ -932,16 +934,16 @@ def read_images(path, row=None, train=True):
                       "integers >= 0.")
     images = Images(path, names, torch.zeros(count, dtype=torch.int64))
     if names is None: images.channels_last = is_channels_last(path, images.file())
-    if os.path.isdir(path) and (row or train):
+    if images.folder and (row or train):
         images.crop = row["shape"][1] if row else common_size(path, names)
     images.channels = row and row["shape"][0]
-    images.shape = images[0].shape
-    images.channels = images.shape[0]
+    first = images[0]
+    images.shape, images.channels = first.shape, first.shape[0]
     if names:
         for i in np.unique(np.linspace(0, count - 1, PROBE).astype(int)): images[i]
 
     C, H, W = images.shape
-    what = "images" if images[0].dtype == torch.uint8 else "latents"
+    what = "images" if first.dtype == torch.uint8 else "latents"
     if what == "latents" and C == 8: C = 4
     what += f" of {C} channels and {H}x{W} pixels"
     if row and ((C, H, W) != tuple(row["shape"]) or what.startswith("latents") != ("latents" in row)):
@@ -978,11 +980,16 @@ def to_network(x, header):
     """What a network sees of what `Images` reads. Pixels: in [-1, 1]. Latents: where 8 channels hold means
     and deviations, a sample of them; scaled by the header's `latents`. (B,C or 2C,H,W) -> (B,C,H,W)"""
     if x.dtype == torch.uint8: return to_float(x)
-    mean, scale = (x.new_tensor(header["latents"][k])[:, None, None] for k in ("mean", "scale"))
+    mean, scale = latent_scale(x, header)
     if x.shape[1] == 2 * len(mean):
         z, deviation = x.chunk(2, dim=1)
         x = z + deviation * torch.randn_like(z)
     return (x - mean) * scale
+
+
+def latent_scale(x, header):
+    """mean, scale (C,1,1) of the header's `latents`, as x is: networks see (z - mean) * scale"""
+    return (x.new_tensor(header["latents"][k])[:, None, None] for k in ("mean", "scale"))
 
 
 def save_grid(path, rows, names):
@@ -1241,7 +1248,7 @@ def planned(init, args, kind, **network):
     what that would be."""
     row = DATASETS.get(args.row)
     if init and os.path.isfile(init):
-        header = read_header(init)
+        header = read(init, tensors=False)[1]
         return header | {"network": header["network"] | network}
     if not row and os.path.exists(args.path): row = read_images(args.path)[1]
     return row and fresh_header(row, kind, **network)

@@ -123,7 +123,7 @@ def main():
                    help="diffusion model, for --loss ecd")
     solve.guidance_flags(p)
     args = p.parse_args()
-    guide = args.guide if args.guidance != 1 else None
+    guide = solve.guide_file(args)
     made_by, teacher_by = (f"python {stage} --data {args.data}" for stage in ("midtrain.py", "pretrain.py"))
     if public := model.DATASETS.get(args.row, {}).get("public"): teacher_by += f" [--import {public}]"
     if args.dry_run:

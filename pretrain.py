@@ -255,10 +255,9 @@ def edm2_header(kwargs):
 
 def denoiser_header(name, kwargs):
     t_min, t_max = max(0.002, kwargs.pop("sigma_min", 0.0)), min(80.0, kwargs.pop("sigma_max", 80.0))
-    header = {"kind": "Denoiser", "sigma_data": kwargs.pop("sigma_data"), "noise_scale": 1.0, "t_min": t_min,
-              "t_max": t_max, "label_dropout": kwargs.pop("label_dropout", 0.0),
-              "network": {"class": name, **kwargs}}
-    return header | ({"latents": model.LATENTS["EDM2UNet"]} if kwargs["img_channels"] == 4 else {})
+    return {"kind": "Denoiser", "sigma_data": kwargs.pop("sigma_data"), "noise_scale": 1.0, "t_min": t_min,
+            "t_max": t_max, "label_dropout": kwargs.pop("label_dropout", 0.0),
+            "network": {"class": name, **kwargs}}
 
 
 def sit_header(tensors, kwargs):
@@ -277,20 +276,18 @@ def sit_header(tensors, kwargs):
                "interval": any(k.startswith("r_embedder.") for k in tensors)}
     if kwargs.get("num_classes", network["label_dim"]) != network["label_dim"]:
         raise model.Refused("it has no null class, which we need")
-    header = {"kind": "MeanVelocity", "time_scale": 1.0, "t_min": 0.0, "t_max": 1.0,
-              "label_dropout": mine["class_dropout_prob"], "network": network}
-    return header | ({"latents": model.LATENTS["SiT"]} if C == 4 else {})
+    return {"kind": "MeanVelocity", "time_scale": 1.0, "t_min": 0.0, "t_max": 1.0,
+            "label_dropout": mine["class_dropout_prob"], "network": network}
 
 
-def check(header, tensors):
+def check(header):
     """Arguments that are possible one by one also have to make sense together."""
     n = header["network"]
     for wrong, what in [
         (header["t_min"] >= header["t_max"], "no time between sigma_min and sigma_max"),
         (header.get("sigma_data", 1) <= 0, "sigma_data = 0"),
         (max(header["label_dropout"], n.get("dropout", 0)) >= 1, "a dropout of 1"),
-        (n.get("hidden_size", 0) % n.get("num_heads", 1), f"{n.get('num_heads')} heads for its width"),
-        (n.get("num_blocks", 0) * len(n.get("channel_mult", "")) > tensors, "more blocks than tensors")]:
+        (n.get("hidden_size", 0) % n.get("num_heads", 1), f"{n.get('num_heads')} heads for its width")]:
         if wrong: raise model.Refused(f"its arguments describe {what}")
 
 
@@ -365,13 +362,15 @@ def import_checkpoint(path):
             header = {"EDMPrecond": edm_header, "Precond": edm2_header}[kind](kwargs)
         else:
             raise model.Refused(f"it holds a {kind}, which we do not know")
-        check(header, len(tensors))
-        with torch.device("meta"): net = model.build(header)         # no memory until all shapes agree
+        check(header)
+        if header["network"]["img_channels"] == 4:
+            header["latents"] = model.LATENTS.get(header["network"]["class"], model.LATENTS["EDM2UNet"])
+        net = model.build_for(header, tensors)
         ours, theirs = ({k: tuple(v.shape) for k, v in d.items()} for d in (net.net.state_dict(), tensors))
         if wrong := [k for k in ours | theirs if ours.get(k) != theirs.get(k)]:
             raise model.Refused(f"its {wrong[0]} is {theirs.get(wrong[0])}, its arguments make it "
                                 f"{ours.get(wrong[0])}")
-        net.to_empty(device="cpu").net.load_state_dict(tensors)
+        net.net.load_state_dict(tensors, assign=True)
         return net, header
     except FileNotFoundError:
         raise model.Refused(f"{path} does not exist; download it from its publisher.")

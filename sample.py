@@ -80,7 +80,7 @@ def open_vae(header, path, device):
 def to_images(x, header, vae):
     """What a model makes -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded."""
     if vae:
-        mean, scale = (x.new_tensor(header["latents"][k])[:, None, None] for k in ("mean", "scale"))
+        mean, scale = model.latent_scale(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in x / scale + mean])       # one by one: memory
     return rearrange(model.to_uint8(x), "b c h w -> b h w c").cpu().numpy()
 

@@ -174,6 +174,11 @@ def guidance_flags(p):
                    help="a worse model to guide by (default: the teacher with the null label)")
 
 
+def guide_file(args):
+    """--guide where it is used, else None."""
+    return args.guide if args.guidance != 1 else None
+
+
 def guide_teacher(teacher, header, args, path):
     """The teacher read from `path`, guided as the flags say. -> a function of what the teacher takes. Raises
     Refused where there is nothing to guide by."""
@@ -243,8 +248,8 @@ def main():
         print("times  " + "  ".join(f"{t:.4g}" for t in times.tolist()))
         model.save(args.out, {"states": states.transpose(0, 1), "times": times, "labels": y},
                    {"stage": "solve", "data": name, "solver": solver, "nfe": args.nfe,
-                    "guidance": args.guidance, "sha256 of guide":
-                        model.sha256(args.guide) if args.guide and args.guidance != 1 else None,
+                    "guidance": args.guidance,
+                    "sha256 of guide": guide_file(args) and model.sha256(args.guide),
                     "sha256 of teacher": model.sha256(args.teacher)})
         if header["kind"] == "Denoiser":
             states, _ = model.edm_to_flow(states, times)                           # noise fades into image

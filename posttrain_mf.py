@@ -21,6 +21,9 @@ The body runs in fp32 by default, on every device: the target is built from a de
 import copy
 
 import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 import model
 
@@ -59,10 +62,11 @@ def derivative_jvp(u, z, r, t, y, v):
     """d/dt u(z_t, r, t) along the path dz/dt = v, exactly, by forward-mode differentiation. z, v (B,C,H,W),
     r, t, y (B,) -> (B,C,H,W), no graph. Puts the RNG state back: the loss has the same dropout masks."""
     # v du/dz + 0 du/dr + 1 du/dt.  Fused attention has no forward mode: the math path.
-    devices, tangents = [z.device] if z.is_cuda else [], (v, torch.zeros_like(r), torch.ones_like(t))
+    devices, forward = [z.device] if z.is_cuda else [], torch.autograd.forward_ad
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.no_grad(), torch.random.fork_rng(devices), math:
-        return torch.func.jvp(lambda z, r, t: u(z, r, t, y), (z, r, t), tangents)[1]
+    with torch.no_grad(), torch.random.fork_rng(devices), math, forward.dual_level():
+        dual = u(forward.make_dual(z, v), r, forward.make_dual(t, torch.ones_like(t)), y)
+        return forward.unpack_dual(dual).tangent
 
 
 def derivative_difference(u, z, r, t, y, v, step=0.005):
@@ -92,6 +96,31 @@ def two_times(n, jumps, mean, std, device):
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
     return torch.where(torch.arange(n, device=device) % 4 < jumps, r, t), t
+
+
+# === forward mode at half the price ========================================================================
+
+class FixedWeights(TorchFunctionMode):
+    """`with FixedWeights():` forward-mode derivatives of layers by their input alone. Torch's own rules give
+    the same, but multiply by the weights' tangents, zeros, and take a normalisation apart: 54 ms for 16
+    digits on two CPU cores, 27 with this."""
+    def __torch_function__(self, function, types, args=(), kwargs={}):
+        rule = {F.linear: self.linear, F.conv2d: self.linear, F.group_norm: self.normalise}.get(function)
+        if not rule: return function(*args, **kwargs)
+        x, v = forward_ad.unpack_dual(args[0])
+        if v is None: return function(*args, **kwargs)
+        return forward_ad.make_dual(*rule(function, x, v, *args[1:], **kwargs))
+
+    def linear(self, layer, x, v, weight, bias=None, *args, **kwargs):
+        return layer(x, weight, bias, *args, **kwargs), layer(v, weight, None, *args, **kwargs)
+
+    def normalise(self, layer, x, v, num_groups, weight, bias, eps):
+        # The Jacobian of x -> (x - mean) / std is symmetric: the kernel of the backward pass applies it to v.
+        shape = x.shape[0], x.shape[1], x[0, 0].numel(), num_groups
+        out, mean, rstd = torch.native_group_norm(x.contiguous(), weight, bias, *shape, eps)
+        v = torch.ops.aten.native_group_norm_backward(v.contiguous(), x.contiguous(), mean, rstd, None,
+                                                      *shape, [True, False, False])[0]
+        return out, weight[:, None, None] * v
 
 
 # === the run ================================================================================================
@@ -173,7 +202,7 @@ def main():
             fours = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             jumping = [a[:, :args.jumps].flatten(0, 1) for a in fours]
             others = [a[:, args.jumps:].flatten(0, 1) for a in fours]
-            dudt = derivative(net, *jumping)
+            with FixedWeights(): dudt = derivative(net, *jumping)
             both = (meanflow_loss(ddp, *jumping, dudt, args.p, args.c),
                     meanflow_loss(ddp, *others, 0, args.p, args.c))
             part = torch.cat(both).sum() / batch

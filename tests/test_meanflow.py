@@ -189,6 +189,23 @@ def test_jvp_is_the_limit_of_the_central_difference():
         for a, b in zip(errors, errors[1:]): assert abs(math.log2(a / b) - 2) < 0.1
 
 
+def test_fixed_weights_change_the_time_of_a_jvp_not_its_value():
+    z, r, t = sample(3)
+    v, y = torch.randn_like(z), torch.arange(3)
+    edm2 = model.EDM2UNet(8, 1, 3, 64, (1,), num_blocks=1, attn_resolutions=(8,), interval=True)
+    for p in edm2.parameters(): p.data += p.dim() == 0                     # its gains, which begin at 0
+    for u in (*networks(), model.MeanVelocity(edm2)):
+        u = u.double().eval()
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            plain = torch.func.jvp(lambda *a: u(*a, y), (z, r, t), (v, 0 * r, torch.ones_like(t)))[1]
+        with posttrain_mf.FixedWeights():
+            inside = u(z, r, t, y)
+            fixed = posttrain_mf.derivative_jvp(u, z, r, t, y, v)
+        usual = posttrain_mf.derivative_jvp(u, z, r, t, y, v)
+        assert plain.abs().max() > 0.01 and relerr(fixed, plain) < 1e-10 and relerr(usual, plain) < 1e-10
+        assert torch.equal(inside, u(z, r, t, y))
+
+
 def test_cmt_meanflow_loss_is_zero_on_exact_trajectories():
     times = solve.uniform_times(8)
     z1 = torch.randn(1, 16, 1, 8, 8, dtype=torch.float64)

@@ -36,12 +36,14 @@ WHERE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/
 
 def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians (1706.08500, eq. 6).
-    mu (d,), cov (d,d) -> 0-dim float64. tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2): two symmetric
-    eigenproblems, also exact for singular covariances."""
+    mu (d,), cov (d,d) -> 0-dim float64. With A = R R^T, tr (A B)^(1/2) = tr (R^T B R)^(1/2): one symmetric
+    eigenproblem, two where A is singular."""
     mu_a, cov_a, mu_b, cov_b = (m.double() for m in (mu_a, cov_a, mu_b, cov_b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                          # A^(1/2)
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    root, singular = torch.linalg.cholesky_ex(cov_a)
+    if singular:
+        values, vectors = torch.linalg.eigh(cov_a)
+        root = vectors * values.clamp(min=0).sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
     return (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
 
 

@@ -264,7 +264,7 @@ def main():
     teachers = solve.TEACHERS if target == "mf" else [reads]
     teacher, teacher_header = model.parent(args.teacher, teacher_by, teachers, device=device)
     teacher.requires_grad_(False).body_dtype = model.BODY[args.precision]          # in eval mode, as loaded
-    teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
+    teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
@@ -281,7 +281,7 @@ def main():
     if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]
-    ddp = model.parallel(net, world)
+    ddp = model.compiled(model.parallel(net, world), args.compile)
     opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
                                                foreach=True)
 

@@ -1076,7 +1076,7 @@ def given(flag, default, choices=None):
     return first.parse_known_args()[0].value
 
 
-def parser(doc, recipes, reads, writes, precision=None):
+def parser(doc, recipes, reads, writes, precision=None, compile=True):
     """The flags all training stages share. --data picks the row of `recipes` whose numbers are the defaults,
     before --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
     row, name, path = find_data(given("--data", "digits"))
@@ -1107,6 +1107,8 @@ def parser(doc, recipes, reads, writes, precision=None):
     p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
     p.add_argument("--precision", choices=BODY, default=precision or ("bf16" if gpu else "fp32"),
                    help="of the network's body; all else is fp32")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
+                   default=compile and torch.cuda.is_available())
     p.add_argument("--dry-run", action="store_true",
                    help="print recipe, memory, compute and what is missing, and stop")
     p.add_argument("--world", type=positive, metavar="GPUS",
@@ -1157,6 +1159,15 @@ def parallel(model, world):
     return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
+def compiled(model, wanted):
+    """torch.compile around a network or a function of some, where --compile wants it. A training step on
+    digits takes 0.75 of the time on two CPU cores, the first a minute more; not measured on a GPU yet."""
+    if not wanted: return model
+    from torch._inductor import config
+    config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
+    return torch.compile(model)
+
+
 def reseed(*numbers):
     """Seed torch from (seed, rank, step): a step's randomness is a function of these, so a resumed run
     repeats it."""
@@ -1184,11 +1195,12 @@ def learning_rate(args, step):
 def update(net, ema, opt, lr, decay):
     """One optimiser step and the EMA after it -> gradient norm. A step whose norm is not finite is skipped:
     it enters neither weights, moments nor EMA. All ranks hold the same gradient, so they skip together."""
-    norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]).item()
+    weights = list(net.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
     if math.isfinite(norm):
         for group in opt.param_groups: group["lr"] = lr
         opt.step()
-        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
     opt.zero_grad(set_to_none=True)
     return norm
 
@@ -1228,7 +1240,7 @@ def check_fit(init, header, source, shape, classes):
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
 FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "teacher_by", "trajectories",
-        "guide", "lpips", "workers", "dry_run", "world", "recipe"}
+        "guide", "lpips", "workers", "compile", "dry_run", "world", "recipe"}
 
 
 def stamp(args, stage, unit, world, **files):

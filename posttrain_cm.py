@@ -146,11 +146,12 @@ def main():
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
         files |= dict(teacher=args.teacher, guide=guide)
         teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
+        teacher = model.compiled(teacher, args.compile)
     header |= model.stamp(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]
-    ddp = model.parallel(net, world)
+    ddp = model.compiled(model.parallel(net, world), args.compile)
     opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
                                                foreach=True)
 

@@ -126,7 +126,8 @@ class FixedWeights(TorchFunctionMode):
 # === the run ================================================================================================
 
 def main():
-    p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision="fp32")
+    p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision="fp32",
+                     compile=False)
     p.add_argument("--velocity", choices=["data", "teacher"], default="data",
                    help="v of the target: eps - x_0, or the flow-matching teacher's")
     p.add_argument("--teacher", default=f"runs/{p.get_default('name')}/pretrain_flow.safetensors",
@@ -163,11 +164,11 @@ def main():
     if args.velocity == "teacher":
         teacher, teacher_header = model.parent(args.teacher, teacher_by, ["pretrain_flow"], device=device)
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
-        files["teacher"] = args.teacher
+        teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
     header |= model.stamp(args, "posttrain_mf", "images", world, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]
-    ddp = model.parallel(net, world)
+    ddp = model.compiled(model.parallel(net, world), args.compile)
     opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
                                                foreach=True)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]

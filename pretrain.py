@@ -424,7 +424,7 @@ def main():
     header |= model.stamp(args, stage, "images", world, data=args.path)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.body_dtype = model.BODY[args.precision]
-    ddp = model.parallel(net, world)
+    ddp = model.compiled(model.parallel(net, world), args.compile)
     opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
                                                foreach=True)
 

@@ -1,60 +1,195 @@
-"""`make bench`: what one training step of each method costs, and what surviving does, as ratios of one run.
+"""`make bench`: what everything costs, as ratios within one run.
 
-Denoising for the consistency branch and flow matching for the mean-flow branch cost one forward and one
-backward; everything is given relative to these. The methods take turns, so that a slow minute of the machine
-meets all of them, and the median over the turns counts. A step is loss and backward, without the optimiser,
-which is the same for all; dropout is off.
+The sides of a ratio take turns, so that a slow minute of the machine meets both, and the median over the
+turns counts. Everything is warmed up, data are random, and whatever is said to be faster is compared with the
+plain way in the same run ("differs by": relative error). `python tests/bench.py steps frechet` runs parts.
 """
-import contextlib, io, statistics, sys, tempfile, time
+import contextlib, copy, json, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import midtrain, model, posttrain_cm, posttrain_mf, pretrain
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import fid, midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
 
 
-def steps(name, batch, device):
-    """{base method: {method: a function that gives its loss}} on a data set's network."""
+def seconds(step, device):
+    if device.type == "cuda": torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda": torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def taking_turns(steps, device, turns, warm_up=2):
+    """{name: function} -> {name: seconds of each turn}, in a new order every turn."""
+    times = {name: [] for name in steps}
+    for turn in range(turns + warm_up):
+        for name in random.sample(list(steps), len(steps)):
+            took = seconds(steps[name], device)
+            if turn >= warm_up: times[name].append(took)
+    return times
+
+
+def ratio(times, name, base):
+    return statistics.median(a / b for a, b in zip(times[name], times[base]))
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def peak_memory(step, device):
+    """What a step holds at its fullest beyond what was there before it, in MiB."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    with torch.profiler.profile(profile_memory=True) as profile: step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2 ** 20
+
+
+def networks(name, device):
     row = model.DATASETS[name]
     f = model.build(model.fresh_header(row)).to(device).eval()
     u = model.build(model.fresh_header(row, "MeanVelocity", interval=True)).to(device).eval()
+    return row, f, u
+
+
+# --- what a training step of each method costs --------------------------------------------------------------
+
+def losses(name, batch, device):
+    """{base method: {method: a function that gives its loss}} on a data set's network."""
+    row, f, u = networks(name, device)
     x, eps = torch.randn(2, batch, *row["shape"], device=device)
     t = 0.1 + 0.8 * torch.rand(batch, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def meanflow(derivative, share=0.25):
+    def meanflow(derivative, share=0.25, fixed=posttrain_mf.FixedWeights):
         k = round(share * batch)
         jumping, others = [x[:k], 0.5 * t[:k], t[:k], y[:k], eps[:k]], [x[k:], t[k:], t[k:], y[k:], eps[k:]]
-        loss = posttrain_mf.meanflow_loss(u, *jumping, derivative(u, *jumping))
+        with fixed(): dudt = derivative(u, *jumping)
+        loss = posttrain_mf.meanflow_loss(u, *jumping, dudt)
         return torch.cat([loss, posttrain_mf.meanflow_loss(u, *others, 0)]) if k < batch else loss
 
     jvp, difference = posttrain_mf.derivative_jvp, posttrain_mf.derivative_difference
-    flow = {
-        "flow matching": lambda: pretrain.flow_loss(u, x, eps, t, y),
-        "CMT, Mean Flow (given trajectories)": lambda: midtrain.cmt_meanflow_loss(u, x, eps, 0.5 * t, t, y),
-        "MeanFlow, JVP": lambda: meanflow(jvp),
-        "MeanFlow, central difference": lambda: meanflow(difference),
-        "MeanFlow, JVP of the whole batch": lambda: meanflow(jvp, 1.0),
-    }
+    with posttrain_mf.FixedWeights(): ours = jvp(u, x, 0.5 * t, t, y, eps)
+    print(f"{name}: the JVP with fixed weights differs from torch's by "
+          f"{relative_error(ours, jvp(u, x, 0.5 * t, t, y, eps)):.1e}")
     return {"denoising": {
         "denoising": lambda: pretrain.edm_loss(f, x, eps, t, y),
         "CMT (given trajectories)": lambda: midtrain.cmt_loss(f, x, t, eps, y, midtrain.huber),
         "ECT": lambda: posttrain_cm.ect_loss(f, x, eps, t, 0.9 * t, y, 1 / t, 0.0),
-    }, "flow matching": flow}
+    }, "flow matching": {
+        "flow matching": lambda: pretrain.flow_loss(u, x, eps, t, y),
+        "CMT, Mean Flow (given trajectories)": lambda: midtrain.cmt_meanflow_loss(u, x, eps, 0.5 * t, t, y),
+        "MeanFlow, JVP": lambda: meanflow(jvp),
+        "MeanFlow, JVP by torch's rules": lambda: meanflow(jvp, fixed=contextlib.nullcontext),
+        "MeanFlow, central difference": lambda: meanflow(difference),
+        "MeanFlow, JVP of the whole batch": lambda: meanflow(jvp, 1.0),
+    }}
 
 
-def survival(batch, device):
-    """-> a whole step of pre-training, optimiser and EMA included: plain, and with all that a stage adds so
-    that it survives: seeding, microbatches, the check of the gradient, the log, the ear for signals."""
+def steps(name, batch, device, turns):
+    """A step is loss and backward, without the optimiser, which is the same for all; dropout is off."""
+    for base, methods in losses(name, batch, device).items():
+        whole = {k: lambda loss=loss: loss().mean().backward() for k, loss in methods.items()}
+        times = taking_turns(whole, device, turns)
+        print(f"{name}, batch {batch}, relative to {base} with {statistics.median(times[base]) * 1e3:.1f} ms "
+              "a step; peak memory of the step")
+        for k, step in whole.items():
+            print(f"  {k:<40}{ratio(times, k, base):.2f}   {peak_memory(step, device):,.0f} MiB", flush=True)
+
+
+# --- mid-training against the plain way, the solver against bare calls --------------------------------------
+
+def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
+    """A pool's worth of pairs as midtrain.py goes through it, and the same pairs as the released recipe does:
+    fp32, eager, the trajectories of each batch solved on their own (8 for 128 pairs), parameters averaged one
+    by one."""
+    row, teacher, _ = networks(name, device)
+    header = model.fresh_header(row)
+    args = SimpleNamespace(nfe=16, solver="dpm3", target="cm")
+    size = midtrain.pool_size(batch, 16)
+    count = size * 16 // batch                                                     # batches of a pool
+    table = [k.to(device) for k in midtrain.pair_table(16, "cm")]
+
+    def training(precision, compile):
+        t, net = copy.deepcopy(teacher), copy.deepcopy(teacher).train()
+        t.body_dtype = net.body_dtype = model.BODY[precision]
+        ema = copy.deepcopy(net)
+        opt = torch.optim.RAdam(net.parameters(), 1e-4, foreach=True)
+        return model.compiled(t, compile), net, model.compiled(net, compile), ema, opt
+
+    t, net, student, ema, opt = training(precision, compile)
+    def ours():
+        paths = midtrain.solve_pool(t, header, size, args, device)
+        order = midtrain.draw_pairs(size, 16, 16, device)
+        for at in order.split(batch):
+            x, time, end, _, y = midtrain.pairs(*paths, at, *table)
+            (midtrain.cmt_loss(student, x, time, end, y, midtrain.huber).sum() / batch).backward()
+            model.update(net, ema, opt, 1e-4, 0.999)
+
+    t2, net2, student2, ema2, opt2 = training("fp32", False)
+    def plain():
+        for _ in range(count):
+            paths = midtrain.solve_pool(t2, header, batch // 16, args, device)
+            x, time, end, _, y = midtrain.pairs(*paths, torch.arange(batch, device=device), *table)
+            midtrain.cmt_loss(student2, x, time, end, y, midtrain.huber).mean().backward()
+            opt2.step()
+            opt2.zero_grad()
+            with torch.no_grad():
+                for a, b in zip(ema2.parameters(), net2.parameters()): a.lerp_(b, 0.001)
+
+    x = 80 * torch.randn(16, *row["shape"], device=device)
+    y = torch.zeros(16, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        whole = solve.solve_teacher(t, header, x, y, 16, "dpm3")[0]
+        parts = torch.cat([solve.solve_teacher(teacher, header, *a, 16, "dpm3")[0]
+                           for a in zip(x.split(8), y.split(8))], dim=1)
+    times = taking_turns({"ours": ours, "plain": plain}, device, turns, warm_up=1)
+    rate = [count * batch / statistics.median(times[k]) for k in ("ours", "plain")]
+    print(f"{name}, mid-training at batch {batch}{', ' + precision if precision != 'fp32' else ''}"
+          f"{', compiled' if compile else ''}: {rate[0]:,.0f} pairs/s, {rate[1]:,.0f} the plain way, "
+          f"{1 / ratio(times, 'ours', 'plain'):.2f} times as many; states differ by "
+          f"{relative_error(whole, parts):.1e}", flush=True)
+    return rate[0]
+
+
+def solving(name, batch, device, turns):
+    """An N-step solve over N bare network calls."""
+    row, f, _ = networks(name, device)
+    x, t = 80 * torch.randn(batch, *row["shape"], device=device), torch.ones(batch, device=device)
+    y = torch.zeros(batch, dtype=torch.int64, device=device)
+    solvers = {"16 bare calls": lambda: [f(x, t, y) for _ in range(16)]} | {
+        s: lambda s=s: solve.solve_teacher(f, model.fresh_header(row), x, y, 16, s)
+        for s in solve.SOLVERS["Denoiser"]}
+    with torch.no_grad(): times = taking_turns(solvers, device, turns)
+    found = [f"{s} {ratio(times, s, '16 bare calls'):.3f}" for s in solve.SOLVERS["Denoiser"]]
+    print(f"{name}, batch {batch}, a solve of 16 calls over 16 bare calls: {', '.join(found)}", flush=True)
+
+
+# --- what surviving costs -----------------------------------------------------------------------------------
+
+def survival(device):
+    """A whole step of pre-training, optimiser and EMA included, with all that a stage adds so that it
+    survives (seeding, microbatches, the check of the gradient, the log, the ear for signals), over a plain
+    one."""
     header = model.fresh_header(model.DATASETS["digits"])
     net, ema = (model.build(header).to(device) for _ in range(2))
     opt = torch.optim.Adam(net.parameters(), 1e-4, foreach=True)
-    x, eps, t = torch.randn(batch, 1, 8, 8), torch.randn(batch, 1, 8, 8), torch.rand(batch) + 0.1
-    rows = [a.to(device) for a in (x, eps, t, torch.zeros(batch, dtype=torch.int64))]
-    args = SimpleNamespace(out=f"{tempfile.mkdtemp()}/a", steps=10 ** 9, batch=batch, log_every=50)
-    with contextlib.redirect_stdout(io.StringIO()): log = model.Log(args, "images", 1, 0)
+    x, eps, t = torch.randn(64, 1, 8, 8), torch.randn(64, 1, 8, 8), torch.rand(64) + 0.1
+    rows = [a.to(device) for a in (x, eps, t, torch.zeros(64, dtype=torch.int64))]
+    args = SimpleNamespace(out=f"{tempfile.mkdtemp()}/a", steps=10 ** 9, batch=64, log_every=50)
+    with contextlib.redirect_stdout(None): log = model.Log(args, "images", 1, 0)
     stop, step = model.Stop(1), iter(range(1, 10 ** 9))
 
     def plain():
@@ -68,44 +203,120 @@ def survival(batch, device):
         stop(number)
         model.reseed(0, 0, number)
         for some in model.microbatches(net, None, *rows):
-            part = pretrain.edm_loss(net, *some).sum() / batch
+            part = pretrain.edm_loss(net, *some).sum() / 64
             part.backward()
             loss += part.detach()
         norm = model.update(net, ema, opt, 1e-4, 0.99)
-        with contextlib.redirect_stdout(io.StringIO()): log(number, loss, norm, 1e-4)
-    return plain, surviving
+        with contextlib.redirect_stdout(None): log(number, loss, norm, 1e-4)
+
+    times = taking_turns({"plain": plain, "again": plain, "surviving": surviving}, device, 150, warm_up=10)
+    print(f"a step that survives over a plain one: {ratio(times, 'surviving', 'plain'):.3f} "
+          f"(a plain one over a plain one: {ratio(times, 'again', 'plain'):.3f})", flush=True)
 
 
-def seconds(step, device):
-    if device.type == "cuda": torch.cuda.synchronize()
-    started = time.perf_counter()
-    loss = step()
-    if loss is not None: loss.mean().backward()
-    if device.type == "cuda": torch.cuda.synchronize()
-    return time.perf_counter() - started
+# --- the Frechet distance -----------------------------------------------------------------------------------
+
+def frechet(device):
+    """Statistics of 2048 features against scipy.linalg.sqrtm, and what fid.py holds at its fullest."""
+    try: import scipy.linalg
+    except ImportError: return print("frechet: left out, `pip install scipy` to compare with it")
+    mix = torch.randn(2048, 2048) * torch.logspace(0, -2, 2048) / 45
+    a, b = (fid.moments(*fid.sums((torch.randn(64, 2048) @ mix.T for _ in range(64)))) for _ in range(2))
+    found = {}
+    def ours(): found["ours"] = fid.frechet_distance(*a, *b).item()
+    def scipys():
+        root = scipy.linalg.sqrtm((a[1] @ b[1]).numpy()).real
+        found["scipy"] = ((a[0] - b[0]).square().sum() + (a[1] + b[1]).trace()).item() - 2 * root.trace()
+    times = taking_turns({"ours": ours, "scipy": scipys}, torch.device("cpu"), 1, warm_up=0)
+    print(f"Frechet distance of 2048 features: {times['ours'][0]:.1f} s, scipy.linalg.sqrtm "
+          f"{times['scipy'][0] / times['ours'][0]:.1f} times that; differs by "
+          f"{abs(found['ours'] / found['scipy'] - 1):.1e}")
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        header = model.fresh_header(model.DATASETS["digits"])
+        model.save(f"{folder}/a.safetensors", model.build(header).state_dict(),
+                   header | {"stage": "midtrain_cm", "step": 0, "steps": 0, "mid_t": 0.8, "data": "digits"})
+        for n in (1_000, 16_000):
+            process = subprocess.Popen([sys.executable, ROOT / "fid.py", f"{folder}/a.safetensors:1", "--n",
+                                        str(n), "--ref", "digits", "--features", "pixels"],
+                                       cwd=ROOT, stdout=subprocess.DEVNULL)
+            peaks.append(os.wait4(process.pid, 0)[2].ru_maxrss / 2 ** 10)
+    print(f"fid.py from a checkpoint, digits: {peaks[0]:,.0f} MiB for 1,000 images, {peaks[1]:,.0f} for "
+          "16,000", flush=True)
+
+
+# --- more than one process ----------------------------------------------------------------------------------
+
+def scaling():
+    """midtrain.py on digits, one process of one thread and two, at 64 pairs each."""
+    rates = []
+    with tempfile.TemporaryDirectory() as folder:
+        header = model.fresh_header(model.DATASETS["digits"])
+        model.save(f"{folder}/a.safetensors", model.build(header).state_dict(),
+                   header | {"stage": "pretrain", "step": 0, "steps": 0})
+        for n in (1, 2):
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
+                            ROOT / "midtrain.py", "--teacher", f"{folder}/a.safetensors", "--init",
+                            f"{folder}/a.safetensors", "--out", f"{folder}/{n}.safetensors", "--steps", "128",
+                            "--batch", str(64 * n), "--log-every", "32"], check=True,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+            lines = Path(f"{folder}/{n}.jsonl").read_text().splitlines()
+            rates.append(statistics.median(json.loads(line)["pairs/s"] for line in lines[1:]))
+    print(f"midtrain.py with two processes of a thread over one: {rates[1] / rates[0]:.2f} times the pairs/s",
+          flush=True)
+
+
+# --- a GPU's own table --------------------------------------------------------------------------------------
+
+def flops(device):
+    """Model FLOP/s of mid-training, of the networks it is for, against a matrix product in bf16."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    product = 2 * 8192 ** 3 / statistics.median(seconds(lambda: a @ a, device) for _ in range(20))
+    print(f"a matrix product in bf16: {product / 1e12:,.0f} TFLOP/s")
+    sit_b4 = dict(patch_size=4, hidden_size=768, depth=12, num_heads=12)
+    for name, batch, network in [("cifar10", 128, {}), ("cifar10", 512, {}), ("imagenet64", 128, {}),
+                                 ("imagenet256", 256, sit_b4), ("imagenet256", 64, {})]:
+        row = model.DATASETS[name]
+        kind = "MeanVelocity" if name == "imagenet256" else "Denoiser"
+        header = model.fresh_header(row, kind, **network)
+        teacher, net = (model.build(header).to(device).requires_grad_(grad) for grad in (False, True))
+        teacher.body_dtype = net.body_dtype = torch.bfloat16
+        fast, slow = model.compiled(teacher.eval(), True), model.compiled(net.train(), True)
+        x, t = torch.randn(batch, *row["shape"], device=device), torch.full((batch,), 0.5, device=device)
+        y = torch.zeros(batch, dtype=torch.int64, device=device)
+        times = (t,) if kind == "Denoiser" else (t, t)
+        def step():
+            with torch.no_grad(): end = fast(x, *times, y)
+            (slow(x, *times, y) - end - x).square().mean().backward()
+        for _ in range(3): step()
+        took = statistics.median(seconds(step, device) for _ in range(10))
+        work = 4 * model.cost(header, "bf16", 1)[1] * batch
+        size, peak = sum(p.numel() for p in net.parameters()), torch.cuda.max_memory_allocated()
+        print(f"{name}, {size / 1e6:,.0f}M, batch {batch}: {batch / took:,.0f} pairs/s, "
+              f"{work / took / 1e12:,.0f} TFLOP/s, {work / took / product:.0%} of the product, "
+              f"{peak / 2 ** 30:.1f} GiB", flush=True)
+        torch.cuda.reset_peak_memory_stats()
 
 
 def main():
     device = model.setup(None)[2]
-    cuda = device.type == "cuda"
+    cuda, wanted = device.type == "cuda", sys.argv[1:]
     print(f"{torch.cuda.get_device_name() if cuda else f'CPU, {torch.get_num_threads()} threads'}, "
           f"torch {torch.__version__}, fp32, TF32 off")
-    for name, batch, turns in [("digits", 64, 20)] + [("cifar10", 128, 5), ("imagenet256", 32, 5)] * cuda:
-        for base, methods in steps(name, batch, device).items():
-            times = {method: [] for method in methods}
-            for turn in range(turns + 2):
-                for method, step in methods.items():
-                    took = seconds(step, device)
-                    if turn >= 2: times[method].append(took)            # the first two warm up
-            print(f"{name}, batch {batch}, relative to {base} with "
-                  f"{statistics.median(times[base]) * 1e3:.1f} ms a step")
-            for method in methods:
-                ratio = statistics.median(a / b for a, b in zip(times[method], times[base]))
-                print(f"  {method:<40}{ratio:.2f}")
-    plain, surviving = survival(64, device)
-    ratios = [seconds(surviving, device) / seconds(plain, device) for _ in range(110)][10:]
-    print(f"a step that survives (checks, seeds, log, signals), relative to a plain one: "
-          f"{statistics.median(ratios):.3f}")
+    parts = [("steps", lambda: steps("digits", 64, device, 20)),
+             ("midtraining", lambda: mid_training("digits", 128, device, 5)),
+             ("solving", lambda: solving("digits", 128, device, 7)),
+             ("survival", lambda: survival(device)),
+             ("frechet", lambda: frechet(device)),
+             ("scaling", scaling)]
+    if cuda:
+        parts += [("steps", lambda: steps("cifar10", 128, device, 5)),
+                  ("steps", lambda: steps("imagenet256", 32, device, 5)),
+                  ("midtraining", lambda: mid_training("cifar10", 128, device, 5, True, "bf16")),
+                  ("flops", lambda: flops(device))]
+    for name, part in parts:
+        if not wanted or name in wanted: part()
 
 
 if __name__ == "__main__":

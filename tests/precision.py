@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
 
-STEPS, BATCH = 300, 64
+STEPS = 300
 
 
 def shapes(n, size=32):
@@ -25,15 +25,15 @@ def shapes(n, size=32):
     return torch.where(disc[:, None], colour, 0.5 * tilt * line).clamp(-1, 1)
 
 
-def trained(header, images, labels, loss, device):
+def trained(header, images, labels, batch, loss, device):
     """The network of `header` after STEPS steps of pre-training."""
     torch.manual_seed(0)
     net = model.build(header).to(device).train()
     opt = torch.optim.Adam(net.parameters(), 1e-3)
     for step in range(STEPS):
-        at = model.batch_indices(len(images), 0, step * BATCH, BATCH)
+        at = model.batch_indices(len(images), 0, step * batch, batch)
         x0, y = images[at].to(device), labels[at].to(device)
-        t = torch.randn(BATCH, device=device)
+        t = torch.randn(batch, device=device)
         t = (1.2 * t - 1.2).exp() if header["kind"] == "Denoiser" else t.sigmoid()
         loss(net, x0, torch.randn_like(x0), t, y).mean().backward()
         opt.step()
@@ -41,18 +41,18 @@ def trained(header, images, labels, loss, device):
     return net
 
 
-def losses(D, u, images, labels, device):
+def losses(D, u, x0, y, device):
     """-> {name: function of a body dtype that gives residual and loss}, all on the same numbers."""
-    x0, y = images[:BATCH].to(device), labels[:BATCH].to(device)
     torch.manual_seed(1)
-    eps, t = torch.randn_like(x0), (2.0 * torch.randn(BATCH, device=device) - 1.1).exp()
-    r_, t_ = posttrain_mf.two_times(BATCH, 4, -0.4, 1.0, device)
+    batch = len(x0)
+    eps, t = torch.randn_like(x0), (2.0 * torch.randn(batch, device=device) - 1.1).exp()
+    r_, t_ = posttrain_mf.two_times(batch, 4, -0.4, 1.0, device)
     states, times = solve.dpm_solver_pp(lambda x, t: D(x, t, y), 80 * eps, solve.log_uniform_times(16))
     z, v = x0 + t_[:, None, None, None] * (eps - x0), eps - x0
 
     def mid(net):
-        i = torch.arange(BATCH, device=device) % 16
-        a = states[i, torch.arange(BATCH, device=device)], times.to(device).float()[i]
+        i = torch.arange(batch, device=device) % 16
+        a = states[i, torch.arange(batch, device=device)], times.to(device).float()[i]
         return net(*a, y) - states[-1], midtrain.cmt_loss(net, *a, states[-1], y, midtrain.huber)
 
     def ect(net, q):
@@ -100,21 +100,21 @@ def main():
     digits = model.to_float(images.batch(range(len(images)))[0]), images.labels
     rgb = model.own_data((3, 32, 32), 0)
     rgb["network"] = rgb["network"] | {"model_channels": 64}
-    print(f"{STEPS} steps of pre-training, batch {BATCH}, {device.type}, torch {torch.__version__}\n")
-    print("| network | loss | body | residual: cosine | norm | gradient: cosine | norm |")
+    print(f"{STEPS} steps of pre-training, {device.type}, torch {torch.__version__}\n")
+    print("| network, batch | loss | body | residual: cosine | norm | gradient: cosine | norm |")
     print("|---|---|---|---|---|---|---|")
     made_up = shapes(512), torch.zeros(512, dtype=torch.int64)
-    for name, row, (images, labels) in [("digits", model.DATASETS["digits"], digits),
-                                        ("32x32 RGB", rgb, made_up)]:
-        D = trained(model.fresh_header(row), images, labels, pretrain.edm_loss, device)
+    for name, row, (images, labels), batch in [("digits", model.DATASETS["digits"], digits, 64),
+                                               ("32x32 RGB", rgb, made_up, 8)]:
+        D = trained(model.fresh_header(row), images, labels, batch, pretrain.edm_loss, device)
         flow = model.fresh_header(row, "MeanVelocity", interval=True)
-        u = trained(flow, images, labels, pretrain.flow_loss, device)
-        D, u = D.eval(), u.eval()
-        with torch.no_grad(): table = losses(D, u, images, labels, device)
+        u = trained(flow, images, labels, batch, pretrain.flow_loss, device)
+        D, u, x0, y = D.eval(), u.eval(), images[:batch].to(device), labels[:batch].to(device)
+        with torch.no_grad(): table = losses(D, u, x0, y, device)
         for loss, (net, f) in table.items():
             for body, reduce in [("bf16", bf16)] + [("tf32", tf32)] * (device.type == "cuda"):
                 numbers = " | ".join(f"{x:.4f}" for x in compare(net, f, reduce))
-                print(f"| {name} | {loss} | {body} | {numbers} |", flush=True)
+                print(f"| {name}, {batch} | {loss} | {body} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """ECT and ECD: schedule and loss against the reference, the shared dropout mask, the teacher's step."""
+import shutil
+
 import pytest
 import torch
 
@@ -53,6 +55,24 @@ def test_target_shares_the_dropout_mask_and_carries_no_gradient():
     assert torch.equal(loss, torch.zeros(4))
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in f.parameters())         # and not NaN
     assert posttrain_cm.ect_loss(f, x0, eps, t, 0.9 * t, None, torch.ones(4), 0.0).min() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_networks_draw_the_same_masks():
+    torch.manual_seed(0)
+    f = model.Denoiser(model.DDPMpp(8, 1, 0, 8, (1, 2), 1, (4,), dropout=0.5)).train()
+    for p in f.parameters(): p.data += 0.05 * torch.randn_like(p)
+    x0, eps, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.ones(4)
+    found = []
+    for g in (model.compiled(f, False), model.compiled(f, True)):
+        torch.manual_seed(1)
+        loss = posttrain_cm.ect_loss(g, x0, eps, t, 0.9 * t, None, torch.ones(4), 0.0)
+        loss.sum().backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in f.parameters()])))
+        f.zero_grad()
+    for eager, fast in zip(*found): assert relerr(fast, eager) < 1e-4
+    assert posttrain_cm.ect_loss(g, x0, eps, t, t, None, torch.ones(4), 0.0).max() < 1e-4
 
 
 def test_target_is_the_image_itself_where_r_is_zero():

@@ -2,7 +2,9 @@
 import argparse, importlib, re, shlex, sys
 
 import pytest
+import torch
 
+import midtrain, solve
 from conftest import ROOT
 
 
@@ -31,6 +33,29 @@ def test_the_chain_of_the_readme_is_there():
     text = " ".join(c.id for c in commands() if c.id.startswith("README"))
     assert all(f"{s}" in text for s in ("pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf",
                                        "sample", "fid"))
+
+
+def snippets():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_functions_shown_are_those_of_the_source():
+    source, shown = "".join(f.read_text() for f in ROOT.glob("*.py")), []
+    for snippet in snippets():
+        for function in re.split(r"\n(?=# |def )", snippet):
+            if function.startswith("def "):
+                shown.append(function.split("(")[0])
+                assert function.strip() in source
+    assert len(shown) >= 4
+
+
+def test_own_teacher_as_shown():
+    snippet = next(s for s in snippets() if "solve.dpm_solver_pp(denoise" in s)
+    shrink = lambda x, t, y=None: x / (1 + t)[:, None, None, None]
+    space = dict(torch=torch, solve=solve, midtrain=midtrain, denoise=shrink, f=shrink,
+                 y=torch.zeros(128, dtype=torch.int64))
+    exec(snippet, space)
+    assert space["loss"].isfinite()
 
 
 @pytest.mark.parametrize("script, recipes, flags", [

@@ -1104,6 +1104,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     p.add_argument("--workers", type=int, default=0 if row in ("digits", "own data") else 2,
                    help="processes a rank reads its images with; 0: none but itself")
     p.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="steps between saves")
+    p.add_argument("--keep", action="store_true", help="let every save also leave NAME-STEP.safetensors")
     p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
     p.add_argument("--precision", choices=BODY, default=precision or ("bf16" if gpu else "fp32"),
                    help="of the network's body; all else is fp32")
@@ -1239,8 +1240,8 @@ def check_fit(init, header, source, shape, classes):
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
-FREE = {"out", "save_every", "log_every", "data", "path", "init", "teacher", "teacher_by", "trajectories",
-        "guide", "lpips", "workers", "compile", "dry_run", "world", "recipe"}
+FREE = {"out", "save_every", "keep", "log_every", "data", "path", "init", "teacher", "teacher_by",
+        "trajectories", "guide", "lpips", "workers", "compile", "dry_run", "world", "recipe"}
 
 
 def stamp(args, stage, unit, world, **files):
@@ -1328,16 +1329,21 @@ def resume_file(out):
     return str(out).removesuffix(".safetensors") + ".resume.safetensors"
 
 
-def save_run(out, step, net, ema, opt, header):
-    """The resume file (net, EMA, moments, step) first: it is the truth. Then NAME.safetensors: the EMA and
-    its header."""
+def snapshot(out, step):
+    return f"{str(out).removesuffix('.safetensors')}-{step:06d}.safetensors"
+
+
+def save_run(args, step, net, ema, opt, header):
+    """The resume file (net, EMA, moments, step), which is the truth, before NAME.safetensors, the EMA and its
+    header; with --keep, that as NAME-STEP.safetensors before either."""
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for name, p in net.named_parameters():
         state |= {f"opt.{slot}.{name}": v for slot, v in opt.state[p].items()}
     header = header | {"step": step, header["unit"]: step * header["settings"]["batch"]}
-    save(resume_file(out), state, header)
-    save(out, ema.state_dict(), header)
+    if args.keep: save(snapshot(args.out, step), ema.state_dict(), header)
+    save(resume_file(args.out), state, header)
+    save(args.out, ema.state_dict(), header)
 
 
 def resume_run(out, net, ema, opt, header):

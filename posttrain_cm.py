@@ -162,7 +162,7 @@ def main():
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or step % args.save_every == 0):
-            model.save_run(args.out, step, net, ema, opt, header)
+            model.save_run(args, step, net, ema, opt, header)
         if done: break
 
         model.reseed(args.seed, rank, step)

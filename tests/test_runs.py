@@ -84,10 +84,11 @@ def test_interrupted_run_continues_bit_for_bit(run, chain, tmp_path, monkeypatch
         save_run(*a)
         raise model.Refused("the power went out")
     monkeypatch.setattr(model, "save_run", save_and_die)
-    assert run(script, *args, "--out", cut).code == 2
+    assert run(script, *args, "--out", cut, "--keep").code == 2
     monkeypatch.setattr(model, "save_run", save_run)
     assert model.read(cut)[1]["step"] == 3
-    assert "continuing" in run(script, *args, "--out", cut).out
+    assert "continuing" in run(script, *args, "--out", cut, "--keep").out
+    for step in (3, 6): assert model.read(model.snapshot(cut, step))[1]["step"] == step
     for name in ("whole", "cut"): assert model.read(tmp_path / f"{name}.safetensors")[1]["step"] == 6
     for suffix in (".safetensors", ".resume.safetensors"):
         a, b = (model.read(tmp_path / (name + suffix))[0] for name in ("whole", "cut"))

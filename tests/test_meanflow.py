@@ -204,6 +204,21 @@ def test_fixed_weights_change_the_time_of_a_jvp_not_its_value():
         usual = posttrain_mf.derivative_jvp(u, z, r, t, y, v)
         assert plain.abs().max() > 0.01 and relerr(fixed, plain) < 1e-10 and relerr(usual, plain) < 1e-10
         assert torch.equal(inside, u(z, r, t, y))
+        u = u.float()
+        u.body_dtype = torch.bfloat16                               # as it runs on a GPU
+        with posttrain_mf.FixedWeights():
+            assert relerr(posttrain_mf.derivative_jvp(u, *(a.float() for a in (z, r, t)), y, v.float()), plain) < 0.1
+
+
+def test_fixed_weights_leave_the_others_to_torch():
+    """A layer whose weights depend on the input, and normalisation without weights."""
+    x, v = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
+    def f(x):
+        h = torch.nn.functional.group_norm(x, 2)
+        return torch.nn.functional.linear(h, x[0, 0]) + torch.nn.functional.group_norm(h.flatten(2), 2).view_as(h)
+    plain, dual = torch.func.jvp(f, (x,), (v,))[1], torch.autograd.forward_ad
+    with dual.dual_level(), posttrain_mf.FixedWeights():
+        assert relerr(dual.unpack_dual(f(dual.make_dual(x, v))).tangent, plain) < 1e-12
 
 
 def test_cmt_meanflow_loss_is_zero_on_exact_trajectories():

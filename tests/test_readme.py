@@ -4,7 +4,6 @@ import argparse, importlib, re, shlex, sys
 import pytest
 import torch
 
-import midtrain, solve
 from conftest import ROOT
 
 
@@ -52,8 +51,7 @@ def test_functions_shown_are_those_of_the_source():
 def test_own_teacher_as_shown():
     snippet = next(s for s in snippets() if "solve.dpm_solver_pp(denoise" in s)
     shrink = lambda x, t, y=None: x / (1 + t)[:, None, None, None]
-    space = dict(torch=torch, solve=solve, midtrain=midtrain, denoise=shrink, f=shrink,
-                 y=torch.zeros(128, dtype=torch.int64))
+    space = dict(denoise=shrink, f=shrink, y=torch.zeros(128, dtype=torch.int64))
     exec(snippet, space)
     assert space["loss"].isfinite()
 

@@ -5,6 +5,7 @@
 # make bench        what a step of each method costs, as ratios
 # make precision    what of each stage's loss and gradient survives bf16
 # make theory       the figure of the gradient's bias (needs `pip install matplotlib`)
+# make curves       distance against compute, with mid-training and without (hours; `pip install matplotlib`)
 # make ablation     what each choice of the consistency branch is worth, a table in docs/ (two hours)
 # make compare      the README's table: two seeds, plain ECT with three doubling intervals (an hour)
 # make compare-mf   the README's other table: two seeds (three quarters of an hour)
@@ -36,6 +37,9 @@ ablation: $(ENV)
 precision: $(ENV)
 	$(PY) tests/precision.py
 
+curves: $(ENV)
+	$(PY) tests/curves.py
+
 theory: $(ENV)
 	$(PY) tests/test_gradient_bias.py
 
@@ -53,4 +57,4 @@ scratch-mf: $(ENV)
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-mf test test-slow bench precision theory ablation compare compare-mf scratch-mf
+.PHONY: demo demo-mf test test-slow bench precision theory curves ablation compare compare-mf scratch-mf

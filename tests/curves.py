@@ -1,0 +1,108 @@
+"""`make curves`: distance against compute, with mid-training and without, over three training seeds.
+
+Every point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
+post-training straight from the diffusion weights at half, once, twice and four times the compute of that.
+Compute is counted as in demo.py, after the teacher. `python tests/curves.py digits cm` draws one of the
+figures, docs/curves_DATA_BRANCH.png; hours each, continued where they were interrupted.
+"""
+import json, math, statistics, sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import midtrain, model, posttrain_cm, posttrain_mf, pretrain
+from demo import command, distances
+from precision import shapes
+
+SEEDS, N = 3, 5_000
+SHAPES = "runs/curves/shapes.npz"                          # 16x16 RGB, made up
+DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch, stages in {
+    "cm": (pretrain.RECIPES["edm"], midtrain.RECIPES["cm"], posttrain_cm.RECIPES),
+    "mf": (pretrain.RECIPES["flow"], midtrain.RECIPES["mf"], posttrain_mf.RECIPES)}.items()}
+# steps of pre-, mid- and post-training; flags of all stages, and of the baseline
+CASES = {("digits", "cm"): (DIGITS["cm"],     [],                                ["--q", 2, "--lr", 3e-4]),
+         ("digits", "mf"): (DIGITS["mf"],     [],                                ["--lr", 6e-4]),
+         ("shapes", "cm"): ((1500, 800, 400), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4])}
+
+
+def scores(path, ref):
+    """Distances in one and in two steps, remembered beside the file."""
+    memory = Path(path).with_suffix(".json")
+    if not memory.exists(): memory.write_text(json.dumps(distances([f"{path}:1", f"{path}:2"], N, ref)))
+    return json.loads(memory.read_text())
+
+
+def points(data, branch, seed):
+    """-> {"with mid-training" | "without": [(compute, distance in one step, in two), ...]}"""
+    (pre_steps, mid_steps, post_steps), flags, base_flags = CASES[data, branch]
+    file = lambda name: f"runs/curves/{data}_{branch}_{seed}/{name}.safetensors"
+    flags, ref, post = [*flags, "--seed", seed], SHAPES if data == "shapes" else data, f"posttrain_{branch}"
+    flow, target = (["--objective", "flow"], ["--target", "mf"]) if branch == "mf" else ([], [])
+    command("pretrain", *flow, *flags, "--steps", pre_steps, "--out", file("pre"))
+    nfe, each = (15 / 8, 3.5) if branch == "mf" else (1, 4)              # as demo.py counts
+    found = {"with mid-training": [], "without": []}
+    for part in (4, 2, 1):
+        mid, out = file(f"mid_{part}"), file(f"post_{part}")
+        command("midtrain", *target, *flags, "--teacher", file("pre"), "--init", file("pre"), "--out", mid,
+                "--steps", mid_steps // part)
+        command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
+        total = (3 + nfe) * model.read(mid)[1]["pairs"] + each * model.read(out)[1]["images"]
+        found["with mid-training"].append((total, *scores(out, ref)))
+    for times in (0.5, 1, 2, 4):
+        out = file(f"base_{times}")
+        steps = round(times * total / each / model.read(mid)[1]["settings"]["batch"])
+        double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in demo.py
+        command(post, *flags, *base_flags, *double, "--init", file("pre"), "--steps", steps, "--out", out)
+        found["without"].append((times * total, *scores(out, ref)))
+    return found
+
+
+def speed_up(curves, k):
+    """Compute without mid-training over compute with it, at the best distance that both reach, along the
+    straight lines between points in log compute and log distance; None where the two never meet."""
+    def at(curve, level):
+        for (c0, d0), (c1, d1) in zip(curve, curve[1:]):
+            if d0 > level >= d1:
+                return math.exp(math.log(c0) + math.log(c1 / c0) * math.log(d0 / level) / math.log(d0 / d1))
+        return curve[0][0] if curve[0][1] <= level else None
+    lines = [[(p[0], p[k]) for p in curve] for curve in curves]
+    level = max(min(d for _, d in line) for line in lines)
+    with_mid, without = (at(line, level) for line in lines)
+    return (without / with_mid, level) if with_mid and without else None
+
+
+def main():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    cases = [tuple(sys.argv[1:3])] if sys.argv[1:] else list(CASES)
+    if not Path(SHAPES).exists():
+        Path(SHAPES).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(SHAPES, arr_0=model.to_uint8(shapes(4096, 16)).movedim(1, -1).numpy())
+    for data, branch in cases:
+        seeds = [points(data, branch, seed) for seed in range(SEEDS)]
+        curves = {name: [tuple(statistics.geometric_mean(v) for v in zip(*runs))
+                         for runs in zip(*(found[name] for found in seeds))] for name in seeds[0]}
+        figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+        for k, axes in enumerate(panels, 1):
+            for name, colour in (("with mid-training", "tab:blue"), ("without", "tab:orange")):
+                for found in seeds:
+                    axes.loglog([p[0] / 1e6 for p in found[name]], [p[k] for p in found[name]], ".",
+                                color=colour, alpha=0.5)
+                axes.loglog([p[0] / 1e6 for p in curves[name]], [p[k] for p in curves[name]],
+                            color=colour, label=name)
+            title = f"{k} step{'s' * (k > 1)}"
+            axes.set(xlabel="million network forwards", title=title)
+            found = speed_up(list(curves.values()), k)
+            print(f"{data}, {branch}, {title}: " + (
+                f"{found[0]:.2f} times the compute without mid-training, for a distance of {found[1]:.3f}"
+                if found else "no distance that both reach"))
+        panels[0].set(ylabel="FD-pixels")
+        panels[0].legend()
+        figure.suptitle(f"{data}, {'Mean Flow' if branch == 'mf' else 'consistency model'}")
+        figure.savefig(f"docs/curves_{data}_{branch}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

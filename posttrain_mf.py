@@ -4,7 +4,7 @@
 
   reads   runs/D/midtrain_mf.safetensors and the images of --data
   writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py draws from them in any number of steps
-  run     python posttrain_mf.py                                        # digits, 90 seconds on two CPU cores
+  run     python posttrain_mf.py                                        # digits, two minutes on two CPU cores
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward; for the share of each batch with r < t also the derivative
           along the path, a JVP or two forwards; with guidance two forwards more, with --velocity teacher one
@@ -12,9 +12,9 @@
           itself and stays near 1: look at the samples
 
 Baselines: Mean Flow straight from the flow-matching weights, and from scratch:
-     python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 3386 --lr 6e-4 \
+     python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 3986 --lr 6e-4 \
                             --out runs/digits/mf_flow.safetensors
-     python posttrain_mf.py --init none --steps 4757 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
+     python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
 On a GPU the body runs in bf16, which the exact derivative survives (`make precision`), but fp32 with
 --derivative difference.
@@ -36,7 +36,7 @@ import model
 MF = dict(optimizer="Adam", beta2=0.999, decay="linear", warmup=0, P_mean=-0.4, P_std=1.0, jumps=1, p=1.0,
           c=1e-3, omega=1.0, kappa=0.0, guide_times=(0.0, 1.0), network={})
 RECIPES = {
-    "digits":      MF | dict(steps=600,     batch=64,   lr=2e-4, ema=0.99,    p=0.0),
+    "digits":      MF | dict(steps=1200,    batch=64,   lr=2e-4, ema=0.99,    p=0.0, optimizer="RAdam"),
     "cifar10":     MF | dict(steps=200_000, batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",
                              warmup=10**7, P_mean=-2.0, P_std=2.0, jumps=3,
                              network=dict(dropout=0.2), origin={

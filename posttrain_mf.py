@@ -31,7 +31,7 @@ import model
 # warmup: in images; decay: lr falls to 0 ("linear") or stays ("constant"); logit t, logit r ~ N(P_mean,
 # P_std^2); jumps: how many of four samples have r < t; p, c: of the adaptive weight (p = 1 on digits: one
 # step better, two worse, one seed); omega, kappa, guide_times: guidance baked in, none with 1 and 0;
-# `network`: what differs from the network of --init.
+# `network`: what differs from the network of --init. RAdam starts gently, Adam disturbs what is good already.
 # origin: whose numbers they are: MeanFlow's (2505.13447); all others are ours, the paper's are unknown.
 MF = dict(optimizer="Adam", beta2=0.999, decay="linear", warmup=0, P_mean=-0.4, P_std=1.0, jumps=1, p=1.0,
           c=1e-3, omega=1.0, kappa=0.0, guide_times=(0.0, 1.0), network={})
@@ -44,7 +44,7 @@ RECIPES = {
     "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  beta2=0.95, decay="constant",
                              omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), origin={
         "MeanFlow": "batch lr ema beta2 decay omega kappa guide_times P_mean P_std jumps p c"}),
-    "own data":    MF | dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999),
+    "own data":    MF | dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999,   optimizer="RAdam"),
 }
 
 

@@ -1109,7 +1109,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     p.add_argument("--precision", choices=BODY, default=precision or ("bf16" if gpu else "fp32"),
                    help="of the network's body; all else is fp32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-                   default=compile and torch.cuda.is_available())
+                   default=compile and torch.cuda.is_available() and row != "digits")     # too small to pay
     p.add_argument("--dry-run", action="store_true",
                    help="print recipe, memory, compute and what is missing, and stop")
     p.add_argument("--world", type=positive, metavar="GPUS",

@@ -199,7 +199,7 @@ def jacobian_norm(f, dt, n=256):
 
 
 @functools.cache
-def trained(longer=1):
+def trained(longer):
     """{name: network}: what post-training may start from, mid-trained from the last diffusion model"""
     found = {"random": network()}
     for n in (100, 400, 1600):
@@ -313,7 +313,7 @@ LOSSES = {"squared l2, weight 1":        SQUARE,
 
 def test_other_weights_and_distances():
     """||grad L* - grad L|| where post-training starts, with ECT's pairs, for what the theory leaves out."""
-    start, end = (next(f for name, f in reversed(trained().items()) if name.startswith(what))
+    start, end = (next(f for name, f in reversed(trained(1).items()) if name.startswith(what))
                   for what in ("diffusion", "CMT"))
     found = {}
     print("\n| loss | ‖∇L*‖, diffusion weights | ‖∇L* - ∇L‖ | ‖∇L*‖, after CMT | ‖∇L* - ∇L‖ | less by |"

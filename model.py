@@ -1325,12 +1325,17 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
           "PFLOP in all")
 
 
+def beside(out, ending):
+    """--out with another ending than .safetensors"""
+    return str(out).removesuffix(".safetensors") + ending
+
+
 def resume_file(out):
-    return str(out).removesuffix(".safetensors") + ".resume.safetensors"
+    return beside(out, ".resume.safetensors")
 
 
 def snapshot(out, step):
-    return f"{str(out).removesuffix('.safetensors')}-{step:06d}.safetensors"
+    return beside(out, f"-{step:06d}.safetensors")
 
 
 def save_run(args, step, net, ema, opt, header):
@@ -1412,7 +1417,7 @@ class Log:
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world, self.rank = args, unit, world, int(os.environ.get("RANK", 0))
         self.losses, self.skipped, self.in_a_row, self.last, self.clock = [], 0, 0, step, time.time()
-        self.file = Path(str(args.out).removesuffix(".safetensors") + ".jsonl")
+        self.file = Path(beside(args.out, ".jsonl"))
         if self.rank == 0 and self.file.exists():          # lines after the last save are written again
             lines = self.file.read_text().splitlines()
             with whole_file(self.file) as part:

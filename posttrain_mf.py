@@ -103,8 +103,8 @@ def two_times(n, jumps, mean, std, device):
 
 class FixedWeights(TorchFunctionMode):
     """`with FixedWeights():` torch's layers take forward-mode derivatives by their input alone. Its own rules
-    give the same, but also multiply by the weights' tangents, zeros, and take a normalisation apart: 54 ms
-    for 16 digits on two CPU cores, 27 with this. Layers whose weights do have a tangent keep torch's rules."""
+    give the same, but also multiply by the weights' tangents, zeros, and take a normalisation apart (`make
+    bench` has both). Layers whose weights do have a tangent keep torch's rules."""
     def __torch_function__(self, function, types, args=(), kwargs={}):
         rule = {F.linear: self.linear, F.conv2d: self.linear, F.group_norm: self.normalise}.get(function)
         if not rule: return function(*args, **kwargs)

@@ -4,12 +4,11 @@ Every row is the recipe with one thing changed: mid-training, then post-training
 samples in one and two steps after either. All start from one diffusion model, and train once for each seed.
 Compute is counted as in demo.py. Continues where it was interrupted; the table goes to docs/ablation.md.
 """
-import json, statistics, sys, time
+import statistics, sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model
-from demo import command, distances
+from demo import command, compute, scores, steps_for
 
 FOLDER, N = Path("runs/ablation"), 10_000
 TEACHER = FOLDER / "pretrain.safetensors"
@@ -29,18 +28,6 @@ ROWS = [("the recipe",                [],                                    [],
         ("ECD",                       [],                                    ["--loss", "ecd"],           1)]
 
 
-def scores(path):
-    """FD-pixels in one and in two steps, remembered beside the file."""
-    memory = path.with_suffix(".json")
-    if not memory.exists(): memory.write_text(json.dumps(distances([f"{path}:1", f"{path}:2"], N)))
-    return json.loads(memory.read_text())
-
-
-def train(script, out, *flags):
-    command(script, *flags, "--out", out)
-    return model.read(out)[1]
-
-
 def name_of(*flags):
     return "_".join(str(f).strip("-") for f in flags) or "recipe"
 
@@ -49,29 +36,26 @@ def chain(mid_flags, post_flags, seed):
     """-> (compute, distances) after mid- and after post-training"""
     mid = FOLDER / f"mid_{name_of(*mid_flags)}_{seed}.safetensors"
     post = FOLDER / f"post_{name_of(*mid_flags, *post_flags)}_{seed}.safetensors"
-    header = train("midtrain", mid, "--teacher", TEACHER, "--init", TEACHER, "--seed", seed, *mid_flags)
-    settings = header["settings"]
-    calls = settings["nfe"] * (1 if settings["guidance"] == 1 else 2)
-    cost = (3 + calls / (settings["nfe"] if settings["pairing"] == "cmt" else 1)) * header["pairs"]
-    header = train("posttrain_cm", post, "--init", mid, "--teacher", TEACHER, "--seed", seed, *post_flags)
-    ecd = 2 if header["settings"]["loss"] == "ecd" else 0
-    return (cost, scores(mid)), (cost + (4 + ecd) * header["images"], scores(post))
+    command("midtrain", "--teacher", TEACHER, "--init", TEACHER, "--seed", seed, *mid_flags, "--out", mid)
+    command("posttrain_cm", "--init", mid, "--teacher", TEACHER, "--seed", seed, *post_flags, "--out", post)
+    return (compute(mid), scores(mid, N)), (compute(mid) + compute(post), scores(post, N))
 
 
-def plain_ect(steps, seed):
-    """Without mid-training: ECT on its doubling schedule, from the diffusion weights."""
+def plain_ect(total, seed):
+    """Without mid-training: ECT on its doubling schedule, from the diffusion weights, at equal compute."""
     out = FOLDER / f"ect_{seed}.safetensors"
-    header = train("posttrain_cm", out, "--init", TEACHER, "--q", 2, "--double", 125, "--lr", 3e-4,
-                   "--steps", steps, "--seed", seed)
-    return 4 * header["images"], scores(out)
+    steps = steps_for(total, FOLDER / "post_recipe_0.safetensors")
+    command("posttrain_cm", "--init", TEACHER, "--q", 2, "--double", 125, "--lr", 3e-4, "--steps", steps,
+            "--seed", seed, "--out", out)
+    return compute(out), scores(out, N)
 
 
-def scratch(images, seed):
-    """Without diffusion: MeanFlow from scratch on `images` images, its JVP for a quarter of them."""
+def scratch(total, seed):
+    """Without diffusion: MeanFlow from scratch, its JVP for a quarter of each batch of 64."""
     out = FOLDER / f"meanflow_{seed}.safetensors"
-    header = train("posttrain_mf", out, "--init", "none", "--lr", 1e-3, "--steps", round(images / 64),
-                   "--seed", seed)
-    return (3 + 2 / 4) * header["images"], scores(out)
+    command("posttrain_mf", "--init", "none", "--lr", 1e-3, "--steps", round(total / 3.5 / 64),
+            "--seed", seed, "--out", out)
+    return compute(out), scores(out, N)
 
 
 def cell(values):
@@ -90,17 +74,16 @@ def line(name, stages):
 
 def main():
     started = time.time()
-    pretraining = 3 * train("pretrain", TEACHER)["images"]
+    command("pretrain", "--out", TEACHER)
     lines = []
     for name, mid, post, seeds in ROWS:
         runs = [chain(mid, post, seed) for seed in range(seeds)]
         lines.append(line(name, zip(*runs)))
         if not lines[1:]:
-            steps = round(runs[0][1][0] / 4 / 64)
-            lines.append(line("no mid-training", (None, [plain_ect(steps, seed) for seed in range(seeds)])))
-            total = pretraining + runs[0][1][0]
-    cost, found = scratch(total / 3.5, 0)
-    lines.append(line("MeanFlow from scratch", (None, [(cost - pretraining, found)])))
+            total = runs[0][1][0]
+            lines.append(line("no mid-training", (None, [plain_ect(total, seed) for seed in range(seeds)])))
+    cost, found = scratch(total + compute(TEACHER), 0)
+    lines.append(line("MeanFlow from scratch", (None, [(cost - compute(TEACHER), found)])))
     table = "\n".join([
         "| | mid-training: compute | 1 step | 2 steps | post-training: compute | 1 step | 2 steps |",
         "|---|---|---|---|---|---|---|", *lines])

@@ -2,7 +2,8 @@
 
 The sides of a ratio take turns, so that a slow minute of the machine meets both, and the median over the
 turns counts. Everything is warmed up, data are random, and whatever is said to be faster is compared with the
-plain way in the same run ("differs by": relative error). `python tests/bench.py steps frechet` runs parts.
+plain way in the same run ("differs by": relative error). `python tests/bench.py steps frechet` runs parts;
+`compile`, which waits for the compiler for minutes, runs on a CPU only when it is named.
 """
 import contextlib, copy, json, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -64,6 +65,13 @@ def networks(name, device):
     return row, f, u
 
 
+def untrained(path, stage):
+    """A checkpoint of digits as `stage` would leave it."""
+    header = model.fresh_header(model.DATASETS["digits"])
+    model.save(path, model.build(header).state_dict(), header | {
+        "stage": stage, "step": 0, "steps": 0, "mid_t": 0.8, "data": "digits"})
+
+
 # --- what a training step of each method costs --------------------------------------------------------------
 
 def losses(name, batch, device):
@@ -107,6 +115,21 @@ def steps(name, batch, device, turns):
               "a step; peak memory of the step")
         for k, step in whole.items():
             print(f"  {k:<40}{ratio(times, k, base):.2f}   {peak_memory(step, device):,.0f} MiB", flush=True)
+
+
+def compiling(name, batch, device, turns):
+    """A denoising step with --compile over one without, and what the first one waits for."""
+    row, f, _ = networks(name, device)
+    x, eps, t = *torch.randn(2, batch, *row["shape"], device=device), torch.ones(batch, device=device)
+    y = torch.zeros(batch, dtype=torch.int64, device=device)
+    loss = lambda net: pretrain.edm_loss(net, x, eps, t, y).mean()
+    fast = model.compiled(f, True)
+    first = seconds(lambda: loss(fast).backward(), device)
+    steps = {k: lambda net=net: loss(net).backward() for k, net in (("eager", f), ("fast", fast))}
+    times = taking_turns(steps, device, turns)
+    print(f"{name}, batch {batch}, a denoising step with --compile over one without: "
+          f"{ratio(times, 'fast', 'eager'):.2f}, the first takes {first:.0f} s; the loss differs by "
+          f"{relative_error(loss(fast), loss(f)):.1e}", flush=True)
 
 
 # --- mid-training against the plain way, the solver against bare calls --------------------------------------
@@ -161,7 +184,6 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
           f"{', compiled' if compile else ''}: {rate[0]:,.0f} pairs/s, {rate[1]:,.0f} the plain way, "
           f"{1 / ratio(times, 'ours', 'plain'):.2f} times as many; states differ by "
           f"{relative_error(whole, parts):.1e}", flush=True)
-    return rate[0]
 
 
 def solving(name, batch, device, turns):
@@ -216,7 +238,7 @@ def survival(device):
 
 # --- the Frechet distance -----------------------------------------------------------------------------------
 
-def frechet(device):
+def frechet():
     """Statistics of 2048 features against scipy.linalg.sqrtm, and what fid.py holds at its fullest."""
     try: import scipy.linalg
     except ImportError: return print("frechet: left out, `pip install scipy` to compare with it")
@@ -233,9 +255,7 @@ def frechet(device):
           f"{abs(found['ours'] / found['scipy'] - 1):.1e}")
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
-        header = model.fresh_header(model.DATASETS["digits"])
-        model.save(f"{folder}/a.safetensors", model.build(header).state_dict(),
-                   header | {"stage": "midtrain_cm", "step": 0, "steps": 0, "mid_t": 0.8, "data": "digits"})
+        untrained(f"{folder}/a.safetensors", "midtrain_cm")
         for n in (1_000, 16_000):
             process = subprocess.Popen([sys.executable, ROOT / "fid.py", f"{folder}/a.safetensors:1", "--n",
                                         str(n), "--ref", "digits", "--features", "pixels"],
@@ -251,9 +271,7 @@ def scaling():
     """midtrain.py on digits, one process of one thread and two, at 64 pairs each."""
     rates = []
     with tempfile.TemporaryDirectory() as folder:
-        header = model.fresh_header(model.DATASETS["digits"])
-        model.save(f"{folder}/a.safetensors", model.build(header).state_dict(),
-                   header | {"stage": "pretrain", "step": 0, "steps": 0})
+        untrained(f"{folder}/a.safetensors", "pretrain")
         for n in (1, 2):
             subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
                             ROOT / "midtrain.py", "--teacher", f"{folder}/a.safetensors", "--init",
@@ -308,15 +326,16 @@ def main():
              ("midtraining", lambda: mid_training("digits", 128, device, 5)),
              ("solving", lambda: solving("digits", 128, device, 7)),
              ("survival", lambda: survival(device)),
-             ("frechet", lambda: frechet(device)),
-             ("scaling", scaling)]
+             ("frechet", frechet),
+             ("scaling", scaling),
+             ("compile", lambda: compiling("digits", 64, device, 20))]
     if cuda:
         parts += [("steps", lambda: steps("cifar10", 128, device, 5)),
                   ("steps", lambda: steps("imagenet256", 32, device, 5)),
                   ("midtraining", lambda: mid_training("cifar10", 128, device, 5, True, "bf16")),
                   ("flops", lambda: flops(device))]
     for name, part in parts:
-        if not wanted or name in wanted: part()
+        if name in wanted or not wanted and (cuda or name != "compile"): part()
 
 
 if __name__ == "__main__":

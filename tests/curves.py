@@ -5,14 +5,14 @@ post-training straight from the diffusion weights at half, once, twice and four 
 Compute is counted as in demo.py, after the teacher. `python tests/curves.py digits cm` draws one of the
 figures, docs/curves_DATA_BRANCH.png; hours each, continued where they were interrupted.
 """
-import json, math, statistics, sys
+import math, statistics, sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import midtrain, model, posttrain_cm, posttrain_mf, pretrain
-from demo import command, distances
+from demo import command, compute, scores, steps_for
 from precision import shapes
 
 SEEDS, N = 3, 5_000
@@ -26,13 +26,6 @@ CASES = {("digits", "cm"): (DIGITS["cm"],     [],                               
          ("shapes", "cm"): ((1500, 800, 400), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4])}
 
 
-def scores(path, ref):
-    """Distances in one and in two steps, remembered beside the file."""
-    memory = Path(path).with_suffix(".json")
-    if not memory.exists(): memory.write_text(json.dumps(distances([f"{path}:1", f"{path}:2"], N, ref)))
-    return json.loads(memory.read_text())
-
-
 def points(data, branch, seed):
     """-> {"with mid-training" | "without": [(compute, distance in one step, in two), ...]}"""
     (pre_steps, mid_steps, post_steps), flags, base_flags = CASES[data, branch]
@@ -40,21 +33,19 @@ def points(data, branch, seed):
     flags, ref, post = [*flags, "--seed", seed], SHAPES if data == "shapes" else data, f"posttrain_{branch}"
     flow, target = (["--objective", "flow"], ["--target", "mf"]) if branch == "mf" else ([], [])
     command("pretrain", *flow, *flags, "--steps", pre_steps, "--out", file("pre"))
-    nfe, each = (15 / 8, 3.5) if branch == "mf" else (1, 4)              # as demo.py counts
     found = {"with mid-training": [], "without": []}
     for part in (4, 2, 1):
         mid, out = file(f"mid_{part}"), file(f"post_{part}")
         command("midtrain", *target, *flags, "--teacher", file("pre"), "--init", file("pre"), "--out", mid,
                 "--steps", mid_steps // part)
         command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
-        total = (3 + nfe) * model.read(mid)[1]["pairs"] + each * model.read(out)[1]["images"]
-        found["with mid-training"].append((total, *scores(out, ref)))
+        total, like = compute(mid) + compute(out), out
+        found["with mid-training"].append((total, *scores(out, N, ref)))
     for times in (0.5, 1, 2, 4):
-        out = file(f"base_{times}")
-        steps = round(times * total / each / model.read(mid)[1]["settings"]["batch"])
+        out, steps = file(f"base_{times}"), steps_for(times * total, like)
         double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in demo.py
         command(post, *flags, *base_flags, *double, "--init", file("pre"), "--steps", steps, "--out", out)
-        found["without"].append((times * total, *scores(out, ref)))
+        found["without"].append((times * total, *scores(out, N, ref)))
     return found
 
 

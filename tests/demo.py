@@ -34,6 +34,40 @@ def distances(files, n, ref="digits"):
     return [json.loads(line)["fd"] for line in lines if line.startswith("{")]
 
 
+def scores(path, n, ref="digits"):
+    """FD-pixels in one step and in two, remembered beside the file."""
+    memory = Path(path).with_suffix(".json")
+    if not memory.exists(): memory.write_text(json.dumps(distances([f"{path}:1", f"{path}:2"], n, ref)))
+    return json.loads(memory.read_text())
+
+
+def each(header):
+    """Network forwards that training on one image or pair takes, the teacher's included."""
+    s, stage = header["settings"], header["stage"]
+    guided = 2 if s.get("guidance", 1) != 1 else 1
+    if stage.startswith("midtrain"):                                 # student forward 1, backward 2
+        heun = s["solver"] == "heun"
+        calls = s["nfe"] - (heun and header["t_min"] == 0)           # Heun's last step, into 0, is Euler's
+        pairs = s["nfe"] // (2 if heun else 1) if s["pairing"] == "cmt" else 1
+        return 3 + guided * calls / pairs
+    if stage == "posttrain_cm":                                      # target 1, forward 1, backward 2
+        return 4 + (s["loss"] == "ecd") * guided * (2 if s["solver"] == "heun" else 1)
+    if stage == "posttrain_mf": return 3 + 2 * s["jumps"] / 4        # JVP 2 for the rows with r < t
+    return 3
+
+
+def compute(path):
+    """Network forwards of the run that made a file."""
+    header = model.read(path, tensors=False)[1]
+    return each(header) * header[header["unit"]]
+
+
+def steps_for(total, like):
+    """Steps of a run like the one that made the file `like`, for `total` network forwards."""
+    header = model.read(like, tensors=False)[1]
+    return round(total / each(header) / header["settings"]["batch"])
+
+
 def halves():
     """FD-pixels of one random half of the real digits against the other."""
     with np.load("data/digits.npz") as f: images = np.random.default_rng(0).permutation(f["arr_0"])
@@ -50,15 +84,13 @@ def train_cm(seed, file, intervals):
     command("midtrain", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
     command("posttrain_cm", "--seed", seed, "--init", mid, "--out", post)
 
-    mid_header, post_header = model.read(mid)[1], model.read(post)[1]
-    mid_cost = 4 * mid_header["pairs"]                    # teacher 1, student forward 1, backward 2
-    total = mid_cost + 4 * post_header["images"]          # target 1, forward 1, backward 2
-    steps = round(total / 4 / post_header["settings"]["batch"])
-    rows = [("teacher", pre, 0), ("after mid-training", mid, mid_cost), ("after post-training", post, total)]
+    total = compute(mid) + compute(post)
+    rows = [("teacher", pre, 0), ("after mid-training", mid, compute(mid)),
+            ("after post-training", post, total)]
     for k in intervals:
         rows += [(f"plain ECT, doubling every {k} steps", file(f"ect_{k}"), total)]
-        command("posttrain_cm", "--seed", seed, "--init", pre, "--q", 2, "--double", k, "--steps", steps,
-                "--lr", 3e-4, "--out", rows[-1][1])
+        command("posttrain_cm", "--seed", seed, "--init", pre, "--q", 2, "--double", k, "--lr", 3e-4,
+                "--steps", steps_for(total, post), "--out", rows[-1][1])
     return rows
 
 
@@ -69,24 +101,17 @@ def train_mf(seed, file, scratch):
     command("midtrain", "--target", "mf", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
     command("posttrain_mf", "--seed", seed, "--init", mid, "--out", post)
 
-    mid_header, post_header = model.read(mid)[1], model.read(post)[1]
-    nfe = mid_header["settings"]["nfe"]
-    teacher = (nfe - 1) / (nfe // 2)                                 # Heun, whose last step is Euler's
-    mid_cost = (teacher + 3) * mid_header["pairs"]                   # student forward 1, backward 2
-    per_image = 3 + 2 * post_header["settings"]["jumps"] / 4         # student 3, JVP 2 for its rows
-    total = mid_cost + per_image * post_header["images"]
-    steps = round(total / per_image / post_header["settings"]["batch"])
-    rows = [("teacher", pre, 0), ("after mid-training", mid, mid_cost), ("after post-training", post, total)]
+    total = compute(mid) + compute(post)
+    rows = [("teacher", pre, 0), ("after mid-training", mid, compute(mid)),
+            ("after post-training", post, total)]
     rows += [("MeanFlow from the flow-matching weights", file("mf_flow"), total)]
-    command("posttrain_mf", "--seed", seed, "--init", pre, "--steps", steps, "--lr", 6e-4,
-            "--out", rows[-1][1])
+    command("posttrain_mf", "--seed", seed, "--init", pre, "--steps", steps_for(total, post),
+            "--lr", 6e-4, "--out", rows[-1][1])
     if scratch:
-        pre_header = model.read(pre)[1]
-        more = round(3 * pre_header["images"] / per_image / post_header["settings"]["batch"])
-        rows += [("MeanFlow from scratch, pre-training's compute too", file("mf_scratch"),
-                  total + 3 * pre_header["images"])]
+        total += compute(pre)
+        rows += [("MeanFlow from scratch, pre-training's compute too", file("mf_scratch"), total)]
         command("posttrain_mf", "--seed", seed, "--init", "none", "--lr", 1e-3,
-                "--steps", steps + more, "--out", rows[-1][1])
+                "--steps", steps_for(total, post), "--out", rows[-1][1])
     return rows
 
 

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import midtrain, model, posttrain_mf, pretrain, solve
 from conftest import relerr, vector_weights, vectors
@@ -206,16 +207,17 @@ def test_fixed_weights_change_the_time_of_a_jvp_not_its_value():
         assert torch.equal(inside, u(z, r, t, y))
         u = u.float()
         u.body_dtype = torch.bfloat16                               # as it runs on a GPU
+        inputs = [a.float() for a in (z, r, t)]
         with posttrain_mf.FixedWeights():
-            assert relerr(posttrain_mf.derivative_jvp(u, *(a.float() for a in (z, r, t)), y, v.float()), plain) < 0.1
+            assert relerr(posttrain_mf.derivative_jvp(u, *inputs, y, v.float()), plain) < 0.1
 
 
 def test_fixed_weights_leave_the_others_to_torch():
     """A layer whose weights depend on the input, and normalisation without weights."""
     x, v = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64)
     def f(x):
-        h = torch.nn.functional.group_norm(x, 2)
-        return torch.nn.functional.linear(h, x[0, 0]) + torch.nn.functional.group_norm(h.flatten(2), 2).view_as(h)
+        h = F.group_norm(x, 2)
+        return F.linear(h, x[0, 0]) + F.group_norm(h.flatten(2), 2).view_as(h)
     plain, dual = torch.func.jvp(f, (x,), (v,))[1], torch.autograd.forward_ad
     with dual.dual_level(), posttrain_mf.FixedWeights():
         assert relerr(dual.unpack_dual(f(dual.make_dual(x, v))).tangent, plain) < 1e-12

@@ -1161,8 +1161,8 @@ def parallel(model, world):
 
 
 def compiled(model, wanted):
-    """torch.compile around a network or a function of some, where --compile wants it. A training step on
-    digits takes 0.75 of the time on two CPU cores, the first a minute more; not measured on a GPU yet."""
+    """torch.compile around a network or a function of some, where --compile wants it. A denoising step on
+    digits takes 0.86 of the time on two CPU cores, the first half a minute; not measured on a GPU yet."""
     if not wanted: return model
     from torch._inductor import config
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them

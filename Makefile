@@ -7,6 +7,7 @@
 # make theory       the figure of the gradient's bias (needs `pip install matplotlib`)
 # make curves       distance against compute, with mid-training and without (hours; `pip install matplotlib`)
 # make ablation     what each choice of the consistency branch is worth, a table in docs/ (two hours)
+# make choose      N and the order of the solver, from the error of the teacher (half an hour)
 # make compare      the README's table: two seeds, plain ECT with three doubling intervals (an hour)
 # make compare-mf   the README's other table: two seeds (three quarters of an hour)
 # make scratch-mf   the same and Mean Flow from scratch (another half hour)
@@ -43,6 +44,9 @@ curves: $(ENV)
 theory: $(ENV)
 	$(PY) tests/test_gradient_bias.py
 
+choose: $(ENV)
+	$(PY) tests/choose.py
+
 compare: $(ENV)
 	$(PY) tests/demo.py --seeds 2 --n 10000 --intervals 95 125 190
 
@@ -57,4 +61,4 @@ scratch-mf: $(ENV)
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-mf test test-slow bench precision theory curves ablation compare compare-mf scratch-mf
+.PHONY: demo demo-mf test test-slow bench precision theory curves ablation choose compare compare-mf scratch-mf

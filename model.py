@@ -565,9 +565,8 @@ def own_data(shape, classes):
     small = shape[-1] <= 16
     return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0,
                 noise_scale=4.0 if small else 1.0, time_scale=16.0, network={
-        "class": "DDPMpp", "model_channels": 32 if shape[-1] <= 8 else 64 if small else 128,
-        "channel_mult": tuple(mult), "num_blocks": 1 if small else 2, "attn_resolutions": (size,),
-        "dropout": 0.0}, **(dict(latents=LATENTS["EDM2UNet"]) if shape[0] == 4 else {}))
+        "class": "DDPMpp", "model_channels": 32 if small else 128, "channel_mult": tuple(mult),
+        "num_blocks": 1 if small else 2, "attn_resolutions": (size,), "dropout": 0.0}, **(dict(latents=LATENTS["EDM2UNet"]) if shape[0] == 4 else {}))
 
 
 def find_data(data):

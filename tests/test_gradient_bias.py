@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import midtrain, model, posttrain_cm, pretrain, solve
+import choose, midtrain, model, posttrain_cm, pretrain, solve
 from conftest import mixture_denoiser
 
 MEANS = torch.tensor([[-0.8, 0.4], [0.6, 0.5], [0.1, -0.7]]).double()
@@ -333,6 +333,46 @@ def test_other_weights_and_distances():
     assert squared == sorted(squared, reverse=True) and squared[-1] > 3
     # a distance that is nearly a norm has a gradient of full length however small the error
     assert found["pseudo-huber, c = 0.6"] > 3 and found["pseudo-huber, c = 0.00076"] < 1
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("N", [16, 32])
+def test_a_solver_tells_its_error(order, N):
+    """choose.py's estimate from two grids, against the exact end of the path."""
+    x0, eps, _ = draw(512, 3)
+    x, ends = x0 + T * eps, (T, 0.002)
+    end = solve.dpm_solver_pp(D, x, solve.log_uniform_times(N, *ends), order)[0][-1]
+    true = size(end - psi(x, *(torch.full((len(x),), t) for t in ends)))
+    told = choose.solver_error(D, x, N, order, ends)
+    print(f"\norder {order}, N = {N}: {true:.2e}, told {told:.2e}")
+    assert 0.6 < told / true < 1.6
+
+
+def test_a_teacher_tells_its_error():
+    """choose.py's estimate where all is linear: the data N(0, sd^2 I), a teacher that knows sd and takes the
+    mean of its m images for that of all. D(x) = mu + c^2 (x - mu), so E||D - D*||^2 = (1 - c^2)^2 d sd^2 / m."""
+    g, sd, d, m = torch.Generator().manual_seed(4), 0.5, 8, 30
+    data = sd * torch.randn(4000, m + 10, d, generator=g)                   # 4,000 times two such teachers
+    times = torch.tensor([0.1, 0.5, 2.0])
+    share = (times ** 2 / (sd ** 2 + times ** 2))[:, None]                                 # 1 - c^2
+    a, b = data[:, 10:].mean(1, keepdim=True), data[:, :m].mean(1, keepdim=True)           # a lacks the first
+    error = lambda mean, x0: share ** 2 * (mean - x0).square().sum(2).flatten()  # over the noise, + constant
+    unseen = torch.cat([error(a, data[:, :10]), error(b, data[:, m:])], 1)
+    seen = torch.cat([error(b, data[:, :10]), error(a, data[:, m:])], 1)
+    told, spread = choose.teacher_error(seen, unseen)
+    true = share[:, 0] ** 2 * d * sd ** 2 / m
+    print(f"\n{true.tolist()}, told {told.tolist()}; means {true.mean():.5f}, {told.mean():.5f} ± {spread:.5f}")
+    assert abs(told / true - 1).max() < 0.05 and spread < 0.02 * true.mean()
+    # the denoising error itself: that of the exact denoiser is d sd^2 t^2 / (sd^2 + t^2)
+    exact = lambda x, t, y: x * (sd ** 2 / (sd ** 2 + t ** 2))[:, None]
+    found = choose.denoising_errors(exact, data[:400].flatten(0, 1), None, times, repeats=1).mean(1)
+    assert (found / (d * sd ** 2 * share[:, 0]) - 1).abs().max() < 0.02
+
+
+def test_the_cheapest_that_is_good_enough():
+    errors = {(4, 1): 3.0, (8, 1): 1.0, (8, 2): 0.5, (16, 2): 0.1}
+    assert choose.cheapest(errors, 2.0) == (8, 2) and choose.cheapest(errors, 0.3) == (16, 2)
+    assert choose.cheapest(errors, 0.01) == (16, 2)
 
 
 def main():

@@ -1,9 +1,9 @@
 """`make curves`: distance against compute, with mid-training and without, over three training seeds.
 
 Every point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
-post-training straight from the diffusion weights at half, once, twice and four times the compute of that.
-Compute is counted as in demo.py, after the teacher. `python tests/curves.py digits cm` draws one of the
-figures, docs/curves_DATA_BRANCH.png; hours each, continued where they were interrupted.
+post-training straight from the diffusion weights at half the compute of that, at all of it and, but for Mean
+Flow, at twice. Compute is counted as in demo.py, after the teacher. `python tests/curves.py digits cm` draws
+one of the figures, docs/curves_DATA_BRANCH.png; an hour or two each, continued where they were interrupted.
 """
 import math, statistics, sys
 from pathlib import Path
@@ -20,15 +20,17 @@ SHAPES = "runs/curves/shapes.npz"                          # 16x16 RGB, made up
 DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch, stages in {
     "cm": (pretrain.RECIPES["edm"], midtrain.RECIPES["cm"], posttrain_cm.RECIPES),
     "mf": (pretrain.RECIPES["flow"], midtrain.RECIPES["mf"], posttrain_mf.RECIPES)}.items()}
-# steps of pre-, mid- and post-training; flags of all stages, and of the baseline
-CASES = {("digits", "cm"): (DIGITS["cm"],     [],                                ["--q", 2, "--lr", 3e-4]),
-         ("digits", "mf"): (DIGITS["mf"],     [],                                ["--lr", 6e-4]),
-         ("shapes", "cm"): ((1500, 800, 400), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4])}
+# steps of pre-, mid- and post-training; flags of all stages, and of the baseline; the baseline's compute, in
+# that of the whole chain
+CASES = {("digits", "cm"): (DIGITS["cm"], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
+         ("digits", "mf"): (DIGITS["mf"], [], ["--lr", 6e-4], (0.5, 1)),
+         ("shapes", "cm"): ((1000, 500, 250), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4],
+                            (0.5, 1, 2))}
 
 
 def points(data, branch, seed):
     """-> {"with mid-training" | "without": [(compute, distance in one step, in two), ...]}"""
-    (pre_steps, mid_steps, post_steps), flags, base_flags = CASES[data, branch]
+    (pre_steps, mid_steps, post_steps), flags, base_flags, compute_of_base = CASES[data, branch]
     file = lambda name: f"runs/curves/{data}_{branch}_{seed}/{name}.safetensors"
     flags, ref, post = [*flags, "--seed", seed], SHAPES if data == "shapes" else data, f"posttrain_{branch}"
     flow, target = (["--objective", "flow"], ["--target", "mf"]) if branch == "mf" else ([], [])
@@ -41,7 +43,7 @@ def points(data, branch, seed):
         command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
         total, like = compute(mid) + compute(out), out
         found["with mid-training"].append((total, *scores(out, N, ref)))
-    for times in (0.5, 1, 2, 4):
+    for times in compute_of_base:
         out, steps = file(f"base_{times}"), steps_for(times * total, like)
         double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in demo.py
         command(post, *flags, *base_flags, *double, "--init", file("pre"), "--steps", steps, "--out", out)
@@ -49,18 +51,22 @@ def points(data, branch, seed):
     return found
 
 
-def speed_up(curves, k):
-    """Compute without mid-training over compute with it, at the best distance that both reach, along the
-    straight lines between points in log compute and log distance; None where the two never meet."""
-    def at(curve, level):
-        for (c0, d0), (c1, d1) in zip(curve, curve[1:]):
-            if d0 > level >= d1:
-                return math.exp(math.log(c0) + math.log(c1 / c0) * math.log(d0 / level) / math.log(d0 / d1))
-        return curve[0][0] if curve[0][1] <= level else None
-    lines = [[(p[0], p[k]) for p in curve] for curve in curves]
-    level = max(min(d for _, d in line) for line in lines)
-    with_mid, without = (at(line, level) for line in lines)
-    return (without / with_mid, level) if with_mid and without else None
+def reach(line, level):
+    """Compute at which a line of (compute, distance) first comes down to `level`, straight between its points
+    in logarithms -> compute, and whether that is only a bound, the line beginning below"""
+    for (c0, d0), (c1, d1) in zip(line, line[1:]):
+        if d0 > level >= d1: return c0 * (c1 / c0) ** (math.log(d0 / level) / math.log(d0 / d1)), False
+    return line[0][0], True
+
+
+def speed_up(with_mid, without):
+    """Lines of (compute, distance) -> in words, how much compute mid-training saves where both lines are at
+    the best distance that both reach"""
+    level = max(min(d for _, d in line) for line in (with_mid, without))
+    (a, early), (b, late) = reach(with_mid, level), reach(without, level)
+    bound = {(False, False): "", (True, False): "at least ", (False, True): "at most "}.get((early, late))
+    if bound is None: return f"both below {level:.3f} with the least compute measured"
+    return f"without mid-training {bound}{b / a:.2f} times the compute, for a distance of {level:.3f}"
 
 
 def main():
@@ -85,10 +91,8 @@ def main():
                             color=colour, label=name)
             title = f"{k} step{'s' * (k > 1)}"
             axes.set(xlabel="million network forwards", title=title)
-            found = speed_up(list(curves.values()), k)
-            print(f"{data}, {branch}, {title}: " + (
-                f"{found[0]:.2f} times the compute without mid-training, for a distance of {found[1]:.3f}"
-                if found else "no distance that both reach"))
+            lines = [[(p[0], p[k]) for p in curve] for curve in curves.values()]
+            print(f"{data}, {branch}, {title}: {speed_up(*lines)}")
         panels[0].set(ylabel="FD-pixels")
         panels[0].legend()
         figure.suptitle(f"{data}, {'Mean Flow' if branch == 'mf' else 'consistency model'}")

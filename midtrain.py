@@ -239,7 +239,8 @@ def main():
     p = model.parser(__doc__, RECIPES[target], reads, writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
-                   help="model to imitate")
+                   help="model to imitate, and the default of --init")
+    if p.get_default("init") != "none": p.set_defaults(init=model.given("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
     p.add_argument("--solver", choices=solve.SOLVER_NAMES,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")

@@ -569,14 +569,14 @@ def own_data(shape, classes):
         "num_blocks": 1 if small else 2, "attn_resolutions": (size,), "dropout": 0.0}, **(dict(latents=LATENTS["EDM2UNet"]) if shape[0] == 4 else {}))
 
 
-def find_data(data):
+def find_data(data, flag="--data"):
     """--data NAME | PATH | NAME=PATH -> (recipe row, run name, path of the images)."""
     name, _, path = data.partition("=")
     if name in DATASETS:
         paths = f"data/{name}.npz", f"data/{name}.zip", f"data/{name}"
         return name, name, path or next(filter(os.path.exists, paths), paths[0])
     if path or not (os.path.exists(data) or Path(data).suffix or os.sep in data):
-        raise Refused(f"--data {data}: '{name}' is neither a file nor one of {', '.join(DATASETS)}; "
+        raise Refused(f"{flag} {data}: '{name}' is neither a file nor one of {', '.join(DATASETS)}; "
                       "give one of these names, the path of an .npz, .zip or folder, or NAME=PATH.")
     return "own data", Path(data).stem, data
 
@@ -604,9 +604,9 @@ def whole_file(path):
                       "what was saved before is untouched.")
 
 
-def checksum(tensors, config):
+def checksum(tensors, header):
     """CRC-32 of names, shapes, values and header: what a damaged file no longer agrees with."""
-    crc = zlib.crc32(config.encode())
+    crc = zlib.crc32(json.dumps(header).encode())
     for k in sorted(tensors):
         crc = zlib.crc32(f"{k} {tuple(tensors[k].shape)}".encode(), crc)
         crc = zlib.crc32(tensors[k].flatten().view(torch.uint8).numpy(), crc)
@@ -615,9 +615,9 @@ def checksum(tensors, config):
 
 def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises Refused as `whole_file` does."""
-    tensors, config = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, json.dumps(header)
-    with whole_file(path) as part:
-        save_file(tensors, part, {"format": "pt", "config": config, "crc32": checksum(tensors, config)})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    config = json.dumps(header | {"crc32": checksum(tensors, header)})
+    with whole_file(path) as part: save_file(tensors, part, {"config": config})      # more keys are shuffled
 
 
 def read(path, tensors=True):
@@ -626,10 +626,12 @@ def read(path, tensors=True):
         raise Refused(f"{path} does not exist.")
     try:
         with safe_open(path, "pt") as f:
-            meta, found = f.metadata(), {k: f.get_tensor(k) for k in f.keys() if tensors}
-        if tensors and "crc32" in meta and meta["crc32"] != checksum(found, meta["config"]):
+            header = json.loads(f.metadata()["config"])
+            found = {k: f.get_tensor(k) for k in f.keys() if tensors}
+        crc = header.pop("crc32", None)
+        if tensors and crc not in (None, checksum(found, header)):
             raise ValueError("its checksum is not that of its content")
-        return found, json.loads(meta["config"])
+        return found, header
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
         raise Refused(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                       "make it again or copy it again.")
@@ -657,6 +659,8 @@ def load(path, device="cpu", **network):
     header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none. Raises
     Refused as `read` does, and where the weights do not fit the network of the header."""
     tensors, header = read(path)
+    if any(k.startswith("ema.") for k in tensors):
+        raise Refused(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
     try:
         adds_interval = network.get("interval") and not header["network"].get("interval")
         header["network"].update(network)
@@ -816,6 +820,7 @@ class Images(torch.utils.data.Dataset):
         n = f"{self.path}: {len(self):,} of {'x'.join(map(str, self.shape))}"
         count = self.labels.bincount()
         if len(count) == 1: return n
+        if count.min() == count.max(): return f"{n}, {len(count)} classes of {count.min():,}"
         return (f"{n}, {len(count)} classes of {count.min():,} (class {count.argmin()}) "
                 f"to {count.max():,} (class {count.argmax()})")
 
@@ -904,8 +909,8 @@ def list_images(path):
             labels = np.array(npz_array(path, "arr_1")) if has_labels else None
         return len(npz_array(path, "arr_0") if names is None else names), names, labels
     except FileNotFoundError:
-        raise Refused(f"{path} does not exist; --data takes an .npz with arr_0 uint8 (N,H,W,C) and, "
-                      "optionally, labels arr_1, a .zip or a folder of images.")
+        raise Refused(f"{path} does not exist; an .npz with arr_0 uint8 (N,H,W,C) and, optionally, labels "
+                      "arr_1, a .zip or a folder of images will do; the README's `Data` says how to make them.")
     except (OSError, KeyError, ValueError, EOFError, AttributeError, RuntimeError, MemoryError, struct.error,
             zlib.error, zipfile.BadZipFile) as e:          # RuntimeError: a zip that says it is encrypted
         raise Refused(f"{path} is damaged or neither an .npz with arr_0 uint8 (N,H,W,C), nor a .zip or "
@@ -992,20 +997,19 @@ def latent_scale(x, header):
 
 
 def save_grid(path, rows, names):
-    """A picture: each of `rows` uint8 (n,H,W,C), C 1 or 3, is one line with its name before it, small images
+    """A picture: each of `rows` uint8 (n,H,H,C), C 1 or 3, is one line with its name before it, small images
     enlarged."""
     from PIL import Image, ImageDraw, ImageFont
-    n, H, W, C = rows[0].shape
-    scale, gap = max(1, 48 // H), 4
-    tile, font = scale * max(H, W) + gap, ImageFont.load_default(14)
+    n, H = rows[0].shape[:2]
+    side, gap = max(1, 48 // H) * H, 4
+    tile, font = side + gap, ImageFont.load_default(14)
     margin = gap + max(int(font.getlength(name)) for name in names) + gap
     sheet = Image.new("RGB", (margin + n * tile, gap + len(rows) * tile), "white")
     for i, (row, name) in enumerate(zip(rows, names)):
         ImageDraw.Draw(sheet).text((gap, gap + i * tile + tile // 2 - 10), name, "black", font)
         for j, image in enumerate(row):
-            image = Image.fromarray(np.repeat(image, 3 // C, axis=2))
-            image = image.resize((scale * W, scale * H), Image.NEAREST)
-            sheet.paste(image, (margin + j * tile, gap + i * tile))
+            image = Image.fromarray(np.repeat(image, 3 // image.shape[2], axis=2))
+            sheet.paste(image.resize((side, side), Image.NEAREST), (margin + j * tile, gap + i * tile))
     with whole_file(path) as part: sheet.save(part, "PNG")
 
 
@@ -1089,8 +1093,8 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     if reads:
         p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
                        help="weights to start from")
-    p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE",
-                   help="result; FILE.resume beside it continues")
+    p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
+                   help="result; NAME.resume.safetensors beside it continues")
     p.add_argument("--steps", type=positive, help="optimiser steps in all")
     p.add_argument("--batch", type=positive,
                    help="global batch: what one loss averages over, on all ranks together")
@@ -1115,6 +1119,14 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
                    help="for --dry-run (default: torchrun's, else 8; for digits and own data 1)")
     p.set_defaults(**recipe, row=row, name=name, path=path, recipe=recipes[row])
     return p
+
+
+def checkpoint(text):
+    """--out: a path that a run can write its files beside. Raises Refused."""
+    there = next(p for p in Path(text).absolute().parents if p.exists())
+    if not text.endswith(".safetensors") or not there.is_dir() or not os.access(there, os.W_OK):
+        raise Refused(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
+    return text
 
 
 def positive(text):
@@ -1209,7 +1221,7 @@ def parent(path, made_by, stages=None, **kwargs):
     """The file a stage starts from: `load`, and if it is missing or of a stage not in `stages`, a sentence
     with the command to make it."""
     if not os.path.isfile(path):
-        raise Refused(f"{path} does not exist; `{made_by}` makes it.")
+        raise Refused(f"{path} does not exist; `{made_by}` makes such a file.")
     model, header = load(path, **kwargs)
     if stages and header["stage"] not in stages:
         raise Refused(f"{path} was written by stage {header['stage']}, this has to be a "
@@ -1304,7 +1316,8 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
         value = getattr(args, k)
         if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
         shown = f"{value:,}" if isinstance(value, int) else str(value)
-        print(f"  {k:<12}{shown:<24}{origin.get(k, 'ours') if getattr(args, k) == v else 'command line'}")
+        if k == "warmup": shown += f" {unit}"
+        print(f"  {k:<12}{shown:<23} {origin.get(k, 'ours') if getattr(args, k) == v else 'command line'}")
     print(f"  {'precision':<12}{args.precision}")
     for path, made_by in reads.items():
         if path != "none" and not os.path.exists(path): print(f"missing   {path}: {made_by}")
@@ -1320,7 +1333,7 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
              "activations": kept}
     print(f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
           + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))
-    print(f"compute   {each / 1e9:,.3g} GFLOP each, {each * args.steps * args.batch / 1e15:,.3g} "
+    print(f"compute   {each / 1e9:,.3g} GFLOP for each of the {unit}, {each * args.steps * args.batch / 1e15:,.3g} "
           "PFLOP in all")
 
 
@@ -1348,6 +1361,7 @@ def save_run(args, step, net, ema, opt, header):
     if args.keep: save(snapshot(args.out, step), ema.state_dict(), header)
     save(resume_file(args.out), state, header)
     save(args.out, ema.state_dict(), header)
+    if step == args.steps: print(f"{args.out} is finished ({step:,} steps).", flush=True)
 
 
 def resume_run(out, net, ema, opt, header):
@@ -1471,7 +1485,7 @@ def run(main):
         print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(e.code)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped at once; the last save continues.", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped at once; what was saved before is untouched.", file=sys.stderr)
         sys.exit(130)
     else:
         if dist.is_initialized():

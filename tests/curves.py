@@ -24,7 +24,7 @@ DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch,
 # that of the whole chain
 CASES = {("digits", "cm"): (DIGITS["cm"], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
          ("digits", "mf"): (DIGITS["mf"], [], ["--lr", 6e-4], (0.5, 1)),
-         ("shapes", "cm"): ((1000, 500, 250), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4],
+         ("shapes", "cm"): ((800, 400, 200), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4],
                             (0.5, 1, 2))}
 
 

@@ -66,7 +66,7 @@ def test_zip_gives_pixels_and_labels_in_the_order_of_the_names(tmp_path):
     x, y = images.batch(range(N))
     assert torch.equal(x, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and y.tolist() == LABELS
     assert row["shape"] == (3, 16, 16) and row["classes"] == 3
-    assert str(images) == f"{tmp_path}/edm.zip: 24 of 3x16x16, 3 classes of 8 (class 0) to 8 (class 0)"
+    assert str(images) == f"{tmp_path}/edm.zip: 24 of 3x16x16, 3 classes of 8"
 
 
 def test_folder_is_cropped_and_its_classes_are_the_folders(tmp_path):

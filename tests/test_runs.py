@@ -111,6 +111,25 @@ def test_killed_between_the_two_files(run, chain, tmp_path, monkeypatch):
     assert all(torch.equal(v, finished[0][k]) for k, v in model.read(out)[0].items())
 
 
+def test_equal_content_makes_equal_files(run, chain, tmp_path, monkeypatch):
+    """A lost file that its run writes again is the one the next stage knows by its sha256."""
+    monkeypatch.chdir(chain)
+    out, sums = tmp_path / "a.safetensors", set()
+    for _ in range(4):
+        assert run("midtrain", *SMALL, "--out", out).code == 0
+        sums.add(model.sha256(out))
+        out.unlink()
+    assert len(sums) == 1
+
+
+def test_student_starts_from_the_teacher_that_is_named(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher, out = chain / "runs/digits/pretrain.safetensors", tmp_path / "a.safetensors"
+    assert run("midtrain", *SMALL, "--teacher", teacher, "--out", out).code == 0
+    settings = model.read(out)[1]["settings"]
+    assert settings["sha256 of init"] == settings["sha256 of teacher"] == model.sha256(teacher)
+
+
 def test_another_teacher_is_noticed(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     tensors, header = model.read("runs/digits/pretrain.safetensors")
@@ -164,6 +183,9 @@ def test_bad_files(run, chain, tmp_path, monkeypatch):
     refused(run("sample", bad), "do not fit")
     refused(run("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"),
             "stage midtrain_cm", "pretrain")
+    refused(run("sample", "runs/digits/midtrain_cm.resume.safetensors"), "the state of a run")
+    for out in (tmp_path / "plain", bad / "a.safetensors"):
+        refused(run("midtrain", "--out", out), "--out", "in a folder that can be written")
     refused(run("midtrain", "--trajectories", "runs/digits/pretrain.safetensors",
                 "--out", tmp_path / "out.safetensors"), "trajectories")
     assert digest(chain) == before and not (tmp_path / "out.safetensors").exists()

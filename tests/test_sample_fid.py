@@ -242,3 +242,10 @@ def test_pixels_refuse_large_images(run, tmp_path):
     big = write_npz(tmp_path / "big.npz", n=3, size=36)
     done = run("fid", big, "--ref", big, "--features", "pixels")
     assert done.code == 2 and "3,072" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_models_of_other_sizes_share_a_picture(tmp_path):
+    grey, colour = np.zeros((3, 8, 8, 1), np.uint8), np.full((3, 16, 16, 3), (200, 10, 60), np.uint8)
+    model.save_grid(tmp_path / "a.png", [grey, colour], ["a", "b"])
+    picture = np.array(Image.open(tmp_path / "a.png"))
+    assert (picture == (200, 10, 60)).all(2).sum() == 3 * 48 * 48

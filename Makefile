@@ -7,7 +7,7 @@
 # make theory       the figure of the gradient's bias (needs `pip install matplotlib`)
 # make curves       distance against compute, with mid-training and without (hours; `pip install matplotlib`)
 # make ablation     what each choice of the consistency branch is worth, a table in docs/ (two hours)
-# make choose       N and the order of the solver, from the error of the teacher (half an hour)
+# make choose       N and the order of the solver, from the error of the teacher (an hour)
 # make compare      the README's table: two seeds, plain ECT with three doubling intervals (an hour)
 # make compare-mf   the README's other table: two seeds (three quarters of an hour)
 # make scratch-mf   the same and Mean Flow from scratch (another half hour)

@@ -253,9 +253,11 @@ def main():
                     "sha256 of teacher": model.sha256(args.teacher)})
         if header["kind"] == "Denoiser":
             states, _ = model.edm_to_flow(states, times)                           # noise fades into image
-        model.save_grid(Path(args.out).with_suffix(".png"),
+        picture = Path(args.out).with_suffix(".png")
+        model.save_grid(picture,
                         model.to_uint8(states)[:, :16, :3].movedim(2, -1).transpose(0, 1).cpu().numpy(),
                         [f"label {k}" for k in y[:16].tolist()])
+        print(f"{args.n:,} trajectories in {args.out}, the first of them in {picture}")
         k = min(64, args.n)
         error_table(teacher, header, x[:k], y[:k])
 

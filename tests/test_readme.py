@@ -49,11 +49,19 @@ def test_functions_shown_are_those_of_the_source():
 
 
 def test_own_teacher_as_shown():
-    snippet = next(s for s in snippets() if "solve.dpm_solver_pp(denoise" in s)
     shrink = lambda x, t, y=None: x / (1 + t)[:, None, None, None]
-    space = dict(denoise=shrink, f=shrink, y=torch.zeros(128, dtype=torch.int64))
-    exec(snippet, space)
-    assert space["loss"].isfinite()
+    space = dict(denoise=shrink, velocity=shrink, f=shrink, u=lambda z, r, t, y: z - r[:, None, None, None],
+                 labels=torch.zeros(128, dtype=torch.int64))
+    for loss in ("cmt_loss(f", "cmt_meanflow_loss(u"):
+        exec(next(s for s in snippets() if f"loss = midtrain.{loss}" in s), space)
+        assert space["loss"].isfinite() and len(space["x" if "cmt_loss" in loss else "x_t"]) == 128
+
+
+def test_a_checkpoint_makes_images_as_shown(chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    space = {}
+    exec(next(s for s in snippets() if "model.load" in s), space)
+    assert space["images"].shape == (16, 8, 8, 1) and space["x"].shape == (16, 1, 8, 8)
 
 
 @pytest.mark.parametrize("script, recipes, flags", [

@@ -221,7 +221,8 @@ def reduced(n, total, outer, device):
 def reference(args, header, features, rank, world, device):
     """--ref -> what it is called, number of images or None, mean, covariance. Statistics of images are kept
     in runs/reference/, for images that have not changed."""
-    name, _, path = model.find_data(args.ref, "--ref") if args.ref else (header["data"], None, header["data_path"])
+    if args.ref: name, _, path = model.find_data(args.ref, "--ref")
+    else:        name, path = header["data"], header["data_path"]
     row, train = model.DATASETS.get(name), not args.ref or name in model.DATASETS
     if path.endswith(".npz") and os.path.isfile(path):
         try:

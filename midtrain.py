@@ -116,7 +116,7 @@ def pairs(states, times, y, number, i, j):
     number (B,), states (N+1,P,C,H,W), times (N+1,), y (P,), i, j (M,)
     -> x_t (B,C,H,W), t (B,), x_r (B,C,H,W), r (B,), y (B,)"""
     path, i, j = number // len(i), i[number % len(i)], j[number % len(i)]
-    t, r = times[i].to(states.dtype), times[j].to(states.dtype)
+    t, r = times[i].to(states), times[j].to(states)
     return states[i, path], t, states[j, path], r, y[path]
 
 
@@ -239,7 +239,7 @@ def main():
     p = model.parser(__doc__, RECIPES[target], reads, writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
-                   help="model to imitate, and the default of --init")
+                   help="model to imitate")
     if p.get_default("init") != "none": p.set_defaults(init=model.given("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
     p.add_argument("--solver", choices=solve.SOLVER_NAMES,
@@ -274,6 +274,7 @@ def main():
     row = model.DATASETS.get(args.row) or model.own_data(shape, classes)
     net, header = model.first_weights(args.init, made_by, row, model.KIND[reads], device, **network)
     model.check_fit(args.init, header, args.teacher, shape, classes)
+    model.check_fit(args.teacher, teacher_header, f"--data {args.data}", row["shape"], row["classes"])
     distance = DISTANCES.get(args.distance) or load_lpips(args.lpips, header).to(device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}

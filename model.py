@@ -566,7 +566,8 @@ def own_data(shape, classes):
     return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0,
                 noise_scale=4.0 if small else 1.0, time_scale=16.0, network={
         "class": "DDPMpp", "model_channels": 32 if small else 128, "channel_mult": tuple(mult),
-        "num_blocks": 1 if small else 2, "attn_resolutions": (size,), "dropout": 0.0}, **(dict(latents=LATENTS["EDM2UNet"]) if shape[0] == 4 else {}))
+        "num_blocks": 1 if small else 2, "attn_resolutions": (size,), "dropout": 0.0},
+        **(dict(latents=LATENTS["EDM2UNet"]) if shape[0] == 4 else {}))
 
 
 def find_data(data, flag="--data"):
@@ -628,11 +629,11 @@ def read(path, tensors=True):
         with safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["config"])
             found = {k: f.get_tensor(k) for k in f.keys() if tensors}
-        crc = header.pop("crc32", None)
-        if tensors and crc not in (None, checksum(found, header)):
+        crc = header.pop("crc32")
+        if tensors and crc != checksum(found, header):
             raise ValueError("its checksum is not that of its content")
         return found, header
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as e:
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, AttributeError) as e:
         raise Refused(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                       "make it again or copy it again.")
 
@@ -910,7 +911,7 @@ def list_images(path):
         return len(npz_array(path, "arr_0") if names is None else names), names, labels
     except FileNotFoundError:
         raise Refused(f"{path} does not exist; an .npz with arr_0 uint8 (N,H,W,C) and, optionally, labels "
-                      "arr_1, a .zip or a folder of images will do; the README's `Data` says how to make them.")
+                      "arr_1, a .zip or a folder of images will do; the README's `Data` says more.")
     except (OSError, KeyError, ValueError, EOFError, AttributeError, RuntimeError, MemoryError, struct.error,
             zlib.error, zipfile.BadZipFile) as e:          # RuntimeError: a zip that says it is encrypted
         raise Refused(f"{path} is damaged or neither an .npz with arr_0 uint8 (N,H,W,C), nor a .zip or "
@@ -1000,7 +1001,7 @@ def save_grid(path, rows, names):
     """A picture: each of `rows` uint8 (n,H,H,C), C 1 or 3, is one line with its name before it, small images
     enlarged."""
     from PIL import Image, ImageDraw, ImageFont
-    n, H = rows[0].shape[:2]
+    n, H = len(rows[0]), max(row.shape[1] for row in rows)
     side, gap = max(1, 48 // H) * H, 4
     tile, font = side + gap, ImageFont.load_default(14)
     margin = gap + max(int(font.getlength(name)) for name in names) + gap
@@ -1123,7 +1124,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
 
 def checkpoint(text):
     """--out: a path that a run can write its files beside. Raises Refused."""
-    there = next(p for p in Path(text).absolute().parents if p.exists())
+    there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
     if not text.endswith(".safetensors") or not there.is_dir() or not os.access(there, os.W_OK):
         raise Refused(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
     return text
@@ -1239,7 +1240,8 @@ def first_weights(init, made_by, row, kind, device, **network):
         header = fresh_header(row, kind, **network)
         return build(header).to(device), header
     stages = [s for s, k in KIND.items() if k == kind]
-    return parent(init, made_by, stages, device=device, **network)
+    try: return parent(init, made_by, stages, device=device, **network)
+    except Refused as e: raise Refused(f"--init {str(e)[:-1]}; --init none starts anew.")
 
 
 def check_fit(init, header, source, shape, classes):
@@ -1333,8 +1335,8 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
              "activations": kept}
     print(f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
           + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))
-    print(f"compute   {each / 1e9:,.3g} GFLOP for each of the {unit}, {each * args.steps * args.batch / 1e15:,.3g} "
-          "PFLOP in all")
+    print(f"compute   {each / 1e9:,.3g} GFLOP for each of the {unit}, "
+          f"{each * args.steps * args.batch / 1e15:,.3g} PFLOP in all")
 
 
 def beside(out, ending):
@@ -1485,7 +1487,8 @@ def run(main):
         print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(e.code)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped at once; what was saved before is untouched.", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped at once; what was saved before is untouched.",
+              file=sys.stderr)
         sys.exit(130)
     else:
         if dist.is_initialized():

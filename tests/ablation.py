@@ -36,7 +36,7 @@ def chain(mid_flags, post_flags, seed):
     """-> (compute, distances) after mid- and after post-training"""
     mid = FOLDER / f"mid_{name_of(*mid_flags)}_{seed}.safetensors"
     post = FOLDER / f"post_{name_of(*mid_flags, *post_flags)}_{seed}.safetensors"
-    command("midtrain", "--teacher", TEACHER, "--init", TEACHER, "--seed", seed, *mid_flags, "--out", mid)
+    command("midtrain", "--teacher", TEACHER, "--seed", seed, *mid_flags, "--out", mid)
     command("posttrain_cm", "--init", mid, "--teacher", TEACHER, "--seed", seed, *post_flags, "--out", post)
     return (compute(mid), scores(mid, N)), (compute(mid) + compute(post), scores(post, N))
 

@@ -1,9 +1,10 @@
 """`make choose`: N and the solver's order from the teacher's own error, on digits.
 
 A trajectory need not be solved better than its teacher knows where it goes. Two teachers, each trained
-without 180 images that the other has seen, give the teacher's error; 64 trajectories give the solvers'. The
-cheapest (N, order) whose error is below the teacher's then trains a chain, three seeds at as many pairs as the
-recipe's, and so does the recipe (make ablation's, where that has run). Continues where it was interrupted.
+without 180 images that the other has seen, give the teacher's error in a call; 64 trajectories give the
+solvers' at the end. The (N, order) of the fewest calls whose error is below the teacher's then trains a
+chain, three seeds with as many pairs as the recipe, and so does the recipe (make ablation's, where that has
+run). Continues where it was interrupted.
 """
 import sys, time
 from pathlib import Path
@@ -32,21 +33,21 @@ def denoising_errors(D, x0, y, times, repeats=20):
 
 
 def teacher_error(seen, unseen):
-    """E||D - D*||^2, D* the best denoiser there is: half of what an image costs more when the teacher has not
-    been trained on it. For what a model has fitted to noise in its data lowers the error on these as much as
-    it raises it elsewhere (Mallows; exact for linear models). seen, unseen: (T,n), of the same images
-    -> (T,) and its standard error, a number, of the mean over times"""
+    """E||D - D*||^2, D* what the same training would reach on endless data: half of what an image costs more
+    when the teacher has not been trained on it. For what a model fits to the noise in its data lowers the
+    error on these as much as it raises it elsewhere (Mallows; exact for a mean, for least squares to first
+    order in parameters per image). seen, unseen: (T,n), of the same images
+    -> (T,), and the standard error over images of its mean"""
     gap = (unseen - seen) / 2
     return gap.mean(1), (gap.mean(0).std() / gap.shape[1] ** 0.5).item()
 
 
-def solver_error(denoise, x, N, order, ends=(80.0, 0.002)):
-    """E||end of N steps - end of the exact solution||^2, by Richardson from N and 2 N steps. Order 3, in the
-    form that is released and used, is of order 2. x (n, ...) at ends[0] -> a number"""
-    coarse, fine = (solve.dpm_solver_pp(denoise, x, solve.log_uniform_times(n, *ends), order)[0][-1]
-                    for n in (N, 2 * N))
-    p = min(order, 2)
-    return ((coarse - fine).square().flatten(1).sum(1).mean() * (2 ** p / (2 ** p - 1)) ** 2).item()
+def solver_errors(denoise, x, Ns, orders, ends=(80.0, 0.002)):
+    """{(N, order): E||end of N steps - end of 256 steps of order 2||^2}. x (n, ...) at ends[0]"""
+    end = lambda N, order: solve.dpm_solver_pp(denoise, x, solve.log_uniform_times(N, *ends), order)[0][-1]
+    fine = end(256, 2)
+    return {(N, p): (end(N, p) - fine).square().flatten(1).sum(1).mean().item()
+            for N in Ns for p in orders}
 
 
 def cheapest(errors, allowed):
@@ -66,7 +67,9 @@ def estimate():
         out, data = FOLDER / f"teacher{k}.safetensors", FOLDER / f"without{k}.npz"
         kept_out.append(order[180 * k:][:180])
         rest = np.setdiff1d(order, kept_out[k])
-        if not data.exists(): np.savez(data, arr_0=images[rest], arr_1=labels[rest])
+        if not data.exists():
+            with model.whole_file(data) as part, open(part, "wb") as f:
+                np.savez(f, arr_0=images[rest], arr_1=labels[rest])
         command("pretrain", "--data", f"digits={data}", "--out", out)
         teachers.append(model.load(out))
 
@@ -79,8 +82,7 @@ def estimate():
     torch.manual_seed(0)
     (D, header), n = teachers[0], 64
     x, y = header["t_max"] * torch.randn(n, *model.image_shape(header)), torch.randint(10, (n,))
-    denoise = lambda x, t: D(x, t, y)
-    errors = {(N, p): solver_error(denoise, x, N, p) for N in NS for p in ORDERS}
+    errors = solver_errors(lambda x, t: D(x, t, y), x, NS, ORDERS)
     return *teacher_error(torch.cat(seen, 1), torch.cat(unseen, 1)), errors
 
 
@@ -92,14 +94,16 @@ def main():
     print(f"\nteacher's error, mean over the trajectory's times: {allowed:.3f} ± {spread:.3f}\n"
           f"\n| solver's error, N = | {' | '.join(map(str, NS))} |\n|---|{'---|' * len(NS)}")
     for p in ORDERS: print(f"| order {p} | {' | '.join(f'{errors[n, p]:.4f}' for n in NS)} |")
-    print(f"\nchosen: N = {N}, order {order}\n", flush=True)
+    print(f"\nchosen: N = {N}, order {order}", flush=True)
 
     command("pretrain", "--out", TEACHER)
+    rows = []
     for name, flags in (("recipe", []), ("chosen", ["--nfe", N, "--solver", f"dpm{order}"])):
         stages = zip(*(chain(flags, [], seed) for seed in range(3)))
-        print(f"| {name} | " + " | ".join(cell([found[k] for _, found in runs]) for runs in stages for k in (0, 1))
-              + " |", flush=True)
-    print(f"\n{time.time() - started:.0f} s")
+        cells = [cell([found[k] for _, found in runs]) for runs in stages for k in (0, 1)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    print("\n| FD-pixels | mid-training: 1 step | 2 steps | post-training: 1 step | 2 steps |\n"
+          "|---|---|---|---|---|\n" + "\n".join(rows) + f"\n\n{time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def points(data, branch, seed):
     found = {"with mid-training": [], "without": []}
     for part in (4, 2, 1):
         mid, out = file(f"mid_{part}"), file(f"post_{part}")
-        command("midtrain", *target, *flags, "--teacher", file("pre"), "--init", file("pre"), "--out", mid,
-                "--steps", mid_steps // part)
+        command("midtrain", *target, *flags, "--teacher", file("pre"), "--steps", mid_steps // part,
+                "--out", mid)
         command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
         total, like = compute(mid) + compute(out), out
         found["with mid-training"].append((total, *scores(out, N, ref)))

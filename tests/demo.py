@@ -81,7 +81,7 @@ def train_cm(seed, file, intervals):
     pre, mid, post = file("pretrain"), file("midtrain_cm"), file("posttrain_cm")
     command("pretrain", "--seed", seed, "--out", pre)
     if seed == 0: command("solve", "--n", 8)
-    command("midtrain", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
+    command("midtrain", "--seed", seed, "--teacher", pre, "--out", mid)
     command("posttrain_cm", "--seed", seed, "--init", mid, "--out", post)
 
     total = compute(mid) + compute(post)
@@ -98,7 +98,7 @@ def train_mf(seed, file, scratch):
     """The mean-flow chain and its baselines -> rows as train_cm's."""
     pre, mid, post = file("pretrain_flow"), file("midtrain_mf"), file("posttrain_mf")
     command("pretrain", "--objective", "flow", "--seed", seed, "--out", pre)
-    command("midtrain", "--target", "mf", "--seed", seed, "--teacher", pre, "--init", pre, "--out", mid)
+    command("midtrain", "--target", "mf", "--seed", seed, "--teacher", pre, "--out", mid)
     command("posttrain_mf", "--seed", seed, "--init", mid, "--out", post)
 
     total = compute(mid) + compute(post)

@@ -1,8 +1,8 @@
 """`make curves`: distance against compute, with mid-training and without, over three training seeds.
 
 Every point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
-post-training straight from the diffusion weights at half the compute of that, at all of it and, but for Mean
-Flow, at twice. Compute is counted as in demo.py, after the teacher. `python tests/curves.py digits cm` draws
+post-training straight from the diffusion weights at half the compute of that, at all of it and, for the first
+case, at twice. Compute is counted as in demo.py, after the teacher. `python tests/curves.py digits cm` draws
 one of the figures, docs/curves_DATA_BRANCH.png; an hour or two each, continued where they were interrupted.
 """
 import math, statistics, sys
@@ -25,7 +25,7 @@ DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch,
 CASES = {("digits", "cm"): (DIGITS["cm"], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
          ("digits", "mf"): (DIGITS["mf"], [], ["--lr", 6e-4], (0.5, 1)),
          ("shapes", "cm"): ((800, 400, 200), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4],
-                            (0.5, 1, 2))}
+                            (0.5, 1))}
 
 
 def points(data, branch, seed):

@@ -168,7 +168,7 @@ def test_import_command_and_what_follows(run, tmp_path, monkeypatch):
     assert torch.equal(D.net.map_layer0.weight, expected["model.map_layer0.weight"])
     assert header["imported from"].endswith("edm_uncond.pkl") and header["stage"] == "pretrain"
     small = "--steps", 1, "--batch", 8, "--nfe", 4
-    done = run("midtrain", "--teacher", out, "--init", out, *small, "--out", tmp_path / "m.safetensors")
+    done = run("midtrain", "--data", "edm_uncond.npz", *small, "--out", tmp_path / "m.safetensors")
     assert done.code == 0 and "warning" not in done.out, done.err
     assert run("sample", f"{out}:4", "--n", 2, "--out", tmp_path / "a.npz").code == 0
     again = run("pretrain", "--import", VECTORS / "edm_uncond.pkl")

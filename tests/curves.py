@@ -24,7 +24,7 @@ DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch,
 # that of the whole chain
 CASES = {("digits", "cm"): (DIGITS["cm"], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
          ("digits", "mf"): (DIGITS["mf"], [], ["--lr", 6e-4], (0.5, 1)),
-         ("shapes", "cm"): ((800, 400, 200), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4],
+         ("shapes", "cm"): ((5000, 600, 300), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4],
                             (0.5, 1))}
 
 
@@ -32,13 +32,16 @@ def points(data, branch, seed):
     """-> {"with mid-training" | "without": [(compute, distance in one step, in two), ...]}"""
     (pre_steps, mid_steps, post_steps), flags, base_flags, compute_of_base = CASES[data, branch]
     file = lambda name: f"runs/curves/{data}_{branch}_{seed}/{name}.safetensors"
-    flags, ref, post = [*flags, "--seed", seed], SHAPES if data == "shapes" else data, f"posttrain_{branch}"
+    ref, post = SHAPES if data == "shapes" else data, f"posttrain_{branch}"
     flow, target = (["--objective", "flow"], ["--target", "mf"]) if branch == "mf" else ([], [])
-    command("pretrain", *flow, *flags, "--steps", pre_steps, "--out", file("pre"))
+    # shapes: one teacher for all seeds, it takes longest
+    pre, its_seed = ("runs/curves/shapes.safetensors", 0) if data == "shapes" else (file("pre"), seed)
+    command("pretrain", *flow, *flags, "--seed", its_seed, "--steps", pre_steps, "--out", pre)
+    flags = [*flags, "--seed", seed]
     found = {"with mid-training": [], "without": []}
     for part in (4, 2, 1):
         mid, out = file(f"mid_{part}"), file(f"post_{part}")
-        command("midtrain", *target, *flags, "--teacher", file("pre"), "--steps", mid_steps // part,
+        command("midtrain", *target, *flags, "--teacher", pre, "--steps", mid_steps // part,
                 "--out", mid)
         command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
         total, like = compute(mid) + compute(out), out
@@ -46,7 +49,7 @@ def points(data, branch, seed):
     for times in compute_of_base:
         out, steps = file(f"base_{times}"), steps_for(times * total, like)
         double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in demo.py
-        command(post, *flags, *base_flags, *double, "--init", file("pre"), "--steps", steps, "--out", out)
+        command(post, *flags, *base_flags, *double, "--init", pre, "--steps", steps, "--out", out)
         found["without"].append((times * total, *scores(out, N, ref)))
     return found
 
@@ -73,6 +76,7 @@ def main():
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
     cases = [tuple(sys.argv[1:3])] if sys.argv[1:] else list(CASES)
     if not Path(SHAPES).exists():
         Path(SHAPES).parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,11 @@ def main():
                             color=colour, label=name)
             title = f"{k} step{'s' * (k > 1)}"
             axes.set(xlabel="million network forwards", title=title)
+            at = sorted({p[0] / 1e6 for curve in curves.values() for p in curve})
+            axes.set_xticks(at, [f"{x:.2f}" for x in at])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            for axis in (axes.xaxis, axes.yaxis): axis.set_minor_locator(NullLocator())
             lines = [[(p[0], p[k]) for p in curve] for curve in curves.values()]
             print(f"{data}, {branch}, {title}: {speed_up(*lines)}")
         panels[0].set(ylabel="FD-pixels")

@@ -52,7 +52,7 @@ RECIPES = {
                                       guide="runs/imagenet512/guide.safetensors", origin={
         "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network loss "
                  "solver teacher guide", "code": "mid_t guidance"}),
-    "own data":    ECT | dict(steps=10_000, lr=3e-4, ema=0.999, q=256),
+    "own data":    ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),
 }
 
 

@@ -20,17 +20,17 @@ SHAPES = "runs/curves/shapes.npz"                          # 16x16 RGB, made up
 DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch, stages in {
     "cm": (pretrain.RECIPES["edm"], midtrain.RECIPES["cm"], posttrain_cm.RECIPES),
     "mf": (pretrain.RECIPES["flow"], midtrain.RECIPES["mf"], posttrain_mf.RECIPES)}.items()}
-# steps of pre-, mid- and post-training; flags of all stages, and of the baseline; the baseline's compute, in
-# that of the whole chain
-CASES = {("digits", "cm"): (DIGITS["cm"], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
-         ("digits", "mf"): (DIGITS["mf"], [], ["--lr", 6e-4], (0.5, 1)),
-         ("shapes", "cm"): ((5000, 600, 300), ["--data", SHAPES, "--batch", 32], ["--q", 2, "--lr", 3e-4],
-                            (0.5, 1))}
+# steps of pre-, mid- and post-training; flags of all stages, of mid-, of post-training and of the baseline; the
+# baseline's compute, in that of the whole chain.
+CASES = {("digits", "cm"): (DIGITS["cm"], [], [], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
+         ("digits", "mf"): (DIGITS["mf"], [], [], [], ["--lr", 6e-4], (0.5, 1)),
+         ("shapes", "cm"): ((5000, 600, 300), ["--data", SHAPES, "--batch", 32], ["--lr", 3e-3], ["--lr", 3e-5],
+                            ["--q", 2, "--lr", 3e-4], (0.5, 1))}
 
 
 def points(data, branch, seed):
     """-> {"with mid-training" | "without": [(compute, distance in one step, in two), ...]}"""
-    (pre_steps, mid_steps, post_steps), flags, base_flags, compute_of_base = CASES[data, branch]
+    (pre_steps, mid_steps, post_steps), flags, of_mid, of_post, of_base, base_compute = CASES[data, branch]
     file = lambda name: f"runs/curves/{data}_{branch}_{seed}/{name}.safetensors"
     ref, post = SHAPES if data == "shapes" else data, f"posttrain_{branch}"
     flow, target = (["--objective", "flow"], ["--target", "mf"]) if branch == "mf" else ([], [])
@@ -41,15 +41,15 @@ def points(data, branch, seed):
     found = {"with mid-training": [], "without": []}
     for part in (4, 2, 1):
         mid, out = file(f"mid_{part}"), file(f"post_{part}")
-        command("midtrain", *target, *flags, "--teacher", pre, "--steps", mid_steps // part,
+        command("midtrain", *target, *flags, *of_mid, "--teacher", pre, "--steps", mid_steps // part,
                 "--out", mid)
-        command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
+        command(post, *flags, *of_post, "--init", mid, "--out", out, "--steps", post_steps // part)
         total, like = compute(mid) + compute(out), out
         found["with mid-training"].append((total, *scores(out, N, ref)))
-    for times in compute_of_base:
+    for times in base_compute:
         out, steps = file(f"base_{times}"), steps_for(times * total, like)
         double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in demo.py
-        command(post, *flags, *base_flags, *double, "--init", pre, "--steps", steps, "--out", out)
+        command(post, *flags, *of_base, *double, "--init", pre, "--steps", steps, "--out", out)
         found["without"].append((times * total, *scores(out, N, ref)))
     return found
 

@@ -170,15 +170,15 @@ class Inception(nn.Module):
 
 
 def load_inception(path):
-    """The published weights (see WHERE) -> Inception in eval mode. Raises Refused."""
+    """The published weights (see WHERE) -> Inception in eval mode. Raises UserError."""
     if not os.path.exists(path):
-        raise model.Refused(f"{path} does not exist; fetch {WHERE} and give it as --inception.")
+        raise model.UserError(f"{path} does not exist; fetch {WHERE} and give it as --inception.")
     net = Inception()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
     except Exception as e:                                 # damaged, or another network
-        raise model.Refused(f"{path} is not {INCEPTION} ({type(e).__name__}: {str(e).splitlines()[0]}); "
+        raise model.UserError(f"{path} is not {INCEPTION} ({type(e).__name__}: {str(e).splitlines()[0]}); "
                             f"fetch {WHERE}.")
     return net.eval().requires_grad_(False)
 
@@ -189,7 +189,7 @@ def pixels(images):
     """uint8 (n,H,W,C) -> (n, HWC) in [-1, 1]"""
     x = model.to_float(torch.as_tensor(images)).flatten(1)
     if x.shape[1] > 3072:
-        raise model.Refused(f"--features pixels is for small images (at most 3,072 values), not for "
+        raise model.UserError(f"--features pixels is for small images (at most 3,072 values), not for "
                             f"{x.shape[1]:,}.")
     return x
 
@@ -199,7 +199,7 @@ def read(path, rank, world, row=None, train=False):
     with that row of DATASETS reads them."""
     images, _ = model.read_images(path, row, train)
     if images[0].dtype != torch.uint8:
-        raise model.Refused(f"{path} holds latents; a Frechet distance is between images, give --ref.")
+        raise model.UserError(f"{path} holds latents; a Frechet distance is between images, give --ref.")
     for at in torch.arange(len(images)).split(64)[rank::world]:
         yield rearrange(images.batch(at.tolist())[0], "n c h w -> n h w c")
 
@@ -214,7 +214,7 @@ def reduced(n, total, outer, device):
                             outer.double().to(device).flatten()])
         dist.all_reduce(packed)
         n, total, outer = int(packed[0]), packed[1:1 + size], packed[1 + size:].reshape(size, size)
-    if n < 2: raise model.Refused(f"a distance needs at least two images on each side, not {n}.")
+    if n < 2: raise model.UserError(f"a distance needs at least two images on each side, not {n}.")
     return n, *moments(n, total, outer)
 
 
@@ -229,9 +229,9 @@ def reference(args, header, features, rank, world, device):
             with np.load(path, allow_pickle=False) as f:
                 if "mu" in f: return path, None, torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
         except Exception as e:
-            raise model.Refused(f"{path} is damaged ({type(e).__name__}: {e}).")
+            raise model.UserError(f"{path} is damaged ({type(e).__name__}: {e}).")
     if not os.path.exists(path):
-        raise model.Refused(f"the images to compare with, {path or 'unknown'}, are not there; give --ref.")
+        raise model.UserError(f"the images to compare with, {path or 'unknown'}, are not there; give --ref.")
     how = "x".join(map(str, row["shape"])) if row else "own" if train else "as-they-are"
     kept = Path(f"runs/reference/{model.fingerprint(path)[:16]}-{how}-{args.features}.npz")
     there = [kept.exists()]
@@ -240,7 +240,7 @@ def reference(args, header, features, rank, world, device):
         images = read(path, rank, world, row, train)
         n, mu, cov = reduced(*sums(features(x) for x in images), device)
         if rank == 0:
-            with model.whole_file(kept) as part, open(part, "wb") as f:
+            with model.atomic_write(kept) as part, open(part, "wb") as f:
                 np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
         return path, n, mu, cov
     with np.load(kept) as f: return path, int(f["n"]), torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
@@ -271,7 +271,7 @@ def evaluate(file, args, features, rank, world, device):
     if file.endswith((".npz", ".zip")) or os.path.isdir(file):
         batches, what = read(file, rank, world), {"file": file}
         if not args.ref:
-            raise model.Refused("--ref is missing; name the data set, images or statistics to compare with.")
+            raise model.UserError("--ref is missing; name the data set, images or statistics to compare with.")
     else:
         net, header, steps = sample.open_model(file, args, device)
         vae, seeds = sample.open_vae(header, args.vae, device), args.seeds or range(args.n)
@@ -282,7 +282,7 @@ def evaluate(file, args, features, rank, world, device):
     ref, n_ref, mu_ref, cov_ref = reference(args, header, features, rank, world, device)
     n, mu, cov = reduced(*sums(features(x) for x in batches), device)
     if mu.shape != mu_ref.shape:
-        raise model.Refused(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference has "
+        raise model.UserError(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference has "
                             "to be of the same features and, for pixels, of the same size.")
     distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
     if rank: return

@@ -154,18 +154,18 @@ class LPIPS(torch.nn.Module):
 
 
 def load_lpips(files, header):
-    """--lpips VGG.pth LIN.pth -> LPIPS, for images as the header says. Raises Refused."""
+    """--lpips VGG.pth LIN.pth -> LPIPS, for images as the header says. Raises UserError."""
     where = ("torchvision's vgg16-397923af.pth from download.pytorch.org/models and "
              "lpips/weights/v0.1/vgg.pth from github.com/richzhang/PerceptualSimilarity")
-    if not files: raise model.Refused(f"--distance lpips needs --lpips VGG.pth LIN.pth, {where}.")
+    if not files: raise model.UserError(f"--distance lpips needs --lpips VGG.pth LIN.pth, {where}.")
     C, H, _ = model.image_shape(header)
     if C not in (1, 3) or H < 16:
-        raise model.Refused(f"--distance lpips is for images of at least 16x16 pixels, not for {C}x{H}x{H}.")
+        raise model.UserError(f"--distance lpips is for images of at least 16x16 pixels, not for {C}x{H}x{H}.")
     if C == 1: print("LPIPS: the one channel is repeated to three")
     try:
         return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
     except Exception as e:                                 # missing, damaged, or of another network
-        raise model.Refused(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); it "
+        raise model.UserError(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); it "
                             f"takes {where}.")
 
 
@@ -208,7 +208,7 @@ def read_paths(args, header, device):
     guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
     if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
-        raise model.Refused(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
+        raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
                             f"{args.guidance:g} and that --guide; solve.py writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return *student_time(states.transpose(0, 1), times, header, args.target), y
@@ -222,8 +222,8 @@ def draw_pairs(paths, N, M, device):
 
 
 def dry_run(args, kind, network, made_by, teacher_by):
-    header = model.planned(args.init, args, kind, **network)
-    teacher = model.planned(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
+    header = model.expected_header(args.init, args, kind, **network)
+    teacher = model.expected_header(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
     solver = args.solver or (teacher and solve.default_solver(teacher))
     N = args.nfe // 2 if solver == "heun" else args.nfe
     paths = args.batch / (N if args.pairing == "cmt" else 1)                       # trajectories a step
@@ -234,13 +234,13 @@ def dry_run(args, kind, network, made_by, teacher_by):
 
 
 def main():
-    target = model.given("--target", "cm", RECIPES)
+    target = model.peek_flag("--target", "cm", RECIPES)
     reads = {"cm": "pretrain", "mf": "pretrain_flow"}[target]
     p = model.parser(__doc__, RECIPES[target], reads, writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
                    help="model to imitate")
-    if p.get_default("init") != "none": p.set_defaults(init=model.given("--teacher", p.get_default("init")))
+    if p.get_default("init") != "none": p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
     p.add_argument("--solver", choices=solve.SOLVER_NAMES,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
@@ -252,9 +252,9 @@ def main():
     solve.guidance_flags(p)
     args = p.parse_args()
     if target == "mf" and args.distance != "l2":
-        raise model.Refused(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
+        raise model.UserError(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
     if args.pairing == "slow" and args.trajectories:
-        raise model.Refused("--pairing slow solves a new trajectory for each pair; leave out --trajectories.")
+        raise model.UserError("--pairing slow solves a new trajectory for each pair; leave out --trajectories.")
     made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": made_by += " --objective flow"
     elif public := model.DATASETS.get(args.row, {}).get("public"): made_by += f" [--import {public}]"
@@ -264,7 +264,7 @@ def main():
     rank, world, device, batch = model.setup(args.batch)
 
     teachers = solve.TEACHERS if target == "mf" else [reads]
-    teacher, teacher_header = model.parent(args.teacher, teacher_by, teachers, device=device)
+    teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, teachers, device=device)
     teacher.requires_grad_(False).body_dtype = model.BODY[args.precision]          # in eval mode, as loaded
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
     args.solver = args.solver or solve.default_solver(teacher_header)
@@ -278,7 +278,7 @@ def main():
     distance = DISTANCES.get(args.distance) or load_lpips(args.lpips, header).to(device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
-    header |= model.stamp(args, f"midtrain_{target}", "pairs", world, init=args.init, teacher=args.teacher,
+    header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, init=args.init, teacher=args.teacher,
                           trajectories=args.trajectories, guide=solve.guide_file(args),
                           **dict(zip(("vgg", "lin"), args.lpips or ())))
     if target == "cm": header["mid_t"] = args.mid_t

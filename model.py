@@ -29,13 +29,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 
-class Refused(Exception):
+class UserError(Exception):
     """Bad input. The message says in one sentence what is wrong and how to mend it. `run` prints it and exits
     with `code`."""
     code = 2
 
 
-class Diverged(Refused):
+class Diverged(UserError):
     """A training run that produces nothing but infinities and NaNs."""
     code = 3
 
@@ -519,13 +519,14 @@ def flow_to_edm(z, t):
 # null labels.
 # noise_scale, of EDM's time: 4 is ours, for small networks (digits: a little better in every stage than 1,
 # one seed each). time_scale, of flow time: 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
-# latents: networks see (z - mean) * scale of the autoencoder's z, channel by channel.
+# latents: networks see (z - mean) * scale of the autoencoder's z, channel by channel. pixel_range: of the
+# pixels that the autoencoder sees. EDM2 encodes pixels in [0, 1], SiT and MeanFlow in [-1, 1].
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENTS = {
-    "EDM2UNet": dict(vae=VAE, mean=[5.81, 3.25, 0.12, -2.15],
+    "EDM2UNet": dict(vae=VAE, pixel_range=[0, 1], mean=[5.81, 3.25, 0.12, -2.15],
                      scale=[0.5 / deviation for deviation in (4.17, 4.62, 3.71, 3.28)]),
-    "SiT":      dict(vae=VAE, mean=[0.0] * 4, scale=[0.18215] * 4),
+    "SiT":      dict(vae=VAE, pixel_range=[-1, 1], mean=[0.0] * 4, scale=[0.18215] * 4),
 }
 DDPMPP = {"class": "DDPMpp", "model_channels": 128, "num_blocks": 4, "attn_resolutions": (16,)}
 EDM2 = {"class": "EDM2UNet", "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (16, 8)}
@@ -577,7 +578,7 @@ def find_data(data, flag="--data"):
         paths = f"data/{name}.npz", f"data/{name}.zip", f"data/{name}"
         return name, name, path or next(filter(os.path.exists, paths), paths[0])
     if path or not (os.path.exists(data) or Path(data).suffix or os.sep in data):
-        raise Refused(f"{flag} {data}: '{name}' is neither a file nor one of {', '.join(DATASETS)}; "
+        raise UserError(f"{flag} {data}: '{name}' is neither a file nor one of {', '.join(DATASETS)}; "
                       "give one of these names, the path of an .npz, .zip or folder, or NAME=PATH.")
     return "own data", Path(data).stem, data
 
@@ -586,9 +587,9 @@ def find_data(data, flag="--data"):
 # NAME.safetensors: weights + one metadata key `config`, the header (JSON), which alone rebuilds the network.
 
 @contextlib.contextmanager
-def whole_file(path):
-    """`with whole_file(path) as part:` write to `part`; `path` appears whole or not at all (flush, rename).
-    Raises Refused where the disk does not take it; what was there before is then untouched."""
+def atomic_write(path):
+    """`with atomic_write(path) as part:` write to `part`; `path` appears whole or not at all (flush, rename).
+    Raises UserError where the disk does not take it; what was there before is then untouched."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -601,7 +602,7 @@ def whole_file(path):
         os.close(folder)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError): part.unlink()
-        raise Refused(f"{path} could not be written ({e}); free some space or choose another --out, "
+        raise UserError(f"{path} could not be written ({e}); free some space or choose another --out, "
                       "what was saved before is untouched.")
 
 
@@ -615,16 +616,16 @@ def checksum(tensors, header):
 
 
 def save(path, tensors, header):
-    """Write {name: tensor} and a JSON-able header to `path`. Raises Refused as `whole_file` does."""
+    """Write {name: tensor} and a JSON-able header to `path`. Raises UserError as `atomic_write` does."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = json.dumps(header | {"crc32": checksum(tensors, header)})
-    with whole_file(path) as part: save_file(tensors, part, {"config": config})      # more keys are shuffled
+    with atomic_write(path) as part: save_file(tensors, part, {"config": config})      # more keys are shuffled
 
 
 def read(path, tensors=True):
-    """-> ({name: tensor} on the CPU, header). Raises Refused if the file is missing, damaged or not ours."""
+    """-> ({name: tensor} on the CPU, header). Raises UserError if the file is missing, damaged or not ours."""
     if not os.path.isfile(path):
-        raise Refused(f"{path} does not exist.")
+        raise UserError(f"{path} does not exist.")
     try:
         with safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["config"])
@@ -634,7 +635,7 @@ def read(path, tensors=True):
             raise ValueError("its checksum is not that of its content")
         return found, header
     except (SafetensorError, OSError, TypeError, KeyError, ValueError, AttributeError) as e:
-        raise Refused(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
+        raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                       "make it again or copy it again.")
 
 
@@ -658,10 +659,10 @@ def build_for(header, tensors):
 def load(path, device="cpu", **network):
     """-> (model in eval mode with its fp32 body, header). `network`: constructor arguments that replace the
     header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none. Raises
-    Refused as `read` does, and where the weights do not fit the network of the header."""
+    UserError as `read` does, and where the weights do not fit the network of the header."""
     tensors, header = read(path)
     if any(k.startswith("ema.") for k in tensors):
-        raise Refused(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
+        raise UserError(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
     try:
         adds_interval = network.get("interval") and not header["network"].get("interval")
         header["network"].update(network)
@@ -671,7 +672,7 @@ def load(path, device="cpu", **network):
         model = build_for(header, tensors)
         model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise Refused(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
+        raise UserError(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
                       "it is damaged or was written by another program.")
     return model.to(device).eval(), header
 
@@ -700,7 +701,7 @@ def image_shape(header):
 
 def sha256(path):
     if not os.path.isfile(path):
-        raise Refused(f"{path} does not exist.")
+        raise UserError(f"{path} does not exist.")
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -785,12 +786,12 @@ class Images(torch.utils.data.Dataset):
                 x = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
             else:
                 x = self.decode(data)
-        except Refused as e:
-            raise Refused(f"{self.path}: {name} {e}.")
+        except UserError as e:
+            raise UserError(f"{self.path}: {name} {e}.")
         except Exception as e:                             # image libraries raise anything
-            raise Refused(f"{self.path}: {name} is damaged ({type(e).__name__}: {e}).")
+            raise UserError(f"{self.path}: {name} is damaged ({type(e).__name__}: {e}).")
         if self.shape and x.shape != self.shape:
-            raise Refused(f"{self.path}: {name} is {tuple(x.shape)}, the others are {tuple(self.shape)} "
+            raise UserError(f"{self.path}: {name} is {tuple(x.shape)}, the others are {tuple(self.shape)} "
                           "(channels, height, width).")
         return x
 
@@ -799,11 +800,11 @@ class Images(torch.utils.data.Dataset):
         from PIL import Image
         image = Image.open(io.BytesIO(data))
         if self.shape and not self.crop and image.size != tuple(self.shape[:0:-1]):
-            raise Refused(f"is of {image.size[0]}x{image.size[1]} pixels, the others of "
+            raise UserError(f"is of {image.size[0]}x{image.size[1]} pixels, the others of "
                           f"{self.shape[2]}x{self.shape[1]}")
-        if "A" in image.getbands() or "transparency" in image.info: raise Refused("has an alpha channel")
+        if "A" in image.getbands() or "transparency" in image.info: raise UserError("has an alpha channel")
         if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
-            raise Refused(f"has pixels of a kind we do not read ({image.mode}), only 8 bits a channel")
+            raise UserError(f"has pixels of a kind we do not read ({image.mode}), only 8 bits a channel")
         image = image.convert("L" if image.mode in ("1", "L") and self.channels != 3 else "RGB")
         if self.crop: image = centre_crop(image, self.crop)
         return torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())
@@ -813,9 +814,9 @@ class Images(torch.utils.data.Dataset):
         return torch.stack([self[i] for i in at]), self.labels[torch.as_tensor(at)]
 
     def __getitems__(self, at):
-        """DataLoader's way to a batch. A Refused is handed over, to be raised where it can be read."""
+        """DataLoader's way to a batch. A UserError is handed over, to be raised where it can be read."""
         try: return self.batch(at)
-        except Refused as e: return e
+        except UserError as e: return e
 
     def __str__(self):
         n = f"{self.path}: {len(self):,} of {'x'.join(map(str, self.shape))}"
@@ -832,14 +833,14 @@ def listed_labels(path, text, names):
         listed = json.loads(text)["labels"]
         table = listed and {name.replace("\\", "/"): label for name, label in listed}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Refused(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}} "
+        raise UserError(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}} "
                       f"({type(e).__name__}: {e}).")
     if not table: return None
     if absent := table.keys() - set(names):
-        raise Refused(f"{path}: dataset.json names {min(absent)}, which is not there.")
+        raise UserError(f"{path}: dataset.json names {min(absent)}, which is not there.")
     for name in names:
         if type(table.get(name)) is not int or table[name] < 0:
-            raise Refused(f"{path}: dataset.json gives {name} the label {table.get(name)}; "
+            raise UserError(f"{path}: dataset.json gives {name} the label {table.get(name)}; "
                           "it has to be an integer >= 0.")
     return np.array([table[name] for name in names])
 
@@ -849,7 +850,7 @@ def folder_labels(path, names):
     folders = [name.split("/")[0] if "/" in name else None for name in names]
     if not any(folders): return None
     if None in folders:
-        raise Refused(f"{path}: {names[folders.index(None)]} lies beside the folders of the classes; "
+        raise UserError(f"{path}: {names[folders.index(None)]} lies beside the folders of the classes; "
                       "put every image into one, or none.")
     return np.unique(folders, return_inverse=True)[1]
 
@@ -860,7 +861,7 @@ def is_channels_last(path, x):
         if x.dtype == np.uint8: return True
         if x.dtype.kind == "f" and x.shape[1] in (4, 8) and x.shape[2] == x.shape[3]: return False
         if x.dtype.kind == "f" and x.shape[3] in (4, 8): return True
-    raise Refused(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1, or, for "
+    raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1, or, for "
                   "latents, floats (N,C,H,W) with C = 4, or 8 for means and deviations.")
 
 
@@ -873,10 +874,10 @@ def common_size(path, names):
         try:
             with Image.open(Path(path, name)) as image: sizes.add(image.size)
         except Exception as e:
-            raise Refused(f"{path}: {name} is damaged ({type(e).__name__}: {e}).")
+            raise UserError(f"{path}: {name} is damaged ({type(e).__name__}: {e}).")
     shortest = min(min(size) for size in sizes)
     if len(sizes) == 1 and len(set(*sizes)) == 1 and shortest % 4 == 0: return shortest
-    if shortest < 8: raise Refused(f"{path}: some images are only {shortest} pixels wide, 8 are needed.")
+    if shortest < 8: raise UserError(f"{path}: some images are only {shortest} pixels wide, 8 are needed.")
     return min(64, 2 ** (shortest.bit_length() - 1))
 
 
@@ -889,7 +890,7 @@ def whole_zip(path):
 
 
 def list_images(path):
-    """-> how many there are, names of the files (None for an .npz), labels (N,) or None. Raises Refused."""
+    """-> how many there are, names of the files (None for an .npz), labels (N,) or None. Raises UserError."""
     names = labels = None
     try:
         if os.path.isdir(path):
@@ -910,11 +911,11 @@ def list_images(path):
             labels = np.array(npz_array(path, "arr_1")) if has_labels else None
         return len(npz_array(path, "arr_0") if names is None else names), names, labels
     except FileNotFoundError:
-        raise Refused(f"{path} does not exist; an .npz with arr_0 uint8 (N,H,W,C) and, optionally, labels "
+        raise UserError(f"{path} does not exist; an .npz with arr_0 uint8 (N,H,W,C) and, optionally, labels "
                       "arr_1, a .zip or a folder of images will do; the README's `Data` says more.")
     except (OSError, KeyError, ValueError, EOFError, AttributeError, RuntimeError, MemoryError, struct.error,
             zlib.error, zipfile.BadZipFile) as e:          # RuntimeError: a zip that says it is encrypted
-        raise Refused(f"{path} is damaged or neither an .npz with arr_0 uint8 (N,H,W,C), nor a .zip or "
+        raise UserError(f"{path} is damaged or neither an .npz with arr_0 uint8 (N,H,W,C), nor a .zip or "
                       f"folder of images ({type(e).__name__}: {e}).")
 
 
@@ -927,15 +928,15 @@ def read_images(path, row=None, train=True):
 
     row: the DATASETS row they have to agree with; None accepts any and makes one with `own_data`.
     train=False: not to be cropped nor trained on, of any one size.
-    -> Images, row. Opens up to 1,000 of the files, the others when their turn comes. Raises Refused.
+    -> Images, row. Opens up to 1,000 of the files, the others when their turn comes. Raises UserError.
     """
     path = str(path).rstrip("/")
     count, names, labels = list_images(path)
     if not count:
-        raise Refused(f"{path} holds no images; a folder or .zip has them as {', '.join(PICTURES)} (or, a "
+        raise UserError(f"{path} holds no images; a folder or .zip has them as {', '.join(PICTURES)} (or, a "
                       ".zip, latents as .npy), an .npz as arr_0 uint8 (N,H,W,C) with N >= 1.")
     if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise Refused(f"{path}: arr_1 is {labels.dtype} {labels.shape}; labels have to be {count} "
+        raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; labels have to be {count} "
                       "integers >= 0.")
     images = Images(path, names, torch.zeros(count, dtype=torch.int64))
     if names is None: images.channels_last = is_channels_last(path, images.file())
@@ -952,20 +953,20 @@ def read_images(path, row=None, train=True):
     if what == "latents" and C == 8: C = 4
     what += f" of {C} channels and {H}x{W} pixels"
     if row and ((C, H, W) != tuple(row["shape"]) or what.startswith("latents") != ("latents" in row)):
-        raise Refused(f"{path} holds {what}, the recipe is for {row['shape'][0]} channels and "
+        raise UserError(f"{path} holds {what}, the recipe is for {row['shape'][0]} channels and "
                       f"{row['shape'][1]}x{row['shape'][2]}{' latents' if 'latents' in row else ''}; "
                       "give the plain path to use it as your own data.")
     if C not in ((4,) if what.startswith("latents") else (1, 3)) or train and (H != W or H % 4):
-        raise Refused(f"{path} holds {what}; they have to be square with a side divisible by 4 and 1 or 3 "
+        raise UserError(f"{path} holds {what}; they have to be square with a side divisible by 4 and 1 or 3 "
                       "channels, latents 4.")
     row = row or own_data((C, H, W), 0 if labels is None else int(labels.max()) + 1)
     K = row["classes"]
     if K and labels is None:
-        raise Refused(f"{path} has no labels, but the recipe has {K} classes; an .npz has them as arr_1, a "
+        raise UserError(f"{path} has no labels, but the recipe has {K} classes; an .npz has them as arr_1, a "
                       ".zip or folder in dataset.json, a folder also as sub-folders.")
     if K and labels.max() >= K:
         i = labels.argmax()
-        raise Refused(f"{path}: label {labels[i]} is out of range, the recipe has classes 0..{K - 1} "
+        raise UserError(f"{path}: label {labels[i]} is out of range, the recipe has classes 0..{K - 1} "
                       f"({names[i] if names else f'image {i}'}).")
     if K: images.labels = torch.from_numpy(labels.astype(np.int64))
     return images, row
@@ -1011,7 +1012,7 @@ def save_grid(path, rows, names):
         for j, image in enumerate(row):
             image = Image.fromarray(np.repeat(image, 3 // image.shape[2], axis=2))
             sheet.paste(image.resize((side, side), Image.NEAREST), (margin + j * tile, gap + i * tile))
-    with whole_file(path) as part: sheet.save(part, "PNG")
+    with atomic_write(path) as part: sheet.save(part, "PNG")
 
 
 @functools.lru_cache(maxsize=2)
@@ -1034,9 +1035,9 @@ def read_ahead(images, args, rank, batch, start):
           for step in range(start, args.steps))
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=at, num_workers=args.workers, collate_fn=as_is, generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(), worker_init_fn=deaf)      # generator: the steps' is left alone
+        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)      # generator: the steps' is left alone
     for item in loader:
-        if isinstance(item, Refused): raise item
+        if isinstance(item, UserError): raise item
         yield item
 
 
@@ -1044,7 +1045,7 @@ def as_is(item):
     return item
 
 
-def deaf(worker):
+def ignore_signals(worker):
     """Whoever asks a run to stop signals all of its processes; workers have to last until the save."""
     for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, signal.SIG_IGN)
 
@@ -1073,7 +1074,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return super()._get_help_string(action)
 
 
-def given(flag, default, choices=None):
+def peek_flag(flag, default, choices=None):
     """What the command line says for `flag`, looked up first because the defaults of others depend on it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument(flag, dest="value", default=default, choices=choices)
@@ -1083,9 +1084,9 @@ def given(flag, default, choices=None):
 def parser(doc, recipes, reads, writes, precision=None, compile=True):
     """The flags all training stages share. --data picks the row of `recipes` whose numbers are the defaults,
     before --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
-    row, name, path = find_data(given("--data", "digits"))
+    row, name, path = find_data(peek_flag("--data", "digits"))
     if row not in recipes:
-        raise Refused(f"--data {row}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
+        raise UserError(f"--data {row}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
     recipe = {k: v for k, v in recipes[row].items() if k != "origin"}
     gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and row not in ("digits", "own data")
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
@@ -1123,10 +1124,10 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
 
 
 def checkpoint(text):
-    """--out: a path that a run can write its files beside. Raises Refused."""
+    """--out: a path that a run can write its files beside. Raises UserError."""
     there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
     if not text.endswith(".safetensors") or not there.is_dir() or not os.access(there, os.W_OK):
-        raise Refused(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
+        raise UserError(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
     return text
 
 
@@ -1148,11 +1149,11 @@ def setup(batch, group=True):
     rank, local, world = (int(os.environ.get(k, d))
                           for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if torch.cuda.is_available() and local >= torch.cuda.device_count():
-        raise Refused(f"there are only {torch.cuda.device_count()} GPUs; choose a smaller --nproc_per_node.")
+        raise UserError(f"there are only {torch.cuda.device_count()} GPUs; choose a smaller --nproc_per_node.")
     if batch is None and world > 1:
-        raise Refused("this script runs in one process; start it with plain python.")
+        raise UserError("this script runs in one process; start it with plain python.")
     if batch and batch % world:
-        raise Refused(f"--batch {batch} cannot be split evenly over {world} processes; "
+        raise UserError(f"--batch {batch} cannot be split evenly over {world} processes; "
                       f"choose a multiple of {world}.")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -1218,14 +1219,14 @@ def update(net, ema, opt, lr, decay):
     return norm
 
 
-def parent(path, made_by, stages=None, **kwargs):
+def load_predecessor(path, made_by, stages=None, **kwargs):
     """The file a stage starts from: `load`, and if it is missing or of a stage not in `stages`, a sentence
     with the command to make it."""
     if not os.path.isfile(path):
-        raise Refused(f"{path} does not exist; `{made_by}` makes such a file.")
+        raise UserError(f"{path} does not exist; `{made_by}` makes such a file.")
     model, header = load(path, **kwargs)
     if stages and header["stage"] not in stages:
-        raise Refused(f"{path} was written by stage {header['stage']}, this has to be a "
+        raise UserError(f"{path} was written by stage {header['stage']}, this has to be a "
                       f"{' or '.join(stages)} file; `{made_by}` makes one.")
     if header["step"] < header["steps"]:
         print(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
@@ -1240,15 +1241,15 @@ def first_weights(init, made_by, row, kind, device, **network):
         header = fresh_header(row, kind, **network)
         return build(header).to(device), header
     stages = [s for s, k in KIND.items() if k == kind]
-    try: return parent(init, made_by, stages, device=device, **network)
-    except Refused as e: raise Refused(f"--init {str(e)[:-1]}; --init none starts anew.")
+    try: return load_predecessor(init, made_by, stages, device=device, **network)
+    except UserError as e: raise UserError(f"--init {str(e)[:-1]}; --init none starts anew.")
 
 
 def check_fit(init, header, source, shape, classes):
     """The weights in `init` have to be for the images and classes of `source`, data or a teacher."""
     mine = image_shape(header), header["network"]["label_dim"]
     if mine != (tuple(shape), classes):
-        raise Refused(f"{init} is for {mine[0]} images and {mine[1]} classes, {source} for {tuple(shape)} "
+        raise UserError(f"{init} is for {mine[0]} images and {mine[1]} classes, {source} for {tuple(shape)} "
                       f"and {classes}; they have to agree.")
 
 
@@ -1257,7 +1258,7 @@ FREE = {"out", "save_every", "keep", "log_every", "data", "path", "init", "teach
         "trajectories", "guide", "lpips", "workers", "compile", "dry_run", "world", "recipe"}
 
 
-def stamp(args, stage, unit, world, **files):
+def run_metadata(args, stage, unit, world, **files):
     """What a stage adds to the header: who it is, and the settings that a continuation has to share, in which
     the files it reads stand by their sha256. `unit`: what the batch counts, "images" or "pairs"."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
@@ -1269,7 +1270,7 @@ def stamp(args, stage, unit, world, **files):
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
-def planned(init, args, kind, **network):
+def expected_header(init, args, kind, **network):
     """The header that a run would start from, of `init` or of a new network; None where nothing at hand says
     what that would be."""
     row = DATASETS.get(args.row)
@@ -1305,11 +1306,11 @@ def cost(header, precision, rows):
 
 
 def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=0, notes=()):
-    """Print what a run would be, do and need. header: as `planned`, of the student; forwards: those a row
+    """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: those a row
     without gradient; reads: {path: what makes it}; teacher: its header, of teacher_forwards a row."""
     world = args.world or int(os.environ.get("WORLD_SIZE", 1 if args.row in ("digits", "own data") else 8))
     if args.batch % world:
-        raise Refused(f"--batch {args.batch} cannot be split evenly over {world} processes.")
+        raise UserError(f"--batch {args.batch} cannot be split evenly over {world} processes.")
     rows = args.batch // world
     print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
     origin = {k: who for who, names in args.recipe.get("origin", {}).items() for k in names.split()}
@@ -1373,7 +1374,7 @@ def resume_run(out, net, ema, opt, header):
         seen = [None] * dist.get_world_size()
         dist.all_gather_object(seen, os.path.exists(path))
         if len(set(seen)) > 1:
-            raise Refused(f"some processes see {path}, others do not; --out has to be on a disk all share.")
+            raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
     if not os.path.exists(path):
         return 0
     state, old = read(path)
@@ -1382,10 +1383,10 @@ def resume_run(out, net, ema, opt, header):
     changed = [f"{k} was {was.get(k)}, is {now.get(k)}"
                for k in sorted((was | now).keys() - free) if was.get(k) != now.get(k)]
     if changed:
-        raise Refused(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
+        raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                       "settings to continue it, another --out to keep both, or delete it to start over.")
     if now["steps"] < old["step"]:
-        raise Refused(f"{path} is at step {old['step']:,} already; give more --steps, or another --out.")
+        raise UserError(f"{path} is at step {old['step']:,} already; give more --steps, or another --out.")
     def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     net.load_state_dict(part("net."))
     ema.load_state_dict(part("ema."))
@@ -1395,7 +1396,7 @@ def resume_run(out, net, ema, opt, header):
             opt.state[p][slot] = values[name].to(p.device if values[name].dim() else "cpu")
     if int(os.environ.get("RANK", 0)) == 0:
         try: current = read(out)[1] == old
-        except Refused: current = False                    # killed between the two saves, or damaged since
+        except UserError: current = False                    # killed between the two saves, or damaged since
         if not current: save(out, ema.state_dict(), old)
         print(f"{out} is finished ({old['step']:,} steps)." if old["step"] == now["steps"] else
               f"continuing {out} at step {old['step']:,}.", flush=True)
@@ -1435,7 +1436,7 @@ class Log:
         self.file = Path(beside(args.out, ".jsonl"))
         if self.rank == 0 and self.file.exists():          # lines after the last save are written again
             lines = self.file.read_text().splitlines()
-            with whole_file(self.file) as part:
+            with atomic_write(self.file) as part:
                 part.write_text("".join(f"{line}\n" for line in lines if self.step_of(line) <= step))
 
     @staticmethod
@@ -1478,12 +1479,12 @@ class Log:
 
 
 def run(main):
-    """Call a script's main. A Refused becomes one sentence on stderr and exit code 2 (3: diverged), without a
+    """Call a script's main. A UserError becomes one sentence on stderr and exit code 2 (3: diverged), without a
     traceback."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
-    except Refused as e:
+    except UserError as e:
         print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         sys.exit(e.code)
     except KeyboardInterrupt:

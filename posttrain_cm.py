@@ -127,12 +127,12 @@ def main():
     made_by, teacher_by = (f"python {stage} --data {args.data}" for stage in ("midtrain.py", "pretrain.py"))
     if public := model.DATASETS.get(args.row, {}).get("public"): teacher_by += f" [--import {public}]"
     if args.dry_run:
-        header = model.planned(args.init, args, "Denoiser", **args.network)
+        header = model.expected_header(args.init, args, "Denoiser", **args.network)
         reads, calls = {args.path: model.DATA_HINT, args.init: made_by}, 0
         if args.loss == "ecd":
             reads |= {args.teacher: teacher_by} | ({guide: "a worse model"} if guide else {})
             calls = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
-        teacher = model.planned(args.teacher, args, "Denoiser") if calls else None
+        teacher = model.expected_header(args.teacher, args, "Denoiser") if calls else None
         return model.dry_run(args, "images", header, 1, reads, teacher, calls)
     rank, world, device, batch = model.setup(args.batch)
 
@@ -142,12 +142,12 @@ def main():
     model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
     teacher, files = None, dict(init=args.init, data=args.path)
     if args.loss == "ecd":
-        teacher, teacher_header = model.parent(args.teacher, teacher_by, ["pretrain"], device=device)
+        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain"], device=device)
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
         files |= dict(teacher=args.teacher, guide=guide)
         teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
         teacher = model.compiled(teacher, args.compile)
-    header |= model.stamp(args, "posttrain_cm", "images", world, **files)
+    header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]

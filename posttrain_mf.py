@@ -127,7 +127,7 @@ class FixedWeights(TorchFunctionMode):
 # === the run ================================================================================================
 
 def main():
-    precision = "fp32" if model.given("--derivative", "jvp") == "difference" else None
+    precision = "fp32" if model.peek_flag("--derivative", "jvp") == "difference" else None
     p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision=precision,
                      compile=False)
     p.add_argument("--velocity", choices=["data", "teacher"], default="data",
@@ -142,19 +142,19 @@ def main():
                    help="guidance only for t in between")
     args = p.parse_args()
     if args.derivative == "difference" and args.precision == "bf16":
-        raise model.Refused("--derivative difference drowns in bf16; "
+        raise model.UserError("--derivative difference drowns in bf16; "
                             "choose --precision fp32 or --derivative jvp.")
     made_by = f"python midtrain.py --target mf --data {args.data}"
     teacher_by = f"python pretrain.py --objective flow --data {args.data}"
     if args.dry_run:
-        header = model.planned(args.init, args, "MeanVelocity", **args.network, interval=True)
+        header = model.expected_header(args.init, args, "MeanVelocity", **args.network, interval=True)
         reads, guided = {args.path: model.DATA_HINT, args.init: made_by}, (args.omega, args.kappa) != (1, 0)
-        teacher = model.planned(args.teacher, args, "MeanVelocity") if args.velocity == "teacher" else None
+        teacher = model.expected_header(args.teacher, args, "MeanVelocity") if args.velocity == "teacher" else None
         if teacher: reads[args.teacher] = teacher_by
         return model.dry_run(args, "images", header, args.jumps / 2 + 2 * guided, reads, teacher, 1)
     rank, world, device, batch = model.setup(args.batch)
     if batch % 4 or (args.microbatch or 4) % 4:
-        raise model.Refused(f"--batch {args.batch} comes in fours, with r < t in {args.jumps} of each; "
+        raise model.UserError(f"--batch {args.batch} comes in fours, with r < t in {args.jumps} of each; "
                             f"choose a multiple of {4 * world}, and of 4 for --microbatch.")
 
     images, row = model.read_images(args.path, model.DATASETS.get(args.row))
@@ -164,10 +164,10 @@ def main():
     model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
     teacher, files = None, dict(init=args.init, data=args.path)
     if args.velocity == "teacher":
-        teacher, teacher_header = model.parent(args.teacher, teacher_by, ["pretrain_flow"], device=device)
+        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain_flow"], device=device)
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
         teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
-    header |= model.stamp(args, "posttrain_mf", "images", world, **files)
+    header |= model.run_metadata(args, "posttrain_mf", "images", world, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().body_dtype = model.BODY[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)

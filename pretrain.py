@@ -97,12 +97,12 @@ class Unpickler(pickle._Unpickler):                        # Python's: C's alloc
 
     def find_class(self, module, name):
         if (module, name) not in self.table:
-            raise model.Refused(f"it asks for {module}.{name}, which is not on the list of what such a file "
+            raise model.UserError(f"it asks for {module}.{name}, which is not on the list of what such a file "
                                 "needs, and was not run")
         return self.table[module, name]
 
     def persistent_load(self, pid):
-        if not self.storages: raise model.Refused("it refers to storages outside of itself")
+        if not self.storages: raise model.UserError("it refers to storages outside of itself")
         return self.storages(pid)
 
 
@@ -116,27 +116,27 @@ def read_storage(content):
     def described(pid):
         kind, dtype, key, _, numel, view = pid
         if kind != "storage" or view is not None or type(key) is not str:
-            raise model.Refused("it holds a storage of an unknown kind")
+            raise model.UserError("it holds a storage of an unknown kind")
         return Dict(dtype=dtype, key=key, numel=numel)
     f = io.BytesIO(content)
     magic, protocol, system = (Unpickler(f, {}).load() for _ in range(3))
     if magic != 0x1950a86a20f9469cfc6c or protocol != 1001 or not system["little_endian"]:
-        raise model.Refused("it holds a storage of an unknown format")
+        raise model.UserError("it holds a storage of an unknown format")
     storage, keys = Unpickler(f, STORAGES, described).load(), Unpickler(f, {}).load()
     count, raw = int.from_bytes(f.read(8), "little"), f.read()
     if keys != [storage["key"]] or count != storage["numel"] or len(raw) != count * storage["dtype"].itemsize:
-        raise model.Refused("it holds a storage of another size than it says")
+        raise model.UserError("it holds a storage of another size than it says")
     return torch.frombuffer(bytearray(raw), dtype=storage["dtype"]) if count else torch.empty(0)
 
 
 def read_tensor(storage, offset, size, stride, *_):
     """A strided view of a storage, checked to lie inside it."""
-    if len(size) > 8: raise model.Refused(f"it holds a tensor of {len(size)} dimensions")
+    if len(size) > 8: raise model.UserError(f"it holds a tensor of {len(size)} dimensions")
     numel = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
     if min((offset, *size, *stride)) < 0 or len(size) != len(stride) or numel and last >= len(storage) or (
             numel > len(storage)):
-        raise model.Refused("it holds a tensor that reaches beyond its storage")
+        raise model.UserError("it holds a tensor that reaches beyond its storage")
     return storage.as_strided(size, stride, offset)
 
 
@@ -161,7 +161,7 @@ def read_pickle(path):
     def storage(content):                                  # a pickle can ask for the same bytes many times
         nonlocal left
         left -= len(content)
-        if left < 0: raise model.Refused("its storages are larger than itself")
+        if left < 0: raise model.UserError("its storages are larger than itself")
         return read_storage(content)
     # Lambdas made anew for each file: a pickle can set attributes of whatever it is given.
     table = {
@@ -218,10 +218,10 @@ def take(kwargs, honoured, only, ignored):
     for k, v in kwargs.items():
         v = list(v) if isinstance(v, tuple) else v
         if k in honoured and fits(k, v, honoured[k]) or k in ignored or k in only and v in only[k]: continue
-        raise model.Refused(f"its network has {k} = {reprlib.repr(v)}, which we do not build"
+        raise model.UserError(f"its network has {k} = {reprlib.repr(v)}, which we do not build"
                             + (f", only {' or '.join(map(repr, only[k]))}" if k in only else ""))
     if missing := [k for k, v in honoured.items() if v is int and k not in kwargs]:
-        raise model.Refused(f"it does not say {missing[0]}, an argument of its network; a .safetensors says "
+        raise model.UserError(f"it does not say {missing[0]}, an argument of its network; a .safetensors says "
                             "it in its metadata")
     return {k: kwargs.get(k, v) for k, v in honoured.items()}
 
@@ -229,9 +229,9 @@ def take(kwargs, honoured, only, ignored):
 def edm_header(kwargs):
     """EDM's constructor arguments, its defaults filled in -> our header."""
     if kwargs.get("model_type", "DhariwalUNet") == "DhariwalUNet" and kwargs:
-        raise model.Refused("its network is ADM (DhariwalUNet), which we do not build, only DDPM++")
+        raise model.UserError("its network is ADM (DhariwalUNet), which we do not build, only DDPM++")
     if kwargs.get("encoder_type") == "residual":
-        raise model.Refused("its network is NCSN++, which we do not build, only DDPM++")
+        raise model.UserError("its network is NCSN++, which we do not build, only DDPM++")
     mine = take(kwargs, dict(img_resolution=int, img_channels=int, label_dim=0, model_channels=128,
                              channel_mult=[1, 2, 2, 2], channel_mult_emb=4, num_blocks=4,
                              attn_resolutions=[16], dropout=0.1, label_dropout=0.0, sigma_data=0.5,
@@ -275,7 +275,7 @@ def sit_header(tensors, kwargs):
                "depth": len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}),
                "interval": any(k.startswith("r_embedder.") for k in tensors)}
     if kwargs.get("num_classes", network["label_dim"]) != network["label_dim"]:
-        raise model.Refused("it has no null class, which we need")
+        raise model.UserError("it has no null class, which we need")
     return {"kind": "MeanVelocity", "time_scale": 1.0, "t_min": 0.0, "t_max": 1.0,
             "label_dropout": mine["class_dropout_prob"], "network": network}
 
@@ -288,10 +288,10 @@ def check(header):
         (header.get("sigma_data", 1) <= 0, "sigma_data = 0"),
         (max(header["label_dropout"], n.get("dropout", 0)) >= 1, "a dropout of 1"),
         (n.get("hidden_size", 0) % n.get("num_heads", 1), f"{n.get('num_heads')} heads for its width")]:
-        if wrong: raise model.Refused(f"its arguments describe {what}")
+        if wrong: raise model.UserError(f"its arguments describe {what}")
 
 
-def turn_time(tensors):
+def reverse_time(tensors):
     """Public SiT runs time the other way and also predicts a variance: v(z, t) = -SiT(z, 1 - t), first C
     channels. The sinusoids of 1 - t are linear in those of t, so two layers take it all. -> weights of v"""
     cos, sin = tensors["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)
@@ -315,7 +315,7 @@ def read_public(path):
                 file = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as e:                # torch's own text says how to run it all the same
             name = re.search(r"GLOBAL (\S+)", str(e))
-            raise model.Refused(f"it asks for {name[1] if name else 'more than tensors'}, which was not run")
+            raise model.UserError(f"it asks for {name[1] if name else 'more than tensors'}, which was not run")
         args = vars(file["args"]) if isinstance(file.get("args"), argparse.Namespace) else {}
         kwargs = {k: args[k] for k in ("num_heads", "qk_norm", "num_classes", "path_type", "prediction",
                                        "cfg_prob") if k in args}
@@ -323,7 +323,7 @@ def read_public(path):
         return None, kwargs, file[names[0]] if names else file
     with safe_open(path, "pt") as f:
         if "config" not in (f.metadata() or {}):
-            raise model.Refused("its metadata has no `config`, its network's constructor arguments as JSON")
+            raise model.UserError("its metadata has no `config`, its network's constructor arguments as JSON")
         config, tensors = json.loads(f.metadata()["config"]), {k: f.get_tensor(k) for k in f.keys()}
     return config.pop("class", None), config.get("kwargs", config), tensors
 
@@ -334,8 +334,8 @@ def our_names(tensors):
     for k, v in tensors.items():
         if any(name in k for name in LEFT_OUT): continue
         k = re.sub(r"^((module|_orig_mod|model|unet)\.)+", "", k)
-        if k in found: raise model.Refused(f"it holds {k} twice")
-        if not v.is_floating_point(): raise model.Refused(f"its {k} is {v.dtype}")
+        if k in found: raise model.UserError(f"it holds {k} twice")
+        if not v.is_floating_point(): raise model.UserError(f"its {k} is {v.dtype}")
         found[k] = v
     return found
 
@@ -346,38 +346,38 @@ def one_line(message):
 
 
 def import_checkpoint(path):
-    """A public file -> (model, header). Raises Refused, naming what is not known."""
+    """A public file -> (model, header). Raises UserError, naming what is not known."""
     try:
         kind, kwargs, tensors = read_public(str(path))
         tensors = our_names(tensors)
         if sum(v.nbytes for v in tensors.values()) > os.path.getsize(path):
-            raise model.Refused("its tensors are larger than itself")
+            raise model.UserError("its tensors are larger than itself")
         kind = (kind or "").rpartition(".")[2] or ("SiT" if "x_embedder.proj.weight" in tensors else
                                                    "Precond" if "out_gain" in tensors else "EDMPrecond")
         tensors = {k: v.float() for k, v in tensors.items()}
         if kind == "SiT":
             header = sit_header(tensors, kwargs)
-            if not header["network"]["interval"]: tensors = turn_time(tensors)
+            if not header["network"]["interval"]: tensors = reverse_time(tensors)
         elif kind in ("EDMPrecond", "Precond"):
             header = {"EDMPrecond": edm_header, "Precond": edm2_header}[kind](kwargs)
         else:
-            raise model.Refused(f"it holds a {kind}, which we do not know")
+            raise model.UserError(f"it holds a {kind}, which we do not know")
         check(header)
         if header["network"]["img_channels"] == 4:
             header["latents"] = model.LATENTS.get(header["network"]["class"], model.LATENTS["EDM2UNet"])
         net = model.build_for(header, tensors)
         ours, theirs = ({k: tuple(v.shape) for k, v in d.items()} for d in (net.net.state_dict(), tensors))
         if wrong := [k for k in ours | theirs if ours.get(k) != theirs.get(k)]:
-            raise model.Refused(f"its {wrong[0]} is {theirs.get(wrong[0])}, its arguments make it "
+            raise model.UserError(f"its {wrong[0]} is {theirs.get(wrong[0])}, its arguments make it "
                                 f"{ours.get(wrong[0])}")
         net.net.load_state_dict(tensors, assign=True)
         return net, header
     except FileNotFoundError:
-        raise model.Refused(f"{path} does not exist; download it from its publisher.")
-    except model.Refused as e:
-        raise model.Refused(f"{path} cannot be imported: {one_line(e)}.")
+        raise model.UserError(f"{path} does not exist; download it from its publisher.")
+    except model.UserError as e:
+        raise model.UserError(f"{path} cannot be imported: {one_line(e)}.")
     except Exception as e:                                 # a damaged pickle can raise anything
-        raise model.Refused(f"{path} is damaged or not a checkpoint we know ({type(e).__name__}: "
+        raise model.UserError(f"{path} is damaged or not a checkpoint we know ({type(e).__name__}: "
                             f"{one_line(e) or 'no reason'}).")
 
 
@@ -390,13 +390,13 @@ def write_import(args, default_out):
     shape, network = model.image_shape(header), header["network"]
     stage = ("pretrain" if header["kind"] == "Denoiser" else
              "posttrain_mf" if network["interval"] else "pretrain_flow")
-    name = args.name if model.given("--data", None) else Path(args.public).stem
-    if row := model.given("--data", None) and model.DATASETS.get(args.row):
+    name = args.name if model.peek_flag("--data", None) else Path(args.public).stem
+    if row := model.peek_flag("--data", None) and model.DATASETS.get(args.row):
         model.check_fit(args.public, header, f"--data {args.data}", row["shape"], row["classes"])
     out = f"runs/{name}/{stage}.safetensors" if args.out == default_out else args.out
-    if Path(out).exists(): raise model.Refused(f"{out} exists; delete it or give another --out.")
+    if Path(out).exists(): raise model.UserError(f"{out} exists; delete it or give another --out.")
     header |= {"stage": stage, "data": name, "step": 0, "steps": 0,
-               "data_path": args.path if model.given("--data", None) else "",
+               "data_path": args.path if model.peek_flag("--data", None) else "",
                "imported from": args.public, "sha256 of import": model.sha256(args.public)}
     model.save(out, net.state_dict(), header)
     print(f"{out}: {network['class']}, {sum(p.numel() for p in net.parameters()):,} parameters, "
@@ -404,7 +404,7 @@ def write_import(args, default_out):
 
 
 def main():
-    objective = model.given("--objective", "edm", RECIPES)
+    objective = model.peek_flag("--objective", "edm", RECIPES)
     kind, stage = {"edm": ("Denoiser", "pretrain"), "flow": ("MeanVelocity", "pretrain_flow")}[objective]
     p = model.parser(__doc__, RECIPES[objective], reads=None, writes=stage)
     p.add_argument("--objective", choices=RECIPES, default="edm", help="edm: denoising; flow: flow matching")
@@ -413,7 +413,7 @@ def main():
     args = p.parse_args()
     if args.public: return write_import(args, p.get_default("out"))
     if args.dry_run:
-        header = model.planned(None, args, kind, **args.network)
+        header = model.expected_header(None, args, kind, **args.network)
         return model.dry_run(args, "images", header, forwards=0, reads={args.path: model.DATA_HINT})
     rank, world, device, batch = model.setup(args.batch)
 
@@ -421,7 +421,7 @@ def main():
     model.reseed(args.seed)
     header = model.fresh_header(row, kind, **args.network)
     net = model.build(header).to(device).train()
-    header |= model.stamp(args, stage, "images", world, data=args.path)
+    header |= model.run_metadata(args, stage, "images", world, data=args.path)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.body_dtype = model.BODY[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)

@@ -57,7 +57,7 @@ def step_times(header, steps, mid_t=None):
     if mid_t and steps > 1:
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
-            raise model.Refused(f"--mid-t {','.join(map(str, mid_t))}: {steps} steps need {steps - 1} "
+            raise model.UserError(f"--mid-t {','.join(map(str, mid_t))}: {steps} steps need {steps - 1} "
                                 f"falling times between {header['t_max']:g} and {header['t_min']:g}.")
         return times
     if header["kind"] == "Denoiser": return geometric_times(steps, header["t_max"], header["mid_t"])
@@ -68,13 +68,13 @@ def open_vae(header, path, device):
     """The autoencoder that turns a model's latents into images; None where it makes images itself."""
     if "latents" not in header: return None
     if not path:
-        raise model.Refused(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} in "
+        raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} in "
                             "diffusers' format.")
     try: from diffusers import AutoencoderKL
-    except ImportError: raise model.Refused("--vae needs diffusers; `pip install diffusers`.")
+    except ImportError: raise model.UserError("--vae needs diffusers; `pip install diffusers`.")
     try: return AutoencoderKL.from_pretrained(path).to(device).eval()
     except (OSError, ValueError) as e:
-        raise model.Refused(f"--vae {path} is not an autoencoder of diffusers ({str(e).splitlines()[0]}).")
+        raise model.UserError(f"--vae {path} is not an autoencoder of diffusers ({str(e).splitlines()[0]}).")
 
 
 def to_images(x, header, vae):
@@ -97,7 +97,7 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     if solver == "heun" and steps % 2: solver = "euler"
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels not in ("random", "balanced") and not (labels.isdigit() and int(labels) < max(1, K)):
-        raise model.Refused(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
+        raise model.UserError(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
     for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world]:
         y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
@@ -128,7 +128,7 @@ def draw_parts(draw, seeds, folder, key, rank, world):
     started, done = time.time(), 0
     for part, path in todo:
         images, labels = (np.concatenate(a) for a in zip(*draw(part)))
-        with model.whole_file(path) as file, open(file, "wb") as f: np.savez(f, arr_0=images, arr_1=labels)
+        with model.atomic_write(path) as file, open(file, "wb") as f: np.savez(f, arr_0=images, arr_1=labels)
         done += len(images)
         rate = done / (time.time() - started)
         if rank == 0 and len(todo) > 1:
@@ -143,7 +143,7 @@ def collect(parts, seeds, out):
     while not all(path.exists() for path in parts): time.sleep(0.1)             # of the other ranks
     with np.load(parts[0]) as f: first = f["arr_0"]
     labels = np.concatenate([np.load(path)["arr_1"] for path in parts])
-    with model.whole_file(out) as file, zipfile.ZipFile(file, "w") as z:
+    with model.atomic_write(out) as file, zipfile.ZipFile(file, "w") as z:
         with z.open("arr_0.npy", "w", force_zip64=True) as f:
             shape = len(seeds), *first.shape[1:]
             np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -167,9 +167,9 @@ def open_model(text, args, device):
     count = args.steps if path == text else text[len(path) + 1:]
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
-    if steps < 1: raise model.Refused(f"{text}: at least one step is needed.")
+    if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if args.guidance != 1 and header["stage"] not in solve.TEACHERS:
-        raise model.Refused(f"{path} is a consistency model, which --guidance is not for; guide its teacher.")
+        raise model.UserError(f"{path} is a consistency model, which --guidance is not for; guide its teacher.")
     return solve.guide_teacher(net, header, args, path), header, steps
 
 
@@ -188,13 +188,13 @@ def numbers(text):
 @torch.no_grad()
 def real_images(path, labels, header, vae):
     """For each label the next real image of that class; any image where K = 0. -> uint8 (n,H,W,C)"""
-    if not path: raise model.Refused("--real: the file does not say where its images are; give --data.")
+    if not path: raise model.UserError("--real: the file does not say where its images are; give --data.")
     images, _ = model.read_images(path, model.DATASETS.get(header["data"]))
     y = images.labels
     queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in y.unique().tolist()}
     if not header["network"]["label_dim"]: queues = {0: itertools.cycle(range(len(images)))}
     if not set(labels.tolist()) <= queues.keys():
-        raise model.Refused(f"{path} has no images of some classes; leave out --real or choose --labels.")
+        raise model.UserError(f"{path} has no images of some classes; leave out --real or choose --labels.")
     x = images.batch([next(queues[k]) for k in labels.tolist()])[0]
     return to_images(model.to_network(x, header).to(vae.device if vae else "cpu"), header, vae)
 

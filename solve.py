@@ -157,13 +157,13 @@ def solvers_of(header):
 
 
 def check_solver(solver, nfe, teacher, header):
-    """Raises Refused where the solver does not go with the teacher or the number of network calls."""
+    """Raises UserError where the solver does not go with the teacher or the number of network calls."""
     if solver not in solvers_of(header):
         why = " without an embedding of t - r" if solver in SOLVERS[header["kind"]] else ""
-        raise model.Refused(f"--solver {solver} does not fit {teacher}, a {header['kind']}{why}; "
+        raise model.UserError(f"--solver {solver} does not fit {teacher}, a {header['kind']}{why}; "
                             f"choose one of {', '.join(solvers_of(header))}.")
     if solver == "heun" and nfe % 2:
-        raise model.Refused(f"--nfe {nfe}: a Heun step takes two network calls; choose an even number.")
+        raise model.UserError(f"--nfe {nfe}: a Heun step takes two network calls; choose an even number.")
 
 
 def guidance_flags(p):
@@ -181,22 +181,22 @@ def guide_file(args):
 
 def guide_teacher(teacher, header, args, path):
     """The teacher read from `path`, guided as the flags say. -> a function of what the teacher takes. Raises
-    Refused where there is nothing to guide by."""
+    UserError where there is nothing to guide by."""
     null = header["network"]["label_dim"]
     if args.guidance == 1: return teacher
     if args.guide:
         if not Path(args.guide).exists():
-            raise model.Refused(f"{args.guide} does not exist; `python pretrain.py --import FILE --out "
+            raise model.UserError(f"{args.guide} does not exist; `python pretrain.py --import FILE --out "
                                 f"{args.guide}` makes it of a smaller or less trained public model.")
         guide, other = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, other, path, model.image_shape(header), null)
         if other["kind"] != header["kind"]:
-            raise model.Refused(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have to "
+            raise model.UserError(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have to "
                                 "be of one kind.")
         guide.body_dtype = teacher.body_dtype
         return guided(teacher, guide.requires_grad_(False), args.guidance)
     if not null or not header["label_dropout"]:
-        raise model.Refused(f"{path} was never trained without labels and cannot guide itself; give --guide, "
+        raise model.UserError(f"{path} was never trained without labels and cannot guide itself; give --guide, "
                             "a smaller or less trained model.")
     return guided(teacher, without_label(teacher, null), args.guidance)
 
@@ -217,7 +217,7 @@ def error_table(teacher, header, x, y):
 
 
 def main():
-    name = model.find_data(model.given("--data", "digits"))[1]
+    name = model.find_data(model.peek_flag("--data", "digits"))[1]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH",
                    help="names the runs/D/ of the default paths")
@@ -236,7 +236,7 @@ def main():
 
     device = model.setup(None)[2]
     made_by = f"python pretrain.py --data {args.data}"
-    teacher, header = model.parent(args.teacher, made_by, TEACHERS, device=device)
+    teacher, header = model.load_predecessor(args.teacher, made_by, TEACHERS, device=device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.nfe, args.teacher, header)
     teacher = guide_teacher(teacher, header, args, args.teacher)

@@ -68,7 +68,7 @@ def estimate():
         kept_out.append(order[180 * k:][:180])
         rest = np.setdiff1d(order, kept_out[k])
         if not data.exists():
-            with model.whole_file(data) as part, open(part, "wb") as f:
+            with model.atomic_write(data) as part, open(part, "wb") as f:
                 np.savez(f, arr_0=images[rest], arr_1=labels[rest])
         command("pretrain", "--data", f"digits={data}", "--out", out)
         teachers.append(model.load(out))

@@ -207,7 +207,7 @@ def test_an_image_that_turns_out_bad_stops_the_run_in_one_sentence(tmp_path, mon
     monkeypatch.setattr(model, "PROBE", 2)
     images = model.read_images(write_zip(tmp_path / "a.zip", GOOD | {"7.png": GOOD["7.png"][:200]}))[0]
     args = SimpleNamespace(seed=0, batch=8, steps=3, workers=workers)
-    with pytest.raises(model.Refused, match="^[^\n]*7.png is damaged[^\n]*$"):
+    with pytest.raises(model.UserError, match="^[^\n]*7.png is damaged[^\n]*$"):
         list(model.read_ahead(images, args, 0, 8, 0))
 
 

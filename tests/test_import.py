@@ -73,9 +73,9 @@ def test_arguments_in_a_pt_file_are_honoured_or_refused(tmp_path):
     assert imported(cfg_prob=0.2, **known)["label_dropout"] == 0.2
     for args in (dict(path_type="GVP"), dict(prediction="noise"), dict(qk_norm=True), dict(num_classes=11)):
         word = "null class" if "num_classes" in args else f"{list(args)[0]} = {list(args.values())[0]!r}"
-        with pytest.raises(model.Refused, match=word): imported(**known | args)
+        with pytest.raises(model.UserError, match=word): imported(**known | args)
     tensors["final_layer.linear.bias"] = tensors["_orig_mod.module.final_layer.linear.bias"]
-    with pytest.raises(model.Refused, match="final_layer.linear.bias twice"): imported()
+    with pytest.raises(model.UserError, match="final_layer.linear.bias twice"): imported()
 
 
 def test_edm2_in_training_puts_weights_on_the_sphere(tmp_path):
@@ -129,7 +129,7 @@ def test_every_published_name_has_its_place(family):
             empty = {k: torch.empty(shape, device="meta") for k, shape in theirs.items()}
             header = pretrain.sit_header(empty, config)
         elif config.get("model_type") == "DhariwalUNet" or config.get("encoder_type") == "residual":
-            with pytest.raises(model.Refused, match="ADM|NCSN"): pretrain.edm_header(config)
+            with pytest.raises(model.UserError, match="ADM|NCSN"): pretrain.edm_header(config)
             continue
         else:
             header = {"edm": pretrain.edm_header, "edm2": pretrain.edm2_header}[family](config)
@@ -297,7 +297,7 @@ def test_small_files_cannot_ask_for_much(tmp_path, monkeypatch):
         ema = Runs(_reconstruct_persistent_obj, {"type": "class", "version": 6, "module_src": "",
                                                  "class_name": "EDMPrecond", "state": state})
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": ema}))
-        with pytest.raises(model.Refused, match=words): pretrain.import_checkpoint(tmp_path / "a.pkl")
+        with pytest.raises(model.UserError, match=words): pretrain.import_checkpoint(tmp_path / "a.pkl")
     content = storage_of_torch_1(tensor := torch.zeros(4096))
     refused("storages are larger", _parameters={
         str(i): Runs(torch._utils._rebuild_tensor_v2, Runs(torch.storage._load_from_bytes, content),
@@ -330,7 +330,7 @@ def test_tensors_cannot_reach_beyond_their_storage():
     assert torch.equal(inside, torch.tensor([[1.0, 2], [3, 4]]))
     for offset, size, stride in [(3, (2, 2), (2, 1)), (-1, (2,), (1,)), (0, (7,), (0,)), (0, (2,), (-1,)),
                                  (0, (2, 2), (1,))]:
-        with pytest.raises(model.Refused): pretrain.read_tensor(storage, offset, size, stride)
+        with pytest.raises(model.UserError): pretrain.read_tensor(storage, offset, size, stride)
 
 
 def test_what_we_do_not_build_is_refused_by_name(run, tmp_path, monkeypatch):

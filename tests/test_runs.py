@@ -82,7 +82,7 @@ def test_interrupted_run_continues_bit_for_bit(run, chain, tmp_path, monkeypatch
 
     def save_and_die(*a):
         save_run(*a)
-        raise model.Refused("the power went out")
+        raise model.UserError("the power went out")
     monkeypatch.setattr(model, "save_run", save_and_die)
     assert run(script, *args, "--out", cut, "--keep").code == 2
     monkeypatch.setattr(model, "save_run", save_run)
@@ -363,7 +363,7 @@ def test_teacher_and_student_have_to_agree(run, chain, tmp_path, monkeypatch):
 
 def test_unwritable_directory_keeps_what_was_there(tmp_path):
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(model.Refused, match="could not be written"):
+    with pytest.raises(model.UserError, match="could not be written"):
         model.save(tmp_path / "file" / "a.safetensors", {"x": torch.zeros(1)}, {})
     assert (tmp_path / "file").read_text() == "kept"
 

@@ -181,14 +181,14 @@ def test_two_processes_score_and_sample_as_one(here, tmp_path):
 def test_interrupted_sampling_continues(run, here, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "PART", 64)
     command = "sample", "runs/digits/midtrain_cm.safetensors:1", "--n", 200
-    whole_file, written = model.whole_file, []
+    atomic_write, written = model.atomic_write, []
     def dies(path):
-        if len(written) == 2: raise model.Refused("the power went out")
+        if len(written) == 2: raise model.UserError("the power went out")
         written.append(path)
-        return whole_file(path)
-    monkeypatch.setattr(model, "whole_file", dies)
+        return atomic_write(path)
+    monkeypatch.setattr(model, "atomic_write", dies)
     assert run(*command, "--out", tmp_path / "a.npz").code == 2 and len(list(tmp_path.glob("a.parts/*"))) == 2
-    monkeypatch.setattr(model, "whole_file", whole_file)
+    monkeypatch.setattr(model, "atomic_write", atomic_write)
     assert run(*command, "--labels", "3", "--out", tmp_path / "a.npz").code == 0          # takes none of them
     assert len(list(tmp_path.glob("a.parts/*"))) == 2
     drawn, generate = [], sample.generate

@@ -219,8 +219,8 @@ def reduced(n, total, outer, device):
 
 
 def reference(args, header, features, rank, world, device):
-    """--ref -> what it is called, number of images or None, mean, covariance. Statistics of images are kept
-    in runs/reference/, for images that have not changed."""
+    """--ref -> what it is called, number of images or None, mean, covariance, on rank 0 alone; None on the
+    others. Statistics of images are kept in runs/reference/, for images that have not changed."""
     if args.ref: name, _, path = model.find_data(args.ref, "--ref")
     else:        name, path = header["data"], header["data_path"]
     row, train = model.DATASETS.get(name), not args.ref or name in model.DATASETS
@@ -235,7 +235,7 @@ def reference(args, header, features, rank, world, device):
     how = "x".join(map(str, row["shape"])) if row else "own" if train else "as-they-are"
     kept = Path(f"runs/reference/{model.fingerprint(path)[:16]}-{how}-{args.features}.npz")
     there = [kept.exists()]
-    if dist.is_initialized(): dist.broadcast_object_list(there)                  # all ranks do the same
+    if dist.is_initialized(): dist.broadcast_object_list(there, device="cpu")    # rank 0 decides for all
     if not there[0]:
         images = read(path, rank, world, row, train)
         n, mu, cov = reduced(*sums(features(x) for x in images), device)
@@ -243,6 +243,7 @@ def reference(args, header, features, rank, world, device):
             with model.atomic_write(kept) as part, open(part, "wb") as f:
                 np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
         return path, n, mu, cov
+    if rank: return None
     with np.load(kept) as f: return path, int(f["n"]), torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
 
 
@@ -256,7 +257,7 @@ def main():
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
-    rank, world, device, _ = model.setup(0)
+    rank, world, device, _ = model.setup(0, args.precision)
     features = pixels
     if args.features == "inception":
         net = load_inception(args.inception).to(device)
@@ -271,7 +272,8 @@ def evaluate(file, args, features, rank, world, device):
     if file.endswith((".npz", ".zip")) or os.path.isdir(file):
         batches, what = read(file, rank, world), {"file": file}
         if not args.ref:
-            raise model.UserError("--ref is missing; name the data set, images or statistics to compare with.")
+            raise model.UserError("--ref is missing; name the data set, images or statistics to compare "
+                                  "with.")
     else:
         net, header, steps = sample.open_model(file, args, device)
         vae, seeds = sample.open_vae(header, args.vae, device), args.seeds or range(args.n)
@@ -279,13 +281,14 @@ def evaluate(file, args, features, rank, world, device):
         batches = (images for images, _ in drawn)
         what = {"file": file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
                 "labels": args.labels}
-    ref, n_ref, mu_ref, cov_ref = reference(args, header, features, rank, world, device)
+    found = reference(args, header, features, rank, world, device)
     n, mu, cov = reduced(*sums(features(x) for x in batches), device)
-    if mu.shape != mu_ref.shape:
-        raise model.UserError(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference has "
-                            "to be of the same features and, for pixels, of the same size.")
-    distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
     if rank: return
+    ref, n_ref, mu_ref, cov_ref = found
+    if mu.shape != mu_ref.shape:
+        raise model.UserError(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference "
+                              "has to be of the same features and, for pixels, of the same size.")
+    distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
     key, name = ("fid", f"FID-{n / 1000:g}k") if args.features == "inception" else ("fd", "FD-pixels")
     if key == "fid": what |= {"features": "Inception-v3 of 2015", "resize": "TF1 bilinear, 299x299"}
     print(f"{name} {distance:.4f}  {n:,} images against {f'the {n_ref:,} of ' if n_ref else ''}{ref}  "

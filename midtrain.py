@@ -20,7 +20,7 @@
 The targets are fixed before the student sees them: it never learns from its own predictions. Times are the
 solver's, each pair of times is equally likely and has weight 1.
 """
-import copy, math
+import copy, itertools, math
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,9 @@ RECIPES = {
 }
 
 
+FIRST_STAGE = {"cm": "pretrain", "mf": "pretrain_flow"}     # whose weights the student starts from
+
+
 # === the method =============================================================================================
 
 def cmt_loss(f, x, t, x_end, y, distance):
@@ -104,20 +107,30 @@ def huber(a, b):
 
 
 def pair_table(N, target, pairing="cmt"):
-    """The pairs of times t_i > t_j that a trajectory of N steps offers: "cm" every state with the end, "mf"
-    every two states; pairing "kd" only the start with the end. -> i, j (M,) int64, M = N, N (N+1) / 2, 1"""
+    """The pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the endpoint,
+    M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint, M = 1.
+    -> i, j (M,) int64"""
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
     if pairing == "kd": return i[N - 1:N], j[N - 1:N]
     return (i[j == N], j[j == N]) if target == "cm" else (i, j)
 
 
-def pairs(states, times, y, number, i, j):
-    """Number the M pairs (i, j) of each of P trajectories, trajectory by trajectory; pick those in `number`.
-    number (B,), states (N+1,P,C,H,W), times (N+1,), y (P,), i, j (M,)
+def gather_pairs(states, times, y, indices, i, j):
+    """Gather pairs by flat index k: trajectory = k // M, pair = k % M. indices (B,), states (N+1,P,C,H,W) of
+    P trajectories, times (N+1,), y (P,), i, j (M,) from `pair_table`
     -> x_t (B,C,H,W), t (B,), x_r (B,C,H,W), r (B,), y (B,)"""
-    path, i, j = number // len(i), i[number % len(i)], j[number % len(i)]
+    trajectory, pair = indices // len(i), indices % len(i)
+    i, j = i[pair], j[pair]
     t, r = times[i].to(states), times[j].to(states)
-    return states[i, path], t, states[j, path], r, y[path]
+    return states[i, trajectory], t, states[j, trajectory], r, y[trajectory]
+
+
+def draw_pairs(trajectories, N, M, device):
+    """Choose N of the M pairs of each trajectory without replacement, and shuffle all of them.
+    -> flat indices (trajectories * N,) for `gather_pairs`"""
+    chosen = torch.rand(trajectories, M, device=device).argsort(dim=1)[:, :N]
+    chosen = (chosen + M * torch.arange(trajectories, device=device)[:, None]).flatten()
+    return chosen[torch.randperm(len(chosen), device=device)]
 
 
 # === the paper's distance of pixels =========================================================================
@@ -160,7 +173,8 @@ def load_lpips(files, header):
     if not files: raise model.UserError(f"--distance lpips needs --lpips VGG.pth LIN.pth, {where}.")
     C, H, _ = model.image_shape(header)
     if C not in (1, 3) or H < 16:
-        raise model.UserError(f"--distance lpips is for images of at least 16x16 pixels, not for {C}x{H}x{H}.")
+        raise model.UserError("--distance lpips is for images of at least 16x16 pixels, "
+                              f"not for {C}x{H}x{H}.")
     if C == 1: print("LPIPS: the one channel is repeated to three")
     try:
         return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
@@ -171,163 +185,193 @@ def load_lpips(files, header):
 
 # === the run ================================================================================================
 
-DISTANCES = {"huber": huber, "l2": l2}         # yours: any function of two (B,C,H,W) that gives (B,)
+DISTANCES = {"huber": huber, "l2": l2}         # add your own: a function of two (B,C,H,W) that returns (B,)
 
 
-def pool_size(batch, N, at_least=128):
-    """Trajectories, of N pairs each, to solve at once on a rank: at least 128, and a whole number of batches.
+def pool_size(batch, pairs_per_trajectory, at_least=128):
+    """Number of trajectories that a rank solves at once: at least 128, and a whole number of batches."""
+    multiple = math.lcm(batch, pairs_per_trajectory) // pairs_per_trajectory
+    return math.ceil(at_least / multiple) * multiple
 
-    The paper solves batch / N of them for each step, 8 for a batch of 128. That starves a GPU, and puts the
-    16 states of a trajectory, near copies of each other, into one batch. We solve many, then draw shuffled
-    batches until each trajectory has given N pairs (cm: every state once). The last pool is cut to what is
-    left of the run, so the cost per pair is the paper's. A pool's randomness is a function of (seed, rank,
-    its number): a resumed run solves it again, nothing is stored."""
-    unit = math.lcm(batch, N) // N
-    return math.ceil(at_least / unit) * unit
+
+def student_time(states, times, header, target):
+    """Convert a denoiser's trajectories to flow time for a mean-flow student."""
+    if target == "mf" and header["kind"] == "Denoiser": return model.edm_to_flow(states, times)
+    return states, times
 
 
 @torch.no_grad()
 def solve_pool(teacher, header, count, args, device):
-    """Draw `count` noises and labels, a share of them null as in pre-training; solve the ODE from each.
-    -> states (N+1,count,C,H,W), times (N+1,), y (count,), in the student's time"""
+    """Draw `count` noises and labels (some of them null, as in pre-training) and solve the teacher's ODE from
+    each. -> states (N+1,count,C,H,W), times (N+1,), y (count,), in the student's time"""
     x = header["t_max"] * torch.randn(count, *model.image_shape(header), device=device)
     y = model.random_labels(count, header, device)
     states, times = solve.solve_teacher(teacher, header, x, y, args.nfe, args.solver)
     return *student_time(states, times.to(device), header, args.target), y
 
 
-def student_time(states, times, header, target):
-    """Trajectories of a denoiser, converted for a mean-flow student."""
-    if target == "mf" and header["kind"] == "Denoiser": return model.edm_to_flow(states, times)
-    return states, times
-
-
-def read_paths(args, header, device):
-    """solve.py's file -> states (N+1,n,C,H,W), times (N+1,), y (n,). Made with the same teacher."""
+def read_trajectories(args, header, device):
+    """Read solve.py's file, which has to come from the same teacher and guidance.
+    -> states (N+1,n,C,H,W), times (N+1,), y (n,), in the student's time"""
     tensors, made = model.read(args.trajectories)
     guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
     if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
         raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
-                            f"{args.guidance:g} and that --guide; solve.py writes them.")
+                              f"{args.guidance:g} and that --guide; solve.py writes them.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return *student_time(states.transpose(0, 1), times, header, args.target), y
 
 
-def draw_pairs(paths, N, M, device):
-    """N of the M pairs of each trajectory, without replacement, all shuffled. -> numbers (paths*N,)"""
-    chosen = torch.rand(paths, M, device=device).argsort(dim=1)[:, :N]
-    chosen = (chosen + M * torch.arange(paths, device=device)[:, None]).flatten()
-    return chosen[torch.randperm(len(chosen), device=device)]
+def solved_batches(teacher, header, N, args, step, rank, batch, device):
+    """Yield this rank's batches of pairs from `step` on: solve a pool of trajectories, shuffle its pairs,
+    yield them batch by batch, solve the next pool.
+
+    The paper solves batch / N trajectories in every step, 8 for a batch of 128. That starves a GPU and fills
+    a batch with strongly correlated states. We solve at least 128 at once and let each trajectory give N
+    pairs (cm: every state once), so the cost per pair is the paper's. A pool is a function of (seed, rank,
+    its number): a resumed run solves its pool again, and nothing is stored. Every pool has the same size, so
+    that a compiled teacher is compiled once; what the last pool has too much is not used."""
+    i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
+    pairs_per_trajectory = N if args.pairing == "cmt" else 1
+    trajectories = pool_size(batch, pairs_per_trajectory)
+    steps_per_pool = trajectories * pairs_per_trajectory // batch
+    while True:
+        pool, used = divmod(step, steps_per_pool)
+        model.reseed(args.seed, rank, "pool", pool)
+        states, times, y = solve_pool(teacher, header, trajectories, args, device)
+        indices = draw_pairs(trajectories, pairs_per_trajectory, len(i), device)
+        for chosen in indices.split(batch)[used:]:
+            yield gather_pairs(states, times, y, chosen, i, j)
+        step = (pool + 1) * steps_per_pool
 
 
-def dry_run(args, kind, network, made_by, teacher_by):
-    header = model.expected_header(args.init, args, kind, **network)
-    teacher = model.expected_header(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
-    solver = args.solver or (teacher and solve.default_solver(teacher))
-    N = args.nfe // 2 if solver == "heun" else args.nfe
-    paths = args.batch / (N if args.pairing == "cmt" else 1)                       # trajectories a step
-    calls = args.nfe * (1 if args.guidance == 1 else 2)
-    reads = {args.init: made_by, args.teacher: teacher_by}
-    model.dry_run(args, "pairs", header, 0, reads, teacher, calls * paths / args.batch, [
-                  f"of {paths:g} trajectories of {calls} calls a step, on all GPUs together"])
+def stored_batches(header, args, step, rank, batch, device):
+    """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
+    states, times, y = read_trajectories(args, header, device)
+    i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
+    for step in itertools.count(step):
+        first = step * args.batch + rank * batch
+        chosen = model.batch_indices(len(y) * len(i), args.seed, first, batch)
+        yield gather_pairs(states, times, y, chosen.to(device), i, j)
 
 
-def main():
+def flags():
+    """The command line. -> args; args.made_by and args.teacher_by are commands that make missing files"""
     target = model.peek_flag("--target", "cm", RECIPES)
-    reads = {"cm": "pretrain", "mf": "pretrain_flow"}[target]
-    p = model.parser(__doc__, RECIPES[target], reads, writes=f"midtrain_{target}")
+    p = model.parser(__doc__, RECIPES[target], FIRST_STAGE[target], writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
-                   help="model to imitate")
-    if p.get_default("init") != "none": p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
-    p.add_argument("--nfe", type=model.positive, help="network calls a trajectory, one a pair (heun: two)")
+                   help="model whose trajectories are the targets")
+    if p.get_default("init") != "none":
+        p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
+    p.add_argument("--nfe", type=model.positive, help="number of function evaluations of a trajectory")
     p.add_argument("--solver", choices=solve.SOLVER_NAMES,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
     p.add_argument("--distance", choices=[*DISTANCES, "lpips"], help="of the loss; with --target mf only l2")
     p.add_argument("--lpips", nargs=2, metavar=("VGG.pth", "LIN.pth"), help="weights for --distance lpips")
     p.add_argument("--pairing", choices=["cmt", "kd", "slow"], default="cmt",
-                   help="the paper's ablation. kd: only noise and end; slow: a new trajectory for each pair")
-    p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file, do not solve")
+                   help="the paper's ablation. kd: only noise and endpoint; slow: a trajectory for each pair")
+    p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file instead of solving")
     solve.guidance_flags(p)
     args = p.parse_args()
     if target == "mf" and args.distance != "l2":
         raise model.UserError(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
     if args.pairing == "slow" and args.trajectories:
-        raise model.UserError("--pairing slow solves a new trajectory for each pair; leave out --trajectories.")
-    made_by = f"python pretrain.py --data {args.data}"
-    if target == "mf": made_by += " --objective flow"
-    elif public := model.DATASETS.get(args.row, {}).get("public"): made_by += f" [--import {public}]"
-    teacher_by = p.get_default("teacher_by") or made_by
-    network = args.network | ({"interval": True} if target == "mf" else {})
-    if args.dry_run: return dry_run(args, model.KIND[reads], network, made_by, teacher_by)
-    rank, world, device, batch = model.setup(args.batch)
+        raise model.UserError("--pairing slow solves a new trajectory for each pair; "
+                              "leave out --trajectories.")
+    args.made_by = f"python pretrain.py --data {args.data}"
+    if target == "mf": args.made_by += " --objective flow"
+    elif public := model.DATASETS.get(args.row, {}).get("public"): args.made_by += f" [--import {public}]"
+    args.teacher_by = p.get_default("teacher_by") or args.made_by
+    if target == "mf": args.network = args.network | {"interval": True}
+    return args
 
-    teachers = solve.TEACHERS if target == "mf" else [reads]
-    teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, teachers, device=device)
-    teacher.requires_grad_(False).body_dtype = model.BODY[args.precision]          # in eval mode, as loaded
+
+def dry_run(args, kind):
+    header = model.expected_header(args.init, args, kind, **args.network)
+    teacher = model.expected_header(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
+    solver = args.solver or (teacher and solve.default_solver(teacher))
+    N = args.nfe // 2 if solver == "heun" else args.nfe
+    trajectories = args.batch / (N if args.pairing == "cmt" else 1)                # of one step
+    nfe = args.nfe * (1 if args.guidance == 1 else 2)
+    reads = {args.init: args.made_by, args.teacher: args.teacher_by}
+    model.dry_run(args, "pairs", header, 0, reads, teacher, nfe * trajectories / args.batch, [
+                  f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"])
+
+
+# The loop of main, in pseudocode:
+#   teacher, student = the pre-trained model, frozen, and a copy of it
+#   for each step:
+#       if no pairs are left: from N(0, t_max^2 I) solve the teacher's ODE many times, shuffle all (x_t, t)
+#       x_t, t, x_end, y = the next batch
+#       loss = distance(student(x_t, t, y), x_end), averaged               (mf: u against a mean velocity)
+#       student = student - lr * gradient(loss)                            (RAdam or Adam)
+#       ema = decay * ema + (1 - decay) * student
+#   save ema
+
+def main():
+    args = flags()
+    target, first_stage = args.target, FIRST_STAGE[args.target]
+    if args.dry_run: return dry_run(args, model.KIND[first_stage])
+    rank, world, device, batch = model.setup(args.batch, args.precision)
+
+    teachers = solve.TEACHERS if target == "mf" else [first_stage]
+    teacher, teacher_header = model.load_predecessor(args.teacher, args.teacher_by, teachers, device=device)
+    model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
-    row = model.DATASETS.get(args.row) or model.own_data(shape, classes)
-    net, header = model.first_weights(args.init, made_by, row, model.KIND[reads], device, **network)
+    dataset = model.DATASETS.get(args.row) or model.own_data(shape, classes)
+    net, header = model.first_weights(args.init, args.made_by, dataset, model.KIND[first_stage], device,
+                                      **args.network)
     model.check_fit(args.init, header, args.teacher, shape, classes)
-    model.check_fit(args.teacher, teacher_header, f"--data {args.data}", row["shape"], row["classes"])
+    model.check_fit(args.teacher, teacher_header, f"--data {args.data}", dataset["shape"], dataset["classes"])
     distance = DISTANCES.get(args.distance) or load_lpips(args.lpips, header).to(device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
-    header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, init=args.init, teacher=args.teacher,
-                          trajectories=args.trajectories, guide=solve.guide_file(args),
-                          **dict(zip(("vgg", "lin"), args.lpips or ())))
+    header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, init=args.init,
+                                 teacher=args.teacher, trajectories=args.trajectories,
+                                 guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
     if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.train().body_dtype = model.BODY[args.precision]
+    net.train().backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)
-    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
-                                               foreach=True)
+    optimizer = model.optimizer(args, net)
 
-    step = start = model.resume_run(args.out, net, ema, opt, header)
-    log, stop = model.Log(args, "pairs", world, step), model.Stop(world)
-    paths, N = None, args.nfe // 2 if args.solver == "heun" else args.nfe          # N steps a trajectory
-    if args.trajectories:
-        paths = read_paths(args, teacher_header, device)
-        N = len(paths[1]) - 1
-    i, j = (k.to(device) for k in pair_table(N, target, args.pairing))
-    each = N if args.pairing == "cmt" else 1                                       # pairs of a trajectory
-    size = pool_size(batch, each)
-    steps_per_pool = size * each // batch
+    step = start = model.resume_run(args.out, net, ema, optimizer, header)
+    if step == 0: model.normalise_weights(net)
+    log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
+    N = args.nfe // 2 if args.solver == "heun" else args.nfe                       # steps of a trajectory
+    batches = (stored_batches(teacher_header, args, step, rank, batch, device) if args.trajectories else
+               solved_batches(teacher, teacher_header, N, args, step, rank, batch, device))
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or step % args.save_every == 0):
-            model.save_run(args, step, net, ema, opt, header)
+        if rank == 0 and step > start and (done or save.due(step)):
+            model.save_run(args, step, net, ema, optimizer, header)
         if done: break
 
-        if args.trajectories:
-            n = len(paths[2]) * len(i)
-            at = model.batch_indices(n, args.seed, step * args.batch + rank * batch, batch)
-        else:
-            if step % steps_per_pool == 0 or paths is None:
-                number = step // steps_per_pool
-                model.reseed(args.seed, rank, "pool", number)
-                still_needed = math.ceil((args.steps - number * steps_per_pool) * batch / each)
-                paths = solve_pool(teacher, teacher_header, min(size, still_needed), args, device)
-                order = draw_pairs(len(paths[2]), each, len(i), device)
-            at = order[step % steps_per_pool * batch:][:batch]
-        drawn = pairs(*paths, at.to(device), i, j)
+        pairs = next(batches)                                                      # x_t, t, x_r, r, y
         model.reseed(args.seed, rank, step)
+        mean_loss = 0
+        for x_t, t, x_r, r, y in model.microbatches(ddp, args.microbatch, *pairs):
+            if target == "cm": loss = cmt_loss(ddp, x_t, t, x_r, y, distance).sum() / batch
+            else:              loss = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).sum() / batch
+            loss.backward()
+            mean_loss += loss.detach()
 
-        loss = 0
-        for x_t, t, x_r, r, y in model.microbatches(ddp, args.microbatch, *drawn):
-            if target == "cm": part = cmt_loss(ddp, x_t, t, x_r, y, distance).sum() / batch
-            else:              part = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).sum() / batch
-            part.backward()
-            loss += part.detach()
         lr = model.learning_rate(args, step)
-        norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
+        norm = model.gradient_norm(net)
+        if math.isfinite(norm):
+            for group in optimizer.param_groups: group["lr"] = lr
+            optimizer.step()
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
+            model.normalise_weights(net)
+        optimizer.zero_grad(set_to_none=True)
         step += 1
-        log(step, loss, norm, lr)
+        log(step, mean_loss, norm, lr)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, io, json, math, os, resource, signal, struct, sys, time
-import zipfile, zlib
+import argparse, contextlib, functools, gc, hashlib, inspect, io, json, math, multiprocessing, os, resource
+import signal, socket, struct, sys, time, traceback, zipfile, zlib
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,17 @@ def interval_embedding(dim):
     return embedding
 
 
+def resize(x, resample):
+    """Halve ("down"), double ("up") or keep (None) the resolution. x (B,C,H,W)"""
+    if resample == "down": return F.avg_pool2d(x, 2)
+    if resample == "up":
+        # Nearest neighbour. F.interpolate computes wrong gradients when torch 2.13 compiles it for a CPU, and
+        # its backward pass on CUDA uses atomic additions.
+        B, C, H, W = x.shape
+        return x[:, :, :, None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W)
+    return x
+
+
 class Block(nn.Module):
     """Residual block of DDPM++: norm, conv, add the time embedding, norm, dropout, conv; then self-attention.
     Both sums are scaled by sqrt(1/2). `resample` is "down", "up" or None."""
@@ -111,19 +123,15 @@ class Block(nn.Module):
             self.proj = initialised(Conv(c_out, c_out, 1), 1e-5)
         self.attention = attention
 
-    def scale(self, x):
-        if self.resample == "down": return F.avg_pool2d(x, 2)
-        if self.resample == "up":   return F.interpolate(x, scale_factor=2, mode="nearest")
-        return x
-
     def forward(self, x, emb):                                           # x (B, c_in, H, W), emb (B, emb_dim)
-        h = self.conv0(self.scale(F.silu(self.norm0(x))))                # (B, c_out, H', W')
+        h = self.conv0(resize(F.silu(self.norm0(x)), self.resample))     # (B, c_out, H', W')
         h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
         h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
-        x = ((self.skip(self.scale(x)) if self.skip else x) + h) * 0.5 ** 0.5
+        x = ((self.skip(resize(x, self.resample)) if self.skip else x) + h) * 0.5 ** 0.5
         if self.attention:
             H, W = x.shape[2:]
-            q, k, v = rearrange(self.qkv(self.norm2(x)), "b (c three) h w -> three b 1 (h w) c", three=3)
+            qkv = rearrange(self.qkv(self.norm2(x)), "b (c three) h w -> three b 1 (h w) c", three=3)
+            q, k, v = qkv.contiguous()                                   # fused attention needs a stride of 1
             a = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=H, w=W)
             x = (x + self.proj(a)) * 0.5 ** 0.5
         return x
@@ -134,8 +142,8 @@ class DDPMpp(nn.Module):
     names and constructor arguments are EDM's, so its published weights fit by name; EDM's augmentation input
     is not built. `interval` adds an embedding of t - r (ours).
 
-    forward(x, noise, y, gap): x (B,C,H,W) in the body's dtype, noise (B,) >= fp32, y (B,) or None, gap (B,)
-    = t - r with `interval` -> (B,C,H,W).
+    forward(x, noise, y, gap): x (B,C,H,W) in the backbone's dtype, noise (B,) >= fp32, y (B,) or None, gap
+    (B,) = t - r with `interval` -> (B,C,H,W).
     """
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=128, channel_mult=(2, 2, 2),
                  num_blocks=4, attn_resolutions=(16,), dropout=0.0, interval=False, channel_mult_emb=4):
@@ -235,21 +243,34 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Convolution, or with kernel 0 a linear layer, whose weights are normalised at every use (eq. 47) and,
-    where they train, also put back on the unit sphere (eq. 66), so that their learning rate means the same
-    all along. A forward without gradient leaves them alone: no target pass may move the network."""
+    """Convolution, or with kernel 0 a linear layer. The weights of each output channel are normalised in
+    every forward pass (eq. 47). `normalise_weights` also stores them normalised after every optimizer step
+    (eq. 66). A `frozen` layer (see `freeze`) holds the normalised weights, multiplied by the gain."""
+    frozen = False
+
     def __init__(self, c_in, c_out, kernel=0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, *(kernel, kernel) * (kernel > 0)))
 
+    def normalised(self, gain, dtype):
+        """The weights that a forward pass in `dtype` uses, computed in at least fp32."""
+        w = self.weight.to(torch.promote_types(dtype, torch.float32))
+        return (unit(w, tuple(range(1, w.dim()))) * gain / w[0].numel() ** 0.5).to(dtype)
+
     def forward(self, x, gain=1.0):
-        dims = tuple(range(1, self.weight.dim()))
-        # Behind autograd's back (.data): with two forwards before one backward, the second finds them on the
-        # sphere already and moves them by 1e-4 of themselves at most.
-        if self.training and torch.is_grad_enabled(): self.weight.data.copy_(unit(self.weight.data, dims))
-        w = unit(self.weight.to(torch.promote_types(x.dtype, torch.float32)), dims)
-        w = (w * gain / self.weight[0].numel() ** 0.5).to(x.dtype)
+        w = self.weight if self.frozen else self.normalised(gain, x.dtype)
         return F.linear(x, w) if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+@torch.no_grad()
+def normalise_weights(net):
+    """Forced weight normalisation (EDM2, 2312.02696, eq. 66): store the weights of each output channel of
+    every MPConv with magnitude 1, which keeps the effective learning rate constant. Call it once before the
+    first step and after every optimizer step. It is not idempotent: a second call moves weights by about
+    1e-5, so a resumed run does not call it again. Other networks have no MPConv and stay unchanged."""
+    for layer in net.modules():
+        if isinstance(layer, MPConv):
+            layer.weight.copy_(unit(layer.weight, tuple(range(1, layer.weight.dim()))))
 
 
 class MPBlock(nn.Module):
@@ -272,8 +293,7 @@ class MPBlock(nn.Module):
             self.attn_proj = MPConv(c_out, c_out, 1)
 
     def forward(self, x, emb):                                           # x (B, c_in, H, W), emb (B, emb_dim)
-        if self.resample == "down": x = F.avg_pool2d(x, 2)
-        if self.resample == "up":   x = F.interpolate(x, scale_factor=2, mode="nearest")
+        x = resize(x, self.resample)
         if self.encoder: x = unit(self.conv_skip(x) if self.conv_skip else x, 1)
         h = self.conv_res0(mp_silu(x))
         h = mp_silu(h * (self.emb_linear(emb, self.emb_gain) + 1)[:, :, None, None].to(h.dtype))
@@ -283,7 +303,7 @@ class MPBlock(nn.Module):
         if self.attention:
             H, W = x.shape[2:]
             qkv = rearrange(self.attn_qkv(x), "b (n c three) h w -> three b n (h w) c", n=self.heads, three=3)
-            q, k, v = unit(qkv, -1)
+            q, k, v = unit(qkv.contiguous(), -1)                         # fused attention needs a stride of 1
             a = rearrange(F.scaled_dot_product_attention(q, k, v), "b n (h w) c -> b (n c) h w", h=H, w=W)
             x = mp_sum(x, self.attn_proj(a), self.attn_balance)
         return x.clamp(-self.clip, self.clip) if self.clip else x
@@ -418,7 +438,7 @@ class SiT(nn.Module):
     """The diffusion transformer SiT (2401.08740) with Mean Flow's second time (2505.13447): the embeddings of
     t, t - r and y are summed. Parameter names are the public implementations'. `interval` adds that of t - r.
 
-    forward(x, t, y, gap): x (B,C,H,W) in the body's dtype, t (B,) >= fp32, not scaled, y (B,) or None,
+    forward(x, t, y, gap): x (B,C,H,W) in the backbone's dtype, t (B,) >= fp32, not scaled, y (B,) or None,
     gap (B,) = t - r with `interval` -> (B,C,H,W).
     """
     def __init__(self, img_resolution, img_channels, label_dim, patch_size=2, hidden_size=1152, depth=28,
@@ -459,13 +479,13 @@ class Denoiser(nn.Module):
 
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
-    x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the body F runs in
-    `body_dtype`: in bf16 ln(t)/4 could not tell t from t (1 - 1/q) for q >= 64, and the sum would lose the
-    correction it adds. float64 in computes in float64 throughout.
+    x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the backbone F runs in
+    `backbone_dtype`: in bf16 ln(t)/4 could not tell t from t (1 - 1/q) for q >= 64, and the sum would lose
+    the correction it adds. float64 in computes in float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
         super().__init__()
-        self.net, self.body_dtype = net, torch.float32
+        self.net, self.backbone_dtype = net, torch.float32
         self.sigma_data, self.noise_scale = sigma_data, noise_scale
 
     def forward(self, x, t, y=None):
@@ -475,8 +495,8 @@ class Denoiser(nn.Module):
         total = s ** 2 + self.sigma_data ** 2
         c_skip, c_out, c_in = self.sigma_data ** 2 / total, s * self.sigma_data * total.rsqrt(), total.rsqrt()
         c_noise = self.noise_scale * t.clamp(min=1e-6).log() / 4             # (B,)  finite at t = 0
-        body = dtype if dtype == torch.float64 else self.body_dtype
-        return c_skip * x + c_out * self.net((c_in * x).to(body), c_noise, y).to(dtype)
+        backbone = dtype if dtype == torch.float64 else self.backbone_dtype
+        return c_skip * x + c_out * self.net((c_in * x).to(backbone), c_noise, y).to(dtype)
 
 
 class MeanVelocity(nn.Module):
@@ -491,13 +511,37 @@ class MeanVelocity(nn.Module):
     """
     def __init__(self, net, time_scale=1.0):
         super().__init__()
-        self.net, self.body_dtype, self.time_scale = net, torch.float32, time_scale
+        self.net, self.backbone_dtype, self.time_scale = net, torch.float32, time_scale
 
     def forward(self, z, r, t, y=None):
         dtype = torch.promote_types(z.dtype, torch.float32)
         z, r, t = z.to(dtype), r.to(dtype), t.to(dtype)
-        body = dtype if dtype == torch.float64 else self.body_dtype
-        return self.net(z.to(body), self.time_scale * t, y, self.time_scale * (t - r)).to(dtype)
+        backbone = dtype if dtype == torch.float64 else self.backbone_dtype
+        return self.net(z.to(backbone), self.time_scale * t, y, self.time_scale * (t - r)).to(dtype)
+
+
+@torch.no_grad()
+def freeze(net, header, dtype):
+    """Prepare a Denoiser or MeanVelocity for inference only: eval mode, no gradients, backbone in `dtype`.
+
+    Each layer's weights are cast once, to the dtype of the layer's input, instead of in every forward pass.
+    One forward pass on zeros finds out these dtypes. EDM2's weights are normalised once, in fp32, before the
+    cast. The outputs stay the same, bit for bit. header: as from `load`. -> net, which can no longer be
+    saved"""
+    def prepare(layer, inputs):
+        x, *gain = inputs
+        weights = {name: p.to(x.dtype) for name, p in layer.named_parameters()}
+        if isinstance(layer, MPConv):
+            weights, layer.frozen = {"weight": layer.normalised(*gain or [1.0], x.dtype)}, True
+        for name, w in weights.items(): setattr(layer, name, nn.Parameter(w, requires_grad=False))
+    net.eval().requires_grad_(False).backbone_dtype = dtype
+    hooks = [layer.register_forward_pre_hook(prepare) for layer in net.modules()
+             if isinstance(layer, (Linear, Conv, Norm, MPConv))]
+    x = torch.zeros(1, *image_shape(header), device=next(net.parameters()).device)
+    t = torch.ones(1, device=x.device)
+    net(x, t) if isinstance(net, Denoiser) else net(x, t, t)
+    for hook in hooks: hook.remove()
+    return net
 
 
 # The two times describe one process: x_t / (1 + t) is z at flow time t / (1 + t), and the ODEs agree. States
@@ -619,11 +663,12 @@ def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises UserError as `atomic_write` does."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = json.dumps(header | {"crc32": checksum(tensors, header)})
-    with atomic_write(path) as part: save_file(tensors, part, {"config": config})      # more keys are shuffled
+    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # more keys are shuffled
 
 
 def read(path, tensors=True):
-    """-> ({name: tensor} on the CPU, header). Raises UserError if the file is missing, damaged or not ours."""
+    """-> ({name: tensor} on the CPU, header). Raises UserError if the file is missing, damaged or not
+    ours."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist.")
     try:
@@ -657,9 +702,9 @@ def build_for(header, tensors):
 
 
 def load(path, device="cpu", **network):
-    """-> (model in eval mode with its fp32 body, header). `network`: constructor arguments that replace the
-    header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none. Raises
-    UserError as `read` does, and where the weights do not fit the network of the header."""
+    """-> (model in eval mode with an fp32 backbone, header). `network`: constructor arguments that replace
+    the header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none.
+    Raises UserError as `read` does, and where the weights do not fit the network of the header."""
     tensors, header = read(path)
     if any(k.startswith("ema.") for k in tensors):
         raise UserError(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
@@ -861,8 +906,8 @@ def is_channels_last(path, x):
         if x.dtype == np.uint8: return True
         if x.dtype.kind == "f" and x.shape[1] in (4, 8) and x.shape[2] == x.shape[3]: return False
         if x.dtype.kind == "f" and x.shape[3] in (4, 8): return True
-    raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1, or, for "
-                  "latents, floats (N,C,H,W) with C = 4, or 8 for means and deviations.")
+    raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1, or, "
+                  "for latents, floats (N,C,H,W) with C = 4, or 8 for means and deviations.")
 
 
 def common_size(path, names):
@@ -995,7 +1040,7 @@ def to_network(x, header):
 
 def latent_scale(x, header):
     """mean, scale (C,1,1) of the header's `latents`, as x is: networks see (z - mean) * scale"""
-    return (x.new_tensor(header["latents"][k])[:, None, None] for k in ("mean", "scale"))
+    return (torch.tensor(header["latents"][k]).to(x)[:, None, None] for k in ("mean", "scale"))
 
 
 def save_grid(path, rows, names):
@@ -1035,7 +1080,7 @@ def read_ahead(images, args, rank, batch, start):
           for step in range(start, args.steps))
     loader = torch.utils.data.DataLoader(
         images, batch_sampler=at, num_workers=args.workers, collate_fn=as_is, generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)      # generator: the steps' is left alone
+        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)   # generator: not the steps'
     for item in loader:
         if isinstance(item, UserError): raise item
         yield item
@@ -1064,7 +1109,8 @@ def random_labels(n, header, device):
 # === 6. running a stage =====================================================================================
 
 DATA_HINT = "the images; the README's `Data` says how to make it"
-BODY = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Backbone dtypes. "tf32" is fp32 whose matrix products and convolutions round their inputs to TF32 on a GPU.
+DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -1108,11 +1154,13 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument("--workers", type=int, default=0 if row in ("digits", "own data") else 2,
                    help="processes a rank reads its images with; 0: none but itself")
-    p.add_argument("--save-every", type=positive, default=1000, metavar="STEPS", help="steps between saves")
-    p.add_argument("--keep", action="store_true", help="let every save also leave NAME-STEP.safetensors")
+    p.add_argument("--save-every", type=positive, metavar="STEPS",
+                   help="steps between saves (default: a save every 10 minutes)")
+    p.add_argument("--keep", action="store_true",
+                   help="let every save also leave NAME-STEP.safetensors; with --save-every")
     p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
-    p.add_argument("--precision", choices=BODY, default=precision or ("bf16" if gpu else "fp32"),
-                   help="of the network's body; all else is fp32")
+    p.add_argument("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
+                   help="of the network's backbone; all else is fp32, or TF32 with tf32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
                    default=compile and torch.cuda.is_available() and row != "digits")     # too small to pay
     p.add_argument("--dry-run", action="store_true",
@@ -1143,43 +1191,68 @@ def not_negative(text):
     return value
 
 
-def setup(batch, group=True):
-    """-> rank, world, device, this rank's share of the global batch. torchrun's variables start a process
-    group, where one is needed; plain python is world 1. Batch None: a script for one process only."""
+def setup(batch, precision="fp32"):
+    """Read torchrun's variables, choose the device, and start a process group if there are several processes.
+    Plain `python` is one process. batch: global batch, 0 where there is none, None for a script that runs in
+    one process only. -> rank, world, device, this rank's share of the batch"""
     rank, local, world = (int(os.environ.get(k, d))
                           for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    if torch.cuda.is_available() and local >= torch.cuda.device_count():
-        raise UserError(f"there are only {torch.cuda.device_count()} GPUs; choose a smaller --nproc_per_node.")
     if batch is None and world > 1:
         raise UserError("this script runs in one process; start it with plain python.")
     if batch and batch % world:
         raise UserError(f"--batch {batch} cannot be split evenly over {world} processes; "
-                      f"choose a multiple of {world}.")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    # TF32 is off for convolutions and matrix products alike (torch's default differs between the two).
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if cuda: torch.cuda.set_device(device)
-    if world > 1 and group:                                # after a restart not to meet the dead's addresses
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-                                 next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
+                        f"choose a multiple of {world}.")
+    # Both switches, because torch's defaults differ: TF32 is on for convolutions and off for matrix products.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    device, cuda = torch.device("cpu"), torch.cuda.is_available()
+    if cuda:                                # a process sees all GPUs of its machine, or only its own (SLURM)
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if world > 1:
+        try: store = next(dist.rendezvous("env://"))[0]
+        except ValueError as e:
+            raise UserError(f"RANK and WORLD_SIZE are set, but not all that a process group needs ({e}); "
+                            "start the processes with torchrun, or unset both for one process.")
+        # A restarted job must not read the addresses that its dead processes left in the store.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if cuda:
+            gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+            store.set(f"gpu {rank}", gpu)
+            if gpu in (store.get(f"gpu {other}").decode() for other in range(rank)):
+                raise UserError(f"rank {rank} would share its GPU with another process; start at most one "
+                                f"process per GPU ({torch.cuda.device_count()} visible here).")
+        # gloo as well: exchanges of CPU tensors do not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(minutes=30),
+                                device_id=device if cuda else None)
     return rank, world, device, batch and batch // world
 
 
-def parallel(model, world):
-    """DDP around `model` where there are several processes: it averages gradients over the global batch."""
-    if world == 1: return model
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+def parallel(net, world):
+    """DDP around `net` if there are several processes: it averages gradients over the global batch."""
+    if world == 1: return net
+    ddp = nn.parallel.DistributedDataParallel
+    # Our buffers are constants. torch 2.13 renames the argument that says so.
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    return ddp(net, gradient_as_bucket_view=True,
+               **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
 
-def compiled(model, wanted):
-    """torch.compile around a network or a function of some, where --compile wants it. A denoising step on
-    digits takes 0.86 of the time on two CPU cores, the first half a minute; not measured on a GPU yet."""
-    if not wanted: return model
+def compiled(function, wanted):
+    """torch.compile around a network, or a function of networks, if --compile wants it. Shapes are static:
+    teacher and student share the code of `forward`, but not the batch size, which would make it dynamic."""
+    if not wanted: return function
     from torch._inductor import config
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
-    return torch.compile(model)
+    return torch.compile(function, dynamic=False)
+
+
+def optimizer(args, net):
+    """--optimizer with its learning rate and betas. On a GPU Adam runs as one fused kernel; RAdam has
+    none."""
+    fused = args.optimizer != "RAdam" and next(net.parameters()).is_cuda
+    return getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
+                                                **{"fused" if fused else "foreach": True})
 
 
 def reseed(*numbers):
@@ -1206,17 +1279,16 @@ def learning_rate(args, step):
     return lr if args.decay == "constant" else lr / max(step / args.decay, 1) ** 0.5
 
 
-def update(net, ema, opt, lr, decay):
-    """One optimiser step and the EMA after it -> gradient norm. A step whose norm is not finite is skipped:
-    it enters neither weights, moments nor EMA. All ranks hold the same gradient, so they skip together."""
-    weights = list(net.parameters())
-    norm = nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]).item()
-    if math.isfinite(norm):
-        for group in opt.param_groups: group["lr"] = lr
-        opt.step()
-        with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), weights, 1 - decay)
-    opt.zero_grad(set_to_none=True)
-    return norm
+def gradient_norm(net):
+    """-> the norm of the gradient, a float: the one place where a step waits for the GPU. A step whose norm
+    is not finite is skipped. All ranks hold the same averaged gradient, so all skip the same steps."""
+    return nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]).item()
+
+
+@torch.no_grad()
+def update_ema(ema, net, decay):
+    """ema = decay * ema + (1 - decay) * net, in fp32"""
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 def load_predecessor(path, made_by, stages=None, **kwargs):
@@ -1288,7 +1360,7 @@ def cost(header, precision, rows):
     kept = []
     with torch.device("meta"):
         net = build(header).train()
-        net.body_dtype = BODY[precision]
+        net.backbone_dtype = DTYPES[precision]
         weights = {p.untyped_storage()._cdata for p in net.parameters()}
         for n in (1, 2):
             t, seen = torch.ones(n), {}
@@ -1306,8 +1378,8 @@ def cost(header, precision, rows):
 
 
 def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=0, notes=()):
-    """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: those a row
-    without gradient; reads: {path: what makes it}; teacher: its header, of teacher_forwards a row."""
+    """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: those a
+    row without gradient; reads: {path: what makes it}; teacher: its header, of teacher_forwards a row."""
     world = args.world or int(os.environ.get("WORLD_SIZE", 1 if args.row in ("digits", "own data") else 8))
     if args.batch % world:
         raise UserError(f"--batch {args.batch} cannot be split evenly over {world} processes.")
@@ -1353,9 +1425,26 @@ def snapshot(out, step):
     return beside(out, f"-{step:06d}.safetensors")
 
 
+class SaveTimer:
+    """due(step): is it time for a periodic save? Every --save-every steps, by default every 10 minutes,
+    because a save of a large model every few hundred steps takes a good part of a run. Rank 0 asks and
+    saves."""
+    def __init__(self, args):
+        if args.keep and not args.save_every:
+            raise UserError("--keep leaves a file at every save; say how often, with --save-every STEPS.")
+        self.every, self.last = args.save_every, time.monotonic()
+
+    def due(self, step):
+        if self.every: return step % self.every == 0
+        if time.monotonic() - self.last < 600: return False
+        self.last = time.monotonic()
+        return True
+
+
 def save_run(args, step, net, ema, opt, header):
-    """The resume file (net, EMA, moments, step), which is the truth, before NAME.safetensors, the EMA and its
-    header; with --keep, that as NAME-STEP.safetensors before either."""
+    """Write first NAME.resume.safetensors (weights, EMA, optimizer state, step), which a resumed run reads,
+    then NAME.safetensors (EMA weights and header). With --keep NAME-STEP.safetensors before both."""
+    started = time.monotonic()
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for name, p in net.named_parameters():
@@ -1364,7 +1453,12 @@ def save_run(args, step, net, ema, opt, header):
     if args.keep: save(snapshot(args.out, step), ema.state_dict(), header)
     save(resume_file(args.out), state, header)
     save(args.out, ema.state_dict(), header)
-    if step == args.steps: print(f"{args.out} is finished ({step:,} steps).", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{args.out} is finished ({step:,} steps)." if step == args.steps else
+          f"saved {args.out} at step {step:,} in {seconds:.1f} s", flush=True)
+    if seconds > 20:
+        print(f"warning: the save took {seconds:.0f} s. torchrun kills a job 30 s after SIGTERM; a run that "
+              "is interrupted then continues from the save before.", flush=True)
 
 
 def resume_run(out, net, ema, opt, header):
@@ -1390,10 +1484,9 @@ def resume_run(out, net, ema, opt, header):
     def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     net.load_state_dict(part("net."))
     ema.load_state_dict(part("ema."))
-    for slot in {k.split(".")[1] for k in state if k.startswith("opt.")}:
-        values = part(f"opt.{slot}.")
-        for name, p in net.named_parameters():
-            opt.state[p][slot] = values[name].to(p.device if values[name].dim() else "cpu")
+    slots = {k.split(".")[1] for k in state if k.startswith("opt.")}
+    moments = [{slot: state[f"opt.{slot}.{name}"] for slot in slots} for name, _ in net.named_parameters()]
+    opt.load_state_dict(opt.state_dict() | {"state": dict(enumerate(moments))})
     if int(os.environ.get("RANK", 0)) == 0:
         try: current = read(out)[1] == old
         except UserError: current = False                    # killed between the two saves, or damaged since
@@ -1404,26 +1497,26 @@ def resume_run(out, net, ema, opt, header):
 
 
 class Stop:
-    """stop(step): has anybody asked this run to end, by SIGTERM (preemption) or SIGINT (Ctrl-C)? The step is
-    finished and saved first; a second Ctrl-C does not wait. Ranks agree at every step: torchrun kills after
-    30 s."""
+    """stop(step): has any rank been asked to end, by SIGTERM (preemption) or SIGINT (Ctrl-C)? The loop then
+    saves and ends. All ranks get the same answer, after every step, because torchrun kills 30 s after its
+    SIGTERM. In a single process a second Ctrl-C ends the run at once; torchrun passes each one on to
+    processes that the terminal has already signalled, so there it does not."""
     def __init__(self, world):
-        self.world, self.asked = world, False
-        for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.ask)
+        self.world, self.signalled = world, False
+        for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
 
-    def ask(self, sign, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def receive(self, sign, frame):
+        self.signalled = True
+        if "TORCHELASTIC_RUN_ID" not in os.environ: signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self, step):
-        if self.world > 1:
-            asked = torch.tensor([self.asked], dtype=torch.int32,
-                                 device="cuda" if dist.get_backend() == "nccl" else "cpu")
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked and int(os.environ.get("RANK", 0)) == 0:
+        # Only the handler writes `signalled`: a signal that arrives during the exchange counts at the next
+        # step.
+        stop = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
+        if self.world > 1: dist.all_reduce(stop, dist.ReduceOp.MAX)
+        if stop and int(os.environ.get("RANK", 0)) == 0:
             print(f"asked to stop: ends after step {step:,}, saved; the same command continues.", flush=True)
-        return self.asked
+        return bool(stop)
 
 
 class Log:
@@ -1479,21 +1572,30 @@ class Log:
 
 
 def run(main):
-    """Call a script's main. A UserError becomes one sentence on stderr and exit code 2 (3: diverged), without a
-    traceback."""
+    """Call a script's main. A UserError becomes one sentence on stderr and exit code 2 (3: diverged). With
+    several processes any exception ends this one at once, without waiting for the others: torchrun then ends
+    them."""
     rank = int(os.environ.get("RANK", 0))
     try:
         main()
-    except UserError as e:
-        print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
-        sys.exit(e.code)
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped at once; what was saved before is untouched.",
-              file=sys.stderr)
-        sys.exit(130)
-    else:
         if dist.is_initialized():
             dist.barrier()                                 # rank 0 may still be writing the last save
             # DDP's reference cycles hold the group's threads; gloo aborts if they outlive the interpreter.
             gc.collect()
             dist.destroy_process_group()
+        return
+    except UserError as e:
+        print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        code = e.code
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped at once; what was saved before is untouched.",
+              file=sys.stderr)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    for child in multiprocessing.active_children(): child.kill()       # data workers ignore SIGTERM
+    if dist.is_initialized():
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)                                     # an orderly exit would wait for the other ranks
+    sys.exit(code)

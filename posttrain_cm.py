@@ -17,7 +17,7 @@ The baseline this project is about, ECT straight from the diffusion model with i
 
 The body runs in fp32 here, on every device: in bf16 the difference f(x_t) - f(x_r) drowns if q is large.
 """
-import copy
+import copy, math
 
 import torch
 
@@ -134,7 +134,7 @@ def main():
             calls = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
         teacher = model.expected_header(args.teacher, args, "Denoiser") if calls else None
         return model.dry_run(args, "images", header, 1, reads, teacher, calls)
-    rank, world, device, batch = model.setup(args.batch)
+    rank, world, device, batch = model.setup(args.batch, args.precision)
 
     images, row = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
@@ -142,27 +142,29 @@ def main():
     model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
     teacher, files = None, dict(init=args.init, data=args.path)
     if args.loss == "ecd":
-        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain"], device=device)
+        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain"],
+                                                         device=device)
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
         files |= dict(teacher=args.teacher, guide=guide)
+        model.freeze(teacher, teacher_header, torch.float32)
         teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
         teacher = model.compiled(teacher, args.compile)
     header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.train().body_dtype = model.BODY[args.precision]
+    net.train().backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)
-    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
-                                               foreach=True)
+    optimizer = model.optimizer(args, net)
 
-    step = start = model.resume_run(args.out, net, ema, opt, header)
-    log, stop = model.Log(args, "images", world, step), model.Stop(world)
+    step = start = model.resume_run(args.out, net, ema, optimizer, header)
+    if step == 0: model.normalise_weights(net)
+    log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(images)
     data = model.read_ahead(images, args, rank, batch, step)
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or step % args.save_every == 0):
-            model.save_run(args, step, net, ema, opt, header)
+        if rank == 0 and step > start and (done or save.due(step)):
+            model.save_run(args, step, net, ema, optimizer, header)
         if done: break
 
         model.reseed(args.seed, rank, step)
@@ -174,20 +176,27 @@ def main():
         weight = ect_weight(t, r, args.weight, header["sigma_data"])
         eps = torch.randn_like(x0)
 
-        loss = 0
+        mean_loss = 0
         for x0, eps, t, r, y, weight in model.microbatches(ddp, args.microbatch, x0, eps, t, r, y, weight):
             if args.loss == "ect":
-                part = ect_loss(ddp, x0, eps, t, r, y, weight, args.c).sum() / batch
+                loss = ect_loss(ddp, x0, eps, t, r, y, weight, args.c).sum() / batch
             else:
                 x_t = x0 + t[:, None, None, None] * eps
                 x_r = ode_step(teacher, x_t, t, r, y, args.solver)
-                part = ecd_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / batch
-            part.backward()
-            loss += part.detach()
+                loss = ecd_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / batch
+            loss.backward()
+            mean_loss += loss.detach()
+
         lr = model.learning_rate(args, step)
-        norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
+        norm = model.gradient_norm(net)
+        if math.isfinite(norm):
+            for group in optimizer.param_groups: group["lr"] = lr
+            optimizer.step()
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
+            model.normalise_weights(net)
+        optimizer.zero_grad(set_to_none=True)
         step += 1
-        log(step, loss, norm, lr)
+        log(step, mean_loss, norm, lr)
 
 
 if __name__ == "__main__":

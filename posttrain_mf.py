@@ -19,7 +19,7 @@ Baselines: Mean Flow straight from the flow-matching weights, and from scratch:
 On a GPU the body runs in bf16, which the exact derivative survives (`make precision`), but fp32 with
 --derivative difference.
 """
-import copy
+import copy, math
 
 import torch
 import torch.nn.functional as F
@@ -149,10 +149,11 @@ def main():
     if args.dry_run:
         header = model.expected_header(args.init, args, "MeanVelocity", **args.network, interval=True)
         reads, guided = {args.path: model.DATA_HINT, args.init: made_by}, (args.omega, args.kappa) != (1, 0)
-        teacher = model.expected_header(args.teacher, args, "MeanVelocity") if args.velocity == "teacher" else None
+        teacher = None
+        if args.velocity == "teacher": teacher = model.expected_header(args.teacher, args, "MeanVelocity")
         if teacher: reads[args.teacher] = teacher_by
         return model.dry_run(args, "images", header, args.jumps / 2 + 2 * guided, reads, teacher, 1)
-    rank, world, device, batch = model.setup(args.batch)
+    rank, world, device, batch = model.setup(args.batch, args.precision)
     if batch % 4 or (args.microbatch or 4) % 4:
         raise model.UserError(f"--batch {args.batch} comes in fours, with r < t in {args.jumps} of each; "
                             f"choose a multiple of {4 * world}, and of 4 for --microbatch.")
@@ -164,26 +165,28 @@ def main():
     model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
     teacher, files = None, dict(init=args.init, data=args.path)
     if args.velocity == "teacher":
-        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain_flow"], device=device)
+        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain_flow"],
+                                                         device=device)
         model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
+        model.freeze(teacher, teacher_header, torch.float32)
         teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
     header |= model.run_metadata(args, "posttrain_mf", "images", world, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.train().body_dtype = model.BODY[args.precision]
+    net.train().backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)
-    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
-                                               foreach=True)
+    optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
     null = header["network"]["label_dim"]
 
-    step = start = model.resume_run(args.out, net, ema, opt, header)
-    log, stop = model.Log(args, "images", world, step), model.Stop(world)
+    step = start = model.resume_run(args.out, net, ema, optimizer, header)
+    if step == 0: model.normalise_weights(net)
+    log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(images)
     data = model.read_ahead(images, args, rank, batch, step)
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or step % args.save_every == 0):
-            model.save_run(args, step, net, ema, opt, header)
+        if rank == 0 and step > start and (done or save.due(step)):
+            model.save_run(args, step, net, ema, optimizer, header)
         if done: break
 
         model.reseed(args.seed, rank, step)
@@ -194,7 +197,7 @@ def main():
         v = torch.randn_like(x0) - x0                                              # eps - x_0
         z = x0 + t[:, None, None, None] * v
 
-        loss, parts = 0, {"loss r<t": 0, "loss r=t": 0}
+        mean_loss, parts = 0, {"loss r<t": 0, "loss r=t": 0}
         for z, r, t, y, v in model.microbatches(ddp, args.microbatch, z, r, t, y, v):
             if teacher:
                 with torch.no_grad(): v = teacher(z, t, t, y)
@@ -208,15 +211,22 @@ def main():
             with FixedWeights(): dudt = derivative(net, *jumping)
             both = (meanflow_loss(ddp, *jumping, dudt, args.p, args.c),
                     meanflow_loss(ddp, *others, 0, args.p, args.c))
-            part = torch.cat(both).sum() / batch
-            part.backward()
-            loss += part.detach()
+            loss = torch.cat(both).sum() / batch
+            loss.backward()
+            mean_loss += loss.detach()
             for k, rows, share in zip(parts, both, (args.jumps / 4, 1 - args.jumps / 4)):
                 parts[k] += rows.detach().sum() / (batch * share)
+
         lr = model.learning_rate(args, step)
-        norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
+        norm = model.gradient_norm(net)
+        if math.isfinite(norm):
+            for group in optimizer.param_groups: group["lr"] = lr
+            optimizer.step()
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
+            model.normalise_weights(net)
+        optimizer.zero_grad(set_to_none=True)
         step += 1
-        log(step, loss, norm, lr, parts)
+        log(step, mean_loss, norm, lr, parts)
 
 
 if __name__ == "__main__":

@@ -415,7 +415,7 @@ def main():
     if args.dry_run:
         header = model.expected_header(None, args, kind, **args.network)
         return model.dry_run(args, "images", header, forwards=0, reads={args.path: model.DATA_HINT})
-    rank, world, device, batch = model.setup(args.batch)
+    rank, world, device, batch = model.setup(args.batch, args.precision)
 
     images, row = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
@@ -423,19 +423,19 @@ def main():
     net = model.build(header).to(device).train()
     header |= model.run_metadata(args, stage, "images", world, data=args.path)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.body_dtype = model.BODY[args.precision]
+    net.backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)
-    opt = getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
-                                               foreach=True)
+    optimizer = model.optimizer(args, net)
 
-    step = start = model.resume_run(args.out, net, ema, opt, header)
-    log, stop = model.Log(args, "images", world, step), model.Stop(world)
+    step = start = model.resume_run(args.out, net, ema, optimizer, header)
+    if step == 0: model.normalise_weights(net)
+    log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(images)
     data = model.read_ahead(images, args, rank, batch, step)
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or step % args.save_every == 0):
-            model.save_run(args, step, net, ema, opt, header)
+        if rank == 0 and step > start and (done or save.due(step)):
+            model.save_run(args, step, net, ema, optimizer, header)
         if done: break
 
         model.reseed(args.seed, rank, step)
@@ -446,15 +446,22 @@ def main():
         t = t.exp() if objective == "edm" else t.sigmoid()                         # (b,)
         eps = torch.randn_like(x0)
 
-        loss = 0
+        mean_loss = 0
         for rows in model.microbatches(ddp, args.microbatch, x0, eps, t, y):
-            part = (edm_loss if objective == "edm" else flow_loss)(ddp, *rows).sum() / batch
-            part.backward()
-            loss += part.detach()
+            loss = (edm_loss if objective == "edm" else flow_loss)(ddp, *rows).sum() / batch
+            loss.backward()
+            mean_loss += loss.detach()
+
         lr = model.learning_rate(args, step)
-        norm = model.update(net, ema, opt, lr, decay=min(args.ema, (1 + step) / (10 + step)))
+        norm = model.gradient_norm(net)
+        if math.isfinite(norm):
+            for group in optimizer.param_groups: group["lr"] = lr
+            optimizer.step()
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
+            model.normalise_weights(net)
+        optimizer.zero_grad(set_to_none=True)
         step += 1
-        log(step, loss, norm, lr)
+        log(step, mean_loss, norm, lr)
 
 
 if __name__ == "__main__":

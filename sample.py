@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 
 import model, solve
@@ -68,8 +69,8 @@ def open_vae(header, path, device):
     """The autoencoder that turns a model's latents into images; None where it makes images itself."""
     if "latents" not in header: return None
     if not path:
-        raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} in "
-                            "diffusers' format.")
+        raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} "
+                              "in diffusers' format.")
     try: from diffusers import AutoencoderKL
     except ImportError: raise model.UserError("--vae needs diffusers; `pip install diffusers`.")
     try: return AutoencoderKL.from_pretrained(path).to(device).eval()
@@ -138,20 +139,45 @@ def draw_parts(draw, seeds, folder, key, rank, world):
     return [path for _, path in parts]
 
 
-def collect(parts, seeds, out):
-    """Wait for all parts, join them, one in memory at a time, and remove them. -> first images, labels"""
-    while not all(path.exists() for path in parts): time.sleep(0.1)             # of the other ranks
-    with np.load(parts[0]) as f: first = f["arr_0"]
-    labels = np.concatenate([np.load(path)["arr_1"] for path in parts])
-    with model.atomic_write(out) as file, zipfile.ZipFile(file, "w") as z:
-        with z.open("arr_0.npy", "w", force_zip64=True) as f:
-            shape = len(seeds), *first.shape[1:]
-            np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for path in parts: f.write(np.load(path)["arr_0"].tobytes())
-        with z.open("arr_1.npy", "w") as f: np.lib.format.write_array(f, labels)
-    for path in parts: path.unlink()
+def gather_parts(parts, rank, world):
+    """Yield every part, in order, on rank 0: part k comes from rank k % world through the process group, so
+    the ranks need no common disk. On the other ranks, which send theirs, yields nothing."""
+    for k, path in enumerate(parts):
+        content = [None, None]
+        if rank == k % world:
+            try:
+                with np.load(path) as f: content = [f["arr_0"], f["arr_1"]]
+            except OSError as e:
+                raise model.UserError(f"{path} is gone ({type(e).__name__}); the same command may be running "
+                                      "twice. Run it again, once.")
+            if rank: dist.send_object_list(content, dst=0, device="cpu")
+        elif rank == 0:
+            dist.recv_object_list(content, src=k % world, device="cpu")
+        if rank == 0: yield content
+
+
+def collect(parts, seeds, out, rank, world):
+    """Join all parts in `out`, one in memory at a time, then remove them. -> first images, labels; on ranks
+    other than 0 None, None"""
+    arriving, labels, first = gather_parts(parts, rank, world), [], None
+    if rank:
+        for _ in arriving: pass
+    else:
+        with model.atomic_write(out) as file, zipfile.ZipFile(file, "w") as z:
+            with z.open("arr_0.npy", "w", force_zip64=True) as f:
+                for images, y in arriving:
+                    if first is None:
+                        first, shape = images[:20], (len(seeds), *images.shape[1:])
+                        np.lib.format.write_array_header_1_0(
+                            f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                    f.write(images.tobytes())
+                    labels.append(y)
+            labels = np.concatenate(labels)
+            with z.open("arr_1.npy", "w") as f: np.lib.format.write_array(f, labels)
+    if world > 1: dist.barrier()                           # nobody removes a part before all have arrived
+    for path in parts: path.unlink(missing_ok=True)
     with contextlib.suppress(OSError): parts[0].parent.rmdir()                  # parts of another run stay
-    return first, labels
+    return (None, None) if rank else (first, labels)
 
 
 def path_of(text):
@@ -169,7 +195,9 @@ def open_model(text, args, device):
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if args.guidance != 1 and header["stage"] not in solve.TEACHERS:
-        raise model.UserError(f"{path} is a consistency model, which --guidance is not for; guide its teacher.")
+        raise model.UserError(f"{path} is a consistency model, which --guidance is not for; "
+                              "guide its teacher.")
+    model.freeze(net, header, model.DTYPES[args.precision])
     return solve.guide_teacher(net, header, args, path), header, steps
 
 
@@ -208,6 +236,7 @@ def sampling_flags(p):
                    help="drawn from the seed, seed modulo classes, or one class")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
                    help="times of the second step and of those after it (default: the file's)")
+    p.add_argument("--precision", choices=model.DTYPES, default="fp32", help="of the network's backbone")
     p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) for models of latents")
     solve.guidance_flags(p)
 
@@ -225,7 +254,7 @@ def main():
     args = p.parse_args()
     one, seeds = len(args.files) == 1, args.seeds or range(args.n)
 
-    rank, world, device, _ = model.setup(0, group=False)
+    rank, world, device, _ = model.setup(0, args.precision)
     rows, names, headers = [], [], []
     for text in args.files:
         net, header, steps = open_model(text, args, device)
@@ -237,9 +266,10 @@ def main():
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
             key["sha256"] = model.sha256(path_of(text))
             parts = draw_parts(draw, seeds, folder, key, rank, world)
-        if rank: return
-        images, labels = (collect(parts, seeds, out) if one else
+        if rank and not one: return
+        images, labels = (collect(parts, seeds, out, rank, world) if one else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
+        if rank: return
         rows.append(images[:20])
         names.append(f"{header['stage']} {steps}")
         headers.append(header)

@@ -191,13 +191,12 @@ def guide_teacher(teacher, header, args, path):
         guide, other = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, other, path, model.image_shape(header), null)
         if other["kind"] != header["kind"]:
-            raise model.UserError(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have to "
-                                "be of one kind.")
-        guide.body_dtype = teacher.body_dtype
-        return guided(teacher, guide.requires_grad_(False), args.guidance)
+            raise model.UserError(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have "
+                                  "to be of one kind.")
+        return guided(teacher, model.freeze(guide, other, teacher.backbone_dtype), args.guidance)
     if not null or not header["label_dropout"]:
-        raise model.UserError(f"{path} was never trained without labels and cannot guide itself; give --guide, "
-                            "a smaller or less trained model.")
+        raise model.UserError(f"{path} was never trained without labels and cannot guide itself; "
+                              "give --guide, a smaller or less trained model.")
     return guided(teacher, without_label(teacher, null), args.guidance)
 
 

@@ -5,7 +5,7 @@ turns counts. Everything is warmed up, data are random, and whatever is said to 
 plain way in the same run ("differs by": relative error). `python tests/bench.py steps frechet` runs parts;
 `compile`, which waits for the compiler for minutes, runs on a CPU only when it is named.
 """
-import contextlib, copy, json, os, random, statistics, subprocess, sys, tempfile, time
+import contextlib, copy, json, math, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +56,18 @@ def peak_memory(step, device):
         held += event.nbytes()
         peak = max(peak, held)
     return peak / 2 ** 20
+
+
+def update(net, ema, opt, lr, decay):
+    """What stands in each stage's loop behind `backward`. -> gradient norm"""
+    norm = model.gradient_norm(net)
+    if math.isfinite(norm):
+        for group in opt.param_groups: group["lr"] = lr
+        opt.step()
+        model.update_ema(ema, net, decay)
+        model.normalise_weights(net)
+    opt.zero_grad(set_to_none=True)
+    return norm
 
 
 def networks(name, device):
@@ -147,7 +159,7 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
 
     def training(precision, compile):
         t, net = copy.deepcopy(teacher), copy.deepcopy(teacher).train()
-        t.body_dtype = net.body_dtype = model.BODY[precision]
+        t.backbone_dtype = net.backbone_dtype = model.DTYPES[precision]
         ema = copy.deepcopy(net)
         opt = torch.optim.RAdam(net.parameters(), 1e-4, foreach=True)
         return model.compiled(t, compile), net, model.compiled(net, compile), ema, opt
@@ -157,15 +169,15 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
         paths = midtrain.solve_pool(t, header, size, args, device)
         order = midtrain.draw_pairs(size, 16, 16, device)
         for at in order.split(batch):
-            x, time, end, _, y = midtrain.pairs(*paths, at, *table)
+            x, time, end, _, y = midtrain.gather_pairs(*paths, at, *table)
             (midtrain.cmt_loss(student, x, time, end, y, midtrain.huber).sum() / batch).backward()
-            model.update(net, ema, opt, 1e-4, 0.999)
+            update(net, ema, opt, 1e-4, 0.999)
 
     t2, net2, student2, ema2, opt2 = training("fp32", False)
     def plain():
         for _ in range(count):
             paths = midtrain.solve_pool(t2, header, batch // 16, args, device)
-            x, time, end, _, y = midtrain.pairs(*paths, torch.arange(batch, device=device), *table)
+            x, time, end, _, y = midtrain.gather_pairs(*paths, torch.arange(batch, device=device), *table)
             midtrain.cmt_loss(student2, x, time, end, y, midtrain.huber).mean().backward()
             opt2.step()
             opt2.zero_grad()
@@ -228,7 +240,7 @@ def survival(device):
             part = pretrain.edm_loss(net, *some).sum() / 64
             part.backward()
             loss += part.detach()
-        norm = model.update(net, ema, opt, 1e-4, 0.99)
+        norm = update(net, ema, opt, 1e-4, 0.99)
         with contextlib.redirect_stdout(None): log(number, loss, norm, 1e-4)
 
     times = taking_turns({"plain": plain, "again": plain, "surviving": surviving}, device, 150, warm_up=10)
@@ -299,7 +311,7 @@ def flops(device):
         kind = "MeanVelocity" if name == "imagenet256" else "Denoiser"
         header = model.fresh_header(row, kind, **network)
         teacher, net = (model.build(header).to(device).requires_grad_(grad) for grad in (False, True))
-        teacher.body_dtype = net.body_dtype = torch.bfloat16
+        teacher.backbone_dtype = net.backbone_dtype = torch.bfloat16
         fast, slow = model.compiled(teacher.eval(), True), model.compiled(net.train(), True)
         x, t = torch.randn(batch, *row["shape"], device=device), torch.full((batch,), 0.5, device=device)
         y = torch.zeros(batch, dtype=torch.int64, device=device)

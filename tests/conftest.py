@@ -118,10 +118,9 @@ def write_npz(path, n=24, size=8, channels=3, classes=4, **arrays):
     return str(path)
 
 
-@pytest.fixture(scope="session")
-def chain(run, tmp_path_factory):
-    """A directory in which the whole chain ran for a few steps on the embedded digits, all paths default."""
-    folder, before = tmp_path_factory.mktemp("chain"), os.getcwd()
+def make_chain(run, folder):
+    """Run the whole chain for a few steps on the embedded digits in `folder`, all paths default. -> folder"""
+    before = os.getcwd()
     os.chdir(folder)
     (folder / "data").symlink_to(ROOT / "data")
     try:
@@ -135,3 +134,8 @@ def chain(run, tmp_path_factory):
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chain(run, tmp_path_factory):
+    return make_chain(run, tmp_path_factory.mktemp("chain"))

@@ -87,7 +87,7 @@ def compare(net, f, reduce):
 
 
 def bf16(net):
-    net.body_dtype = torch.bfloat16
+    net.backbone_dtype = torch.bfloat16
 
 
 def tf32(net):

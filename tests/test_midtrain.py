@@ -56,7 +56,7 @@ def test_loss_reproduces_the_reference():
     x_T = (v["in/images"][:mini].double() + 80 * v["in/eps"].double()).flatten(1)
     states, times = solve.dpm_solver_pp(denoise, x_T, solve.log_uniform_times(N))
     step_major = torch.arange(N * mini) % mini * N + torch.arange(N * mini) // mini
-    x, t, x_end, _, _ = midtrain.pairs(states, times, torch.zeros(mini), step_major,
+    x, t, x_end, _, _ = midtrain.gather_pairs(states, times, torch.zeros(mini), step_major,
                                        *midtrain.pair_table(N, "cm"))
     assert relerr(x, v["out64/student_x"]) < 1e-12 and relerr(t, v["out64/student_t"]) < 1e-12
     for name, distance in [("MSE", midtrain.l2),
@@ -89,10 +89,10 @@ def test_pool_is_a_whole_number_of_batches(batch, nfe):
 
 @pytest.mark.parametrize("source", ["solved", "file"])
 def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
-    """The real command line over two pools, the second cut (or one epoch of a file), every pair recorded."""
+    """The real command line over one and a half pools (or one epoch of a file), every pair recorded."""
     monkeypatch.chdir(chain)
     monkeypatch.setattr(midtrain, "pool_size", lambda batch, N: 8)
-    solved, used, solve_pool, pairs = [], [], midtrain.solve_pool, midtrain.pairs
+    solved, used, solve_pool, pairs = [], [], midtrain.solve_pool, midtrain.gather_pairs
     def watched_pool(*args):
         solved.append(solve_pool(*args))
         return solved[-1]
@@ -100,7 +100,7 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
         used.append(pairs(*args))
         return used[-1]
     monkeypatch.setattr(midtrain, "solve_pool", watched_pool)
-    monkeypatch.setattr(midtrain, "pairs", watched_pairs)
+    monkeypatch.setattr(midtrain, "gather_pairs", watched_pairs)
     extra = ["--trajectories", "runs/digits/trajectories.safetensors"] if source == "file" else ["--nfe", 8]
     steps = 8 if source == "file" else 12
     done = run("midtrain", "--steps", steps, "--batch", 8, "--out", tmp_path / "a.safetensors", *extra)
@@ -108,11 +108,11 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
     if source == "file":
         file = model.read("runs/digits/trajectories.safetensors")[0]
         solved = [(file["states"].transpose(0, 1), file["times"], file["labels"])]
-    assert [len(y) for _, _, y in solved] == ([8] if source == "file" else [8, 4])
+    assert [len(y) for _, _, y in solved] == ([8] if source == "file" else [8, 8])     # full size: one shape
     states = {s.numpy().tobytes(): (states[-1, j], times[i].float(), y[j])
               for states, times, y in solved for i in range(8) for j, s in enumerate(states[i])}
     x, t, x_end, _, y = (torch.cat(a) for a in zip(*used))
-    assert len(states) == len(x) == steps * 8
+    assert len(x) == steps * 8 and len(states) == 64 * len(solved)
     for k in range(len(x)):
         end, time, label = states.pop(x[k].numpy().tobytes())         # a state used twice is no longer there
         assert torch.equal(end, x_end[k]) and time == t[k] and label == y[k]
@@ -120,8 +120,8 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
 
 def test_network_in_the_loop_never_sees_the_end_as_input():
     states, times = torch.randn(5, 3, 2), torch.tensor([80.0, 9.0, 1.0, 0.1, 0.002], dtype=torch.float64)
-    x, t, x_end, r, y = midtrain.pairs(states, times, torch.arange(3), torch.arange(12),
-                                       *midtrain.pair_table(4, "cm"))
+    x, t, x_end, r, y = midtrain.gather_pairs(states, times, torch.arange(3), torch.arange(12),
+                                              *midtrain.pair_table(4, "cm"))
     assert t.min() > 0.05 and t.shape == (12,) and torch.equal(x_end, states[-1].repeat_interleave(4, 0))
     assert (r == 0.002).all()
 

@@ -54,7 +54,7 @@ def test_identity_at_time_zero():
 def test_bf16_body_keeps_fp32_around_it():
     D, x, t = tiny().eval(), torch.randn(4, 1, 8, 8), torch.full((4,), 1e-3)
     exact = D(x, t)
-    D.body_dtype = torch.bfloat16
+    D.backbone_dtype = torch.bfloat16
     assert D(x, t).dtype == torch.float32
     # c_out(1e-3) is 1e-3: a bf16 body moves the output by about 1e-3 * 2^-8, a bf16 sum by 2^-9 of x
     assert 0 < (D(x, t) - exact).abs().max() < 1e-4

@@ -330,6 +330,7 @@ def test_pairing_of_the_papers_ablation(run, chain, tmp_path, monkeypatch):
     for target in ("cm", "mf"):
         for pairing, trajectories in [("cmt", 4), ("kd", 32), ("slow", 32)]:       # 4 steps of 8 pairs
             solved.clear()
+            monkeypatch.setattr(midtrain, "pool_size", lambda batch, pairs: trajectories)
             nfe = 8 if target == "cm" else 16                                      # Heun: two calls a step
             done = run("midtrain", "--target", target, "--pairing", pairing, "--nfe", nfe, *SMALL,
                        "--out", tmp_path / f"{target}-{pairing}.safetensors")

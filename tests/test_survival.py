@@ -27,7 +27,7 @@ def dies(function, first):
         if count == 0 and not first: os.kill(os.getpid(), sign)
         return result
     return call
-if event == "step":    model.update = dies(model.update, first=False)
+if event == "step":    model.update_ema = dies(model.update_ema, first=False)
 if event == "write":   model.os.replace = dies(os.replace, first=True)
 if event == "renamed": model.os.replace = dies(os.replace, first=False)
 if event == "fsync":   model.os.fsync = dies(os.fsync, first=True)

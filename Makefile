@@ -2,6 +2,7 @@
 # make demo-mf      the same for the mean-flow branch
 # make test         all fast tests, two minutes
 # make test-slow    the others, a few minutes more
+# make gpu          on a GPU: tests, compile, one step of every recipe, bench, the digits demo (nine minutes)
 # make bench        what a step of each method costs, as ratios
 # make precision    what of each stage's loss and gradient survives bf16
 # make theory       the figure of the gradient's bias (needs `pip install matplotlib`)
@@ -28,6 +29,9 @@ test: $(ENV)
 
 test-slow: $(ENV)
 	$(PY) -m pytest -m slow
+
+gpu: $(ENV)
+	$(PY) experiments/gpu.py
 
 bench: $(ENV)
 	$(PY) tests/bench.py
@@ -61,4 +65,4 @@ scratch-mf: $(ENV)
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-mf test test-slow bench precision theory curves ablation choose compare compare-mf scratch-mf
+.PHONY: demo demo-mf test test-slow gpu bench precision theory curves ablation choose compare compare-mf scratch-mf

@@ -297,7 +297,8 @@ def dry_run(args, kind):
     nfe = args.nfe * (1 if args.guidance == 1 else 2)
     reads = {args.init: args.made_by, args.teacher: args.teacher_by}
     model.dry_run(args, "pairs", header, 0, reads, teacher, nfe * trajectories / args.batch, [
-                  f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"])
+                  f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"],
+                  model.DTYPES[args.precision])
 
 
 # The loop of main, in pseudocode:

@@ -1326,7 +1326,7 @@ def check_fit(init, header, source, shape, classes):
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
-FREE = {"out", "save_every", "keep", "log_every", "data", "path", "init", "teacher", "teacher_by",
+FREE = {"kind", "stage", "default_out", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init", "teacher", "teacher_by",
         "trajectories", "guide", "lpips", "workers", "compile", "dry_run", "world", "recipe"}
 
 
@@ -1377,7 +1377,15 @@ def cost(header, precision, rows):
     return count, counter.get_total_flops() / n, kept[0] + (rows - 1) * (kept[1] - kept[0])
 
 
-def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=0, notes=()):
+def memory_parts(parameters, activations, teacher_parameters=0, teacher_dtype=torch.float32):
+    """What a training step with Adam or RAdam keeps on a GPU -> {part: bytes}"""
+    return {"weights": 4 * parameters, "gradients": 4 * parameters, "moments": 8 * parameters,
+            "EMA": 4 * parameters, "teacher": teacher_dtype.itemsize * teacher_parameters,
+            "activations": activations}
+
+
+def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=0, notes=(),
+            teacher_dtype=torch.float32):
     """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: those a
     row without gradient; reads: {path: what makes it}; teacher: its header, of teacher_forwards a row."""
     world = args.world or int(os.environ.get("WORLD_SIZE", 1 if args.row in ("digits", "own data") else 8))
@@ -1387,7 +1395,7 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
     print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
     origin = {k: who for who, names in args.recipe.get("origin", {}).items() for k in names.split()}
     for k, v in args.recipe.items():
-        if k in ("origin", "teacher_by", "teacher_network", "init", "teacher", "guide"): continue
+        if k in ("origin", "precision", "teacher_by", "teacher_network", "init", "teacher", "guide"): continue
         value = getattr(args, k)
         if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
         shown = f"{value:,}" if isinstance(value, int) else str(value)
@@ -1404,8 +1412,7 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
     print(f"network   {header['network']['class']}, {P:,} parameters"
           + (f"; teacher {teacher['network']['class']}, {Q:,}" if teacher else ""))
     print(f"batch     {rows:,} {unit} a GPU and step" + "".join(f", {n}" for n in notes))
-    parts = {"weights": 4 * P, "gradients": 4 * P, "moments": 8 * P, "EMA": 4 * P, "teacher": 4 * Q,
-             "activations": kept}
+    parts = memory_parts(P, kept, Q, teacher_dtype)
     print(f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
           + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))
     print(f"compute   {each / 1e9:,.3g} GFLOP for each of the {unit}, "

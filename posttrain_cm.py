@@ -15,8 +15,8 @@ The baseline this project is about, ECT straight from the diffusion model with i
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
-The body runs in fp32 here, on every device: in bf16 the difference f(x_t) - f(x_r) drowns if q is large.
-"""
+The backbone runs in fp32 here, on every device: for large q the difference f(x_t) - f(x_r) is smaller than
+the rounding error of bf16. imagenet512 runs in TF32, as the authors' code does. """
 import copy, math
 
 import torch
@@ -47,39 +47,40 @@ RECIPES = {
     # The paper's teacher is edm2-img512-xxl-0939524-0.075.pkl, its guide edm2-img512-m-0268435-0.155.pkl:
     # import both with pretrain.py's --out.
     "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
-                                      network=dict(dropout=0.0), guidance=2.05,
+                                      precision="tf32", network=dict(dropout=0.0), guidance=2.05,
                                       teacher="runs/imagenet512/guided.safetensors",
                                       guide="runs/imagenet512/guide.safetensors", origin={
         "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network loss "
-                 "solver teacher guide", "code": "mid_t guidance"}),
+                 "solver teacher guide precision", "code": "mid_t guidance"}),
     "own data":    ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),
 }
 
 
 # === the method =============================================================================================
 
-def ect_loss(f, x0, eps, t, r, y, weight, c):
-    """Easy Consistency Tuning (2406.14548), one number per sample: two points of one noising line, one end.
-    x0, eps (B,C,H,W), t, r, weight (B,), y (B,), c >= 0 a number -> (B,)"""
-    t_, r_ = t[:, None, None, None], r[:, None, None, None]
-    # The target sees the same noise and, because the RNG state is put back behind it, the same dropout mask.
-    devices = [x0.device] if x0.is_cuda else []
+def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
+    """Two points of one trajectory have one endpoint; f at the less noisy point is the target. One number per
+    sample. ECT (2406.14548) and ECD (2303.01469 with ECT's weights) differ only in where x_r comes from.
+    x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
+    # fork_rng restores the RNG state, so both forward passes draw the same dropout mask.
+    devices = [x_t.device] if x_t.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        target = torch.where(r_ > 0, f(x0 + r_ * eps, r, y), x0)
-    # e = f(x_t, t) - sg f(x_r, r),   w(t, r) (sqrt(||e||^2 + c^2) - c)
-    e = torch.linalg.vector_norm(f(x0 + t_ * eps, t, y) - target, dim=(1, 2, 3))   # at 0: gradient 0
+        target = torch.where(r[:, None, None, None] > 0, f(x_r, r, y), x_r)
+    # e = f(x_t, t) - sg f(x_r, r),   w(t, r) (sqrt(||e||^2 + c^2) - c),   sg: no gradient
+    e = torch.linalg.vector_norm(f(x_t, t, y) - target, dim=(1, 2, 3))             # at 0: gradient 0
     return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
+
+
+def ect_loss(f, x0, eps, t, r, y, weight, c):
+    """Easy Consistency Tuning: x_t and x_r are a data sample with the same noise at two levels. x0, eps
+    (B,C,H,W), the others as in `consistency_loss` -> (B,)"""
+    x_t, x_r = (x0 + s[:, None, None, None] * eps for s in (t, r))
+    return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
 
 
 def ecd_loss(f, x_t, x_r, t, r, y, weight, c):
-    """Consistency distillation (2303.01469) with ECT's weights, one number per sample: two points of one path
-    of the teacher's ODE, one end. x_t, x_r (B,C,H,W), t, r, weight (B,), y (B,), c >= 0 a number -> (B,)"""
-    devices = [x_t.device] if x_t.is_cuda else []                     # the target has the same dropout mask
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        target = torch.where(r[:, None, None, None] > 0, f(x_r, r, y), x_r)
-    # e = f(x_t, t) - sg f(x_r, r),   w(t, r) (sqrt(||e||^2 + c^2) - c)
-    e = torch.linalg.vector_norm(f(x_t, t, y) - target, dim=(1, 2, 3))             # at 0: gradient 0
-    return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
+    """Consistency distillation: x_r is x_t after one step of the teacher's ODE (`ode_step`). -> (B,)"""
+    return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
 
 
 def ode_step(D, x, t, r, y, solver="heun"):
@@ -110,45 +111,58 @@ def ect_r(t, q, stage, k=8.0):
 
 # === the run ================================================================================================
 
-def main():
+def flags():
+    """The command line -> args; args.made_by and args.teacher_by are commands that make missing files"""
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
     p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(stage+1))")
     p.add_argument("--double", type=int, metavar="STEPS", help="steps a stage; 0: the gap stays fixed")
     p.add_argument("--c", type=model.not_negative, help="of pseudo-Huber; 0: the plain l2 norm")
     p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or pre-training's")
-    p.add_argument("--loss", choices=["ect", "ecd"], help="ect: from data; ecd: along the teacher's ODE")
+    p.add_argument("--loss", choices=["ect", "ecd"], help="ect: x_r from data; ecd: from the teacher's ODE")
     p.add_argument("--solver", choices=["euler", "heun"], help="of ecd's step")
     pretrained = f"runs/{p.get_default('name')}/pretrain.safetensors"
     p.add_argument("--teacher", default=p.get_default("teacher") or pretrained, metavar="FILE",
                    help="diffusion model, for --loss ecd")
     solve.guidance_flags(p)
     args = p.parse_args()
-    guide = solve.guide_file(args)
-    made_by, teacher_by = (f"python {stage} --data {args.data}" for stage in ("midtrain.py", "pretrain.py"))
-    if public := model.DATASETS.get(args.row, {}).get("public"): teacher_by += f" [--import {public}]"
-    if args.dry_run:
-        header = model.expected_header(args.init, args, "Denoiser", **args.network)
-        reads, calls = {args.path: model.DATA_HINT, args.init: made_by}, 0
-        if args.loss == "ecd":
-            reads |= {args.teacher: teacher_by} | ({guide: "a worse model"} if guide else {})
-            calls = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
-        teacher = model.expected_header(args.teacher, args, "Denoiser") if calls else None
-        return model.dry_run(args, "images", header, 1, reads, teacher, calls)
+    args.made_by, args.teacher_by = (f"python {stage} --data {args.data}"
+                                     for stage in ("midtrain.py", "pretrain.py"))
+    if public := model.DATASETS.get(args.row, {}).get("public"): args.teacher_by += f" [--import {public}]"
+    return args
+
+
+def dry_run(args):
+    header = model.expected_header(args.init, args, "Denoiser", **args.network)
+    reads, teacher, nfe = {args.path: model.DATA_HINT, args.init: args.made_by}, None, 0
+    if args.loss == "ecd":
+        reads[args.teacher] = args.teacher_by
+        if solve.guide_file(args): reads[args.guide] = "a worse model"
+        nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
+        teacher = model.expected_header(args.teacher, args, "Denoiser")
+    model.dry_run(args, "images", header, 1, reads, teacher, nfe)
+
+
+def load_teacher(args, dataset, device):
+    """--teacher, frozen and guided as the flags say. -> a function of (x, t, y), compiled if --compile"""
+    teacher, header = model.load_predecessor(args.teacher, args.teacher_by, ["pretrain"], device=device)
+    model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
+    model.freeze(teacher, header, torch.float32)
+    return model.compiled(solve.guide_teacher(teacher, header, args, args.teacher), args.compile)
+
+
+def main():
+    args = flags()
+    if args.dry_run: return dry_run(args)
     rank, world, device, batch = model.setup(args.batch, args.precision)
 
-    images, row = model.read_images(args.path, model.DATASETS.get(args.row))
+    images, dataset = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, made_by, row, "Denoiser", device, **args.network)
-    model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
-    teacher, files = None, dict(init=args.init, data=args.path)
+    net, header = model.first_weights(args.init, args.made_by, dataset, "Denoiser", device, **args.network)
+    model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
+    files = dict(init=args.init, data=args.path)
     if args.loss == "ecd":
-        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain"],
-                                                         device=device)
-        model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
-        files |= dict(teacher=args.teacher, guide=guide)
-        model.freeze(teacher, teacher_header, torch.float32)
-        teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
-        teacher = model.compiled(teacher, args.compile)
+        teacher = load_teacher(args, dataset, device)
+        files |= dict(teacher=args.teacher, guide=solve.guide_file(args))
     header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -172,18 +186,15 @@ def main():
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
         t = (args.P_mean + args.P_std * torch.randn(batch, device=device)).exp()   # ln t ~ N(P_mean, P_std^2)
-        r = ect_r(t, args.q, step // args.double if args.double else 0)
+        r = ect_r(t, args.q, stage=step // args.double if args.double else 0)
         weight = ect_weight(t, r, args.weight, header["sigma_data"])
         eps = torch.randn_like(x0)
 
         mean_loss = 0
         for x0, eps, t, r, y, weight in model.microbatches(ddp, args.microbatch, x0, eps, t, r, y, weight):
-            if args.loss == "ect":
-                loss = ect_loss(ddp, x0, eps, t, r, y, weight, args.c).sum() / batch
-            else:
-                x_t = x0 + t[:, None, None, None] * eps
-                x_r = ode_step(teacher, x_t, t, r, y, args.solver)
-                loss = ecd_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / batch
+            x_t, x_r = (x0 + s[:, None, None, None] * eps for s in (t, r))
+            if args.loss == "ecd": x_r = ode_step(teacher, x_t, t, r, y, args.solver)
+            loss = consistency_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / batch
             loss.backward()
             mean_loss += loss.detach()
 

@@ -126,7 +126,8 @@ class FixedWeights(TorchFunctionMode):
 
 # === the run ================================================================================================
 
-def main():
+def flags():
+    """The command line -> args; args.made_by and args.teacher_by are commands that make missing files"""
     precision = "fp32" if model.peek_flag("--derivative", "jvp") == "difference" else None
     p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision=precision,
                      compile=False)
@@ -135,41 +136,53 @@ def main():
     p.add_argument("--teacher", default=f"runs/{p.get_default('name')}/pretrain_flow.safetensors",
                    metavar="FILE", help="flow-matching model, for --velocity teacher")
     p.add_argument("--derivative", choices=["jvp", "difference"], default="jvp",
-                   help="along the path: exact or central")
+                   help="along the trajectory: exact, or by central differences")
     p.add_argument("--omega", type=float, help="guidance: weight of v")
     p.add_argument("--kappa", type=float, help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
     p.add_argument("--guide-times", type=float, nargs=2, metavar=("LOW", "HIGH"),
                    help="guidance only for t in between")
     args = p.parse_args()
     if args.derivative == "difference" and args.precision == "bf16":
-        raise model.UserError("--derivative difference drowns in bf16; "
-                            "choose --precision fp32 or --derivative jvp.")
-    made_by = f"python midtrain.py --target mf --data {args.data}"
-    teacher_by = f"python pretrain.py --objective flow --data {args.data}"
-    if args.dry_run:
-        header = model.expected_header(args.init, args, "MeanVelocity", **args.network, interval=True)
-        reads, guided = {args.path: model.DATA_HINT, args.init: made_by}, (args.omega, args.kappa) != (1, 0)
-        teacher = None
-        if args.velocity == "teacher": teacher = model.expected_header(args.teacher, args, "MeanVelocity")
-        if teacher: reads[args.teacher] = teacher_by
-        return model.dry_run(args, "images", header, args.jumps / 2 + 2 * guided, reads, teacher, 1)
+        raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
+                              "choose --precision fp32 or --derivative jvp.")
+    args.made_by = f"python midtrain.py --target mf --data {args.data}"
+    args.teacher_by = f"python pretrain.py --objective flow --data {args.data}"
+    return args
+
+
+def dry_run(args):
+    header = model.expected_header(args.init, args, "MeanVelocity", **args.network, interval=True)
+    reads, teacher = {args.path: model.DATA_HINT, args.init: args.made_by}, None
+    if args.velocity == "teacher":
+        teacher = model.expected_header(args.teacher, args, "MeanVelocity")
+        reads[args.teacher] = args.teacher_by
+    guided = (args.omega, args.kappa) != (1, 0)
+    model.dry_run(args, "images", header, args.jumps / 2 + 2 * guided, reads, teacher, 1)
+
+
+def load_teacher(args, dataset, device):
+    """--teacher, frozen. -> a function of (z, r, t, y), compiled if --compile"""
+    teacher, header = model.load_predecessor(args.teacher, args.teacher_by, ["pretrain_flow"], device=device)
+    model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
+    return model.compiled(model.freeze(teacher, header, torch.float32), args.compile)
+
+
+def main():
+    args = flags()
+    if args.dry_run: return dry_run(args)
     rank, world, device, batch = model.setup(args.batch, args.precision)
     if batch % 4 or (args.microbatch or 4) % 4:
-        raise model.UserError(f"--batch {args.batch} comes in fours, with r < t in {args.jumps} of each; "
-                            f"choose a multiple of {4 * world}, and of 4 for --microbatch.")
+        raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so the "
+                              f"batch has to be a multiple of {4 * world}, and --microbatch of 4.")
 
-    images, row = model.read_images(args.path, model.DATASETS.get(args.row))
+    images, dataset = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, made_by, row, "MeanVelocity", device, interval=True,
+    net, header = model.first_weights(args.init, args.made_by, dataset, "MeanVelocity", device, interval=True,
                                       **args.network)
-    model.check_fit(args.init, header, args.path, row["shape"], row["classes"])
+    model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
     teacher, files = None, dict(init=args.init, data=args.path)
     if args.velocity == "teacher":
-        teacher, teacher_header = model.load_predecessor(args.teacher, teacher_by, ["pretrain_flow"],
-                                                         device=device)
-        model.check_fit(args.teacher, teacher_header, args.path, row["shape"], row["classes"])
-        model.freeze(teacher, teacher_header, torch.float32)
-        teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
+        teacher, files["teacher"] = load_teacher(args, dataset, device), args.teacher
     header |= model.run_metadata(args, "posttrain_mf", "images", world, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().backbone_dtype = model.DTYPES[args.precision]
@@ -203,19 +216,20 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # The rows with r < t go through the network apart from the others, so that their loss and their
-            # derivative share dropout masks. The derivative is of the bare network: DDP has no forward mode.
-            fours = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
-            jumping = [a[:, :args.jumps].flatten(0, 1) for a in fours]
-            others = [a[:, args.jumps:].flatten(0, 1) for a in fours]
-            with FixedWeights(): dudt = derivative(net, *jumping)
-            both = (meanflow_loss(ddp, *jumping, dudt, args.p, args.c),
-                    meanflow_loss(ddp, *others, 0, args.p, args.c))
-            loss = torch.cat(both).sum() / batch
+            # Samples with r < t and samples with r = t take separate forward passes, so that the loss and the
+            # derivative of the former share dropout masks. DDP has no forward mode: the derivative is of
+            # `net`.
+            groups_of_4 = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
+            r_below_t = [a[:, :args.jumps].flatten(0, 1) for a in groups_of_4]
+            r_equals_t = [a[:, args.jumps:].flatten(0, 1) for a in groups_of_4]
+            with FixedWeights(): dudt = derivative(net, *r_below_t)
+            below = meanflow_loss(ddp, *r_below_t, dudt, args.p, args.c)
+            equal = meanflow_loss(ddp, *r_equals_t, 0, args.p, args.c)
+            loss = torch.cat([below, equal]).sum() / batch
             loss.backward()
             mean_loss += loss.detach()
-            for k, rows, share in zip(parts, both, (args.jumps / 4, 1 - args.jumps / 4)):
-                parts[k] += rows.detach().sum() / (batch * share)
+            parts["loss r<t"] += below.detach().sum() / (batch * args.jumps / 4)
+            parts["loss r=t"] += equal.detach().sum() / (batch * (1 - args.jumps / 4))
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)

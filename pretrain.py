@@ -403,25 +403,32 @@ def write_import(args, default_out):
           f"images {shape}, {network['label_dim']} classes, from {args.public}")
 
 
-def main():
+def flags():
+    """The command line -> args"""
     objective = model.peek_flag("--objective", "edm", RECIPES)
-    kind, stage = {"edm": ("Denoiser", "pretrain"), "flow": ("MeanVelocity", "pretrain_flow")}[objective]
+    stage = {"edm": "pretrain", "flow": "pretrain_flow"}[objective]
     p = model.parser(__doc__, RECIPES[objective], reads=None, writes=stage)
     p.add_argument("--objective", choices=RECIPES, default="edm", help="edm: denoising; flow: flow matching")
     p.add_argument("--import", dest="public", metavar="FILE.pkl|.pt|.safetensors",
                    help="do not train, convert a public checkpoint; without --data named after it")
     args = p.parse_args()
-    if args.public: return write_import(args, p.get_default("out"))
+    args.kind, args.stage, args.default_out = model.KIND[stage], stage, p.get_default("out")
+    return args
+
+
+def main():
+    args = flags()
+    if args.public: return write_import(args, args.default_out)
     if args.dry_run:
-        header = model.expected_header(None, args, kind, **args.network)
+        header = model.expected_header(None, args, args.kind, **args.network)
         return model.dry_run(args, "images", header, forwards=0, reads={args.path: model.DATA_HINT})
     rank, world, device, batch = model.setup(args.batch, args.precision)
 
-    images, row = model.read_images(args.path, model.DATASETS.get(args.row))
+    images, dataset = model.read_images(args.path, model.DATASETS.get(args.row))
     model.reseed(args.seed)
-    header = model.fresh_header(row, kind, **args.network)
+    header = model.fresh_header(dataset, args.kind, **args.network)
     net = model.build(header).to(device).train()
-    header |= model.run_metadata(args, stage, "images", world, data=args.path)
+    header |= model.run_metadata(args, args.stage, "images", world, data=args.path)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)
@@ -443,12 +450,13 @@ def main():
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
         t = args.P_mean + args.P_std * torch.randn(batch, device=device)
-        t = t.exp() if objective == "edm" else t.sigmoid()                         # (b,)
+        t = t.exp() if args.objective == "edm" else t.sigmoid()                    # (b,)
         eps = torch.randn_like(x0)
 
         mean_loss = 0
-        for rows in model.microbatches(ddp, args.microbatch, x0, eps, t, y):
-            loss = (edm_loss if objective == "edm" else flow_loss)(ddp, *rows).sum() / batch
+        for x0, eps, t, y in model.microbatches(ddp, args.microbatch, x0, eps, t, y):
+            if args.objective == "edm": loss = edm_loss(ddp, x0, eps, t, y).sum() / batch
+            else:                       loss = flow_loss(ddp, x0, eps, t, y).sum() / batch
             loss.backward()
             mean_loss += loss.detach()
 

@@ -51,8 +51,8 @@ def solver_errors(denoise, x, Ns, orders, ends=(80.0, 0.002)):
 
 
 def cheapest(errors, allowed):
-    """errors: {(N, order): error} -> of those within `allowed` the one of fewest calls, then least error; with
-    none within, the best there is."""
+    """errors: {(N, order): error} -> of those within `allowed` the one of fewest calls, then least error;
+    with none within, the best there is."""
     good = [key for key, error in errors.items() if error < allowed]
     return min(good, key=lambda key: (key[0], errors[key])) if good else min(errors, key=errors.get)
 

@@ -20,8 +20,8 @@ SHAPES = "runs/curves/shapes.npz"                          # 16x16 RGB, made up
 DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch, stages in {
     "cm": (pretrain.RECIPES["edm"], midtrain.RECIPES["cm"], posttrain_cm.RECIPES),
     "mf": (pretrain.RECIPES["flow"], midtrain.RECIPES["mf"], posttrain_mf.RECIPES)}.items()}
-# steps of pre-, mid- and post-training; flags of all stages, of mid-, of post-training and of the baseline; the
-# baseline's compute, in that of the whole chain.
+# steps of pre-, mid- and post-training; flags of all stages, of mid-, of post-training and of the baseline;
+# the baseline's compute, in that of the whole chain.
 CASES = {("digits", "cm"): (DIGITS["cm"], [], [], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
          ("digits", "mf"): (DIGITS["mf"], [], [], [], ["--lr", 6e-4], (0.5, 1)),
          ("shapes", "cm"): ((5000, 600, 300), ["--data", SHAPES, "--batch", 32], ["--lr", 3e-3], ["--lr", 3e-5],

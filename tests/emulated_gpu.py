@@ -1,9 +1,10 @@
-"""Every script on an emulated GPU. Its tensors say that they are on `gpu:0`, hold their numbers on the CPU, and
-refuse to meet a CPU tensor, generator or index where CUDA would refuse. This finds a missing `.to(device)` without
-a GPU, and counts how often a step waits for the GPU. It cannot see kernels, NCCL or speed.
+"""Every script on an emulated GPU. Its tensors say that they are on `gpu:0`, hold their numbers on the CPU,
+and refuse to meet a CPU tensor, generator or index where CUDA would refuse. This finds a missing
+`.to(device)` without a GPU, and counts how often a step waits for the GPU. It cannot see kernels, NCCL or
+speed.
 
-test_emulated_gpu.py runs this file in a process of its own, because it registers a device with torch's private API.
-"""
+test_emulated_gpu.py runs this file in a process of its own, because it registers a device with torch's
+private API. """
 import os, traceback
 from pathlib import Path
 

@@ -1,13 +1,17 @@
-"""`make precision`: how much of what each stage learns from survives a body in bf16 (and TF32, on a GPU).
+"""`make precision`: how much of each stage's loss and gradient survives a backbone in bf16 or TF32.
 
-Prints, for the digits model and for a 32x32 RGB DDPM++ of 64 channels, both pre-trained here for 300 steps,
-the cosine similarity and the ratio of norms between a reduced body and an fp32 one, of the residual (what the
-loss measures: output minus target) and of the gradient of the loss. `--precision`'s defaults follow from it.
-"""
-import copy, sys
+Prints the cosine similarity and the ratio of norms between a backbone of reduced precision and an fp32 one,
+for the residual (what the loss measures: output minus target) and for the gradient of the loss. The networks
+are that of digits and a 32x32 RGB DDPM++ with 64 channels, both pre-trained here for 300 steps. The default
+of --precision follows from this table. TF32 is emulated: the inputs of every matrix product and convolution,
+in the forward and in the backward pass, are rounded to 10 bits of mantissa, and sums stay in fp32, as on
+tensor cores. """
+import contextlib, copy, sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
@@ -66,7 +70,7 @@ def losses(D, u, x0, y, device):
                 posttrain_mf.meanflow_loss(net, z, r_, t_, y, v, dudt, 0.0))
 
     return ({"mid-training, CM": (D, mid)} | {f"ECT, q = {q}": (D, lambda net, q=q: ect(net, q))
-                                              for q in (4, 16, 256, 1024, 4096)}
+                                              for q in (4, 16, 256, 512, 1024, 4096)}
             | {"MeanFlow, JVP": (u, lambda net: mf(net, posttrain_mf.derivative_jvp)),
                "MeanFlow, difference": (u, lambda net: mf(net, posttrain_mf.derivative_difference))})
 
@@ -76,22 +80,49 @@ def compare(net, f, reduce):
     found = []
     for reduced in (False, True):
         net = copy.deepcopy(net).eval()
-        if reduced: reduce(net)
-        residual, loss = f(net)
-        loss.mean().backward()
+        with reduce(net) if reduced else contextlib.nullcontext():
+            residual, loss = f(net)
+            loss.mean().backward()
         found.append([residual.detach().flatten(), torch.cat([p.grad.flatten() for p in net.parameters()
                                                               if p.grad is not None])])
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return [value.item() for full, less in zip(*found) for value in
             (torch.cosine_similarity(full.double(), less.double(), 0), less.norm() / full.norm())]
 
 
 def bf16(net):
     net.backbone_dtype = torch.bfloat16
+    return contextlib.nullcontext()
+
+
+def to_tf32(x):
+    """Round fp32 to the nearest number with 10 bits of mantissa, ties away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1fff).view(torch.float32)
+
+
+class RoundForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return to_tf32(x)
+    @staticmethod
+    def backward(ctx, gradient): return gradient
+
+
+class RoundBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, gradient): return to_tf32(gradient)
+
+
+class TF32(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        count = {F.linear: 2, F.conv2d: 2, F.scaled_dot_product_attention: 3}.get(function, 0)
+        args = [RoundForward.apply(x) if k < count else x for k, x in enumerate(args)]
+        out = function(*args, **kwargs or {})
+        return RoundBackward.apply(out) if count else out
 
 
 def tf32(net):
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    return TF32()
 
 
 def main():
@@ -101,7 +132,7 @@ def main():
     rgb = model.own_data((3, 32, 32), 0)
     rgb["network"] = rgb["network"] | {"model_channels": 64}
     print(f"{STEPS} steps of pre-training, {device.type}, torch {torch.__version__}\n")
-    print("| network, batch | loss | body | residual: cosine | norm | gradient: cosine | norm |")
+    print("| network, batch | loss | backbone | residual: cosine | norm | gradient: cosine | norm |")
     print("|---|---|---|---|---|---|---|")
     made_up = shapes(512), torch.zeros(512, dtype=torch.int64)
     for name, row, (images, labels), batch in [("digits", model.DATASETS["digits"], digits, 64),
@@ -112,7 +143,7 @@ def main():
         D, u, x0, y = D.eval(), u.eval(), images[:batch].to(device), labels[:batch].to(device)
         with torch.no_grad(): table = losses(D, u, x0, y, device)
         for loss, (net, f) in table.items():
-            for body, reduce in [("bf16", bf16)] + [("tf32", tf32)] * (device.type == "cuda"):
+            for body, reduce in [("bf16", bf16)] + [("tf32", tf32)] * (net is D):
                 numbers = " | ".join(f"{x:.4f}" for x in compare(net, f, reduce))
                 print(f"| {name}, {batch} | {loss} | {body} | {numbers} |", flush=True)
 

@@ -110,7 +110,8 @@ def handlers():
 
 
 def test_a_signal_during_the_exchange_counts_at_the_next_step(handlers, monkeypatch):
-    """The signal arrives after the flag was read, and the other rank's flag overwrites the exchanged value."""
+    """The signal arrives after the flag was read, and the other rank's flag overwrites the exchanged
+    value."""
     stop, arrived = model.Stop(world=2), []
     def all_reduce(flag, op):
         if not arrived: os.kill(os.getpid(), signal.SIGTERM)

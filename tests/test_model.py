@@ -1,4 +1,6 @@
 """Networks, preconditioning, checkpoints, data order."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,64 @@ def test_images_keep_pixels_and_labels(tmp_path):
     pixels, labels = images.batch([0, 1, 2, 3, 4])
     assert pixels.dtype == torch.uint8 and torch.equal(pixels.permute(0, 2, 3, 1), torch.from_numpy(x))
     assert labels.tolist() == [0, 2, 1, 2, 0] and row["classes"] == 3
+
+
+# --- what a GPU needs ---------------------------------------------------------------------------------------
+
+def small_network(cls, channels=8):
+    from test_runs import TINY
+    torch.manual_seed(0)
+    dataset = model.DATASETS["digits"] | {"network": {"class": cls, **TINY[cls]}}
+    header = model.fresh_header(dataset)
+    net = model.build(header)
+    for p in net.parameters(): p.data += 0.05 * torch.randn_like(p)        # a fresh network outputs nearly 0
+    return net, header
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", ["DDPMpp", "EDM2UNet", "SiT"])
+def test_a_frozen_teacher_gives_the_same_output_bit_for_bit(cls, dtype):
+    net, header = small_network(cls)
+    x, t, y = 3 * torch.randn(4, 1, 8, 8), torch.tensor([0.01, 0.5, 3.0, 80.0]), torch.arange(4)
+    net.eval().backbone_dtype = dtype
+    with torch.no_grad(): expected = net(x, t, y)
+    frozen = model.freeze(net, header, dtype)
+    assert torch.equal(frozen(x, t, y), expected) and not any(p.requires_grad for p in frozen.parameters())
+    assert dtype in {p.dtype for p in frozen.parameters()}
+    convolutions = [p for name, p in frozen.named_parameters() if p.dim() == 4]
+    assert convolutions and all(p.dtype == dtype for p in convolutions)
+
+
+@pytest.mark.parametrize("cls", ["DDPMpp", "EDM2UNet", "SiT"])
+def test_a_fused_kernel_can_compute_the_attention(cls, monkeypatch):
+    """Fused attention needs queries, keys and values whose last stride is 1; otherwise torch takes the math
+    path."""
+    net, _ = small_network(cls)
+    chosen, attention = [], torch.nn.functional.scaled_dot_product_attention
+    def watched(q, k, v):
+        chosen.append(torch._fused_sdp_choice(q, k, v))
+        return attention(q, k, v)
+    monkeypatch.setattr(model.F, "scaled_dot_product_attention", watched)
+    net(torch.randn(2, 1, 8, 8), torch.ones(2))
+    assert chosen and all(choice == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value for choice in chosen)
+
+
+def test_resize():
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(model.resize(x, "up"), torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+    assert torch.equal(model.resize(model.resize(x, "up"), "down"), x) and model.resize(x, None) is x
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_gradients_are_those_of_eager_mode():
+    """Up-sampling by F.interpolate compiled to a gradient of 0 for the attention before it (torch 2.13,
+    CPU)."""
+    net, _ = small_network("EDM2UNet")
+    x, t, gradients = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0]), []
+    for f in net, model.compiled(net, True):
+        f(x, t, torch.arange(2)).square().sum().backward()
+        gradients.append({k: p.grad.clone() for k, p in net.named_parameters()})
+        net.zero_grad()
+    for k, expected in gradients[0].items():
+        assert (gradients[1][k] - expected).norm() <= 1e-4 * expected.norm() + 1e-6, k

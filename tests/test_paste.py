@@ -32,6 +32,7 @@ CALLS = {
     "midtrain.gather_pairs": (torch.randn(4, 5, 1, 8, 8), times, torch.arange(5), torch.arange(15),
                               torch.arange(3), torch.full((3,), 3)),
     "midtrain.draw_pairs": (5, 2, 3, "cpu"),
+    "posttrain_cm.consistency_loss": (shrink, x, 0.9 * x, t, 0.9 * t, None, 1 / t, 0.06),
     "posttrain_cm.ect_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.0),
     "posttrain_cm.ecd_loss": (shrink, x, 0.9 * x, t, 0.9 * t, None, 1 / t, 0.06),
     "posttrain_cm.ode_step": (shrink, x, t, 0.9 * t, None),
@@ -71,7 +72,10 @@ def test_every_method_function_is_tried_here():
 
 @pytest.mark.parametrize("name, source, lines", FUNCTIONS, ids=[name for name, _, _ in FUNCTIONS])
 def test_runs_alone_and_is_short(name, source, lines):
+    """Except ECT's and ECD's losses, which are pasted together with `consistency_loss`."""
     space = {}
+    if name in ("posttrain_cm.ect_loss", "posttrain_cm.ecd_loss"): source += "\n" + dict(
+        (name, source) for name, source, _ in FUNCTIONS)["posttrain_cm.consistency_loss"]
     exec("import torch, einops\n" + source, space)
     assert space[name.split(".")[1]](*CALLS[name]) is not None
     assert lines <= 35 if name == "solve.dpm_solver_pp" else lines <= 30

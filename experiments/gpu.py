@@ -1,0 +1,216 @@
+"""`make gpu`: everything worth knowing on the day a GPU is at hand, in under nine minutes.
+
+  1 tests     the tests of all stages, on CUDA
+  2 compile   torch.compile of the three networks: gradients against eager mode, time of the first call
+  3 recipes   one training step of every recipe at the paper's size, as on one of eight GPUs: time,
+  throughput, and
+              peak memory against the estimate of --dry-run
+  4 bench     model FLOP/s of mid-training
+  5 digits    `make demo`
+
+Prints one table and writes it to runs/gpu.json. A part that fails is a row of the table and sets exit code 1.
+Parts can be named: `python experiments/gpu.py recipes`. Without a GPU it says so; `--cpu` tries the digits
+recipes only. """
+import argparse, copy, importlib, json, os, subprocess, sys, time, traceback
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
+
+GiB = 2 ** 30
+STAGES = [("pretrain",), ("pretrain", "--objective", "flow"), ("midtrain",), ("midtrain", "--target", "mf"),
+          ("posttrain_cm",), ("posttrain_mf",)]
+
+
+def script(minutes, *command, **env):
+    """Run a command of the project -> its last lines of output. Raises where it fails or takes too long."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60 * minutes, env=os.environ | env)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode: raise RuntimeError(" | ".join(lines[-5:]))
+    return lines
+
+
+def tests(device):
+    files = [f"tests/test_{name}.py" for name in ("runs", "midtrain", "posttrain_cm", "meanflow")]
+    lines = script(3, "-m", "pytest", "-q", "-x", *files, CUDA_VISIBLE_DEVICES="0")
+    yield {"what": "tests on CUDA", "result": lines[-1]}
+
+
+def compiling(device):
+    for name, kind, shorter in [("cifar10", "Denoiser", {"num_blocks": 1}),
+                                ("imagenet64", "Denoiser", {"num_blocks": 1}),
+                                ("imagenet256", "MeanVelocity", {"depth": 4})]:
+        header = model.fresh_header(model.DATASETS[name], kind, **shorter)
+        torch.manual_seed(0)
+        net = model.build(header).to(device).train()
+        for p in net.parameters(): p.data += 0.02 * torch.randn_like(p)
+        x, t = torch.randn(8, *model.image_shape(header), device=device), torch.full((8,), 0.5, device=device)
+        inputs = (x, t) if kind == "Denoiser" else (x, 0.2 * t, t)
+        gradients, seconds = [], 0
+        for f in net, model.compiled(net, True):
+            torch.manual_seed(1)
+            started = time.perf_counter()
+            f(*inputs).square().mean().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+            net.zero_grad()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+        error = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
+        if not error < 1e-3: raise RuntimeError(f"{name}: compiled gradients differ by {error:.1e}")
+        yield {"what": f"compiled {header['network']['class']}, fp32",
+               "result": f"gradients differ from eager mode by {error:.1e}; first step {seconds:.0f} s"}
+
+
+def stage_loss(stage, args, net, header, teacher, batch, device):
+    """A function that computes the loss of one training step of `stage` on made-up data, as its loop does."""
+    shape, K = model.image_shape(header), max(1, header["network"]["label_dim"])
+    x0, eps = torch.randn(2, batch, *shape, device=device)
+    y = torch.randint(K, (batch,), device=device)
+    if stage == "pretrain":
+        t = torch.rand(batch, device=device)
+        loss = pretrain.edm_loss if args.objective == "edm" else pretrain.flow_loss
+        return lambda f, x0, eps, t, y: loss(f, x0, eps, t, y), (x0, eps, t, y)
+    if stage == "midtrain":
+        args.solver = args.solver or solve.default_solver(header)
+        N = args.nfe // 2 if args.solver == "heun" else args.nfe
+        pairs = next(midtrain.solved_batches(teacher, header, N, args, 0, 0, batch, device))
+        def loss(f, x_t, t, x_r, r, y):
+            if args.target == "cm": return midtrain.cmt_loss(f, x_t, t, x_r, y, midtrain.huber)
+            return midtrain.cmt_meanflow_loss(f, x_t, x_r, r, t, y)
+        return loss, pairs
+    if stage == "posttrain_cm":
+        t = (args.P_mean + args.P_std * torch.randn(batch, device=device)).exp()
+        r = posttrain_cm.ect_r(t, args.q, 0)
+        weight = posttrain_cm.ect_weight(t, r, args.weight)
+        def loss(f, x0, eps, t, r, y, weight):
+            x_t, x_r = (x0 + s[:, None, None, None] * eps for s in (t, r))
+            if args.loss == "ecd": x_r = posttrain_cm.ode_step(teacher, x_t, t, r, y, args.solver)
+            return posttrain_cm.consistency_loss(f, x_t, x_r, t, r, y, weight, args.c)
+        return loss, (x0, eps, t, r, y, weight)
+    r, t = posttrain_mf.two_times(batch, args.jumps, args.P_mean, args.P_std, device)
+    def loss(f, z, r, t, y, v):
+        v = posttrain_mf.guided_velocity(net, z, t, y, v, args.omega, args.kappa, K, *args.guide_times)
+        k = len(z) * args.jumps // 4
+        below, equal = ([a[part] for a in (z, r, t, y, v)] for part in (slice(k), slice(k, None)))
+        with posttrain_mf.FixedWeights(): dudt = posttrain_mf.derivative_jvp(net, *below)
+        return torch.cat([posttrain_mf.meanflow_loss(f, *below, dudt, args.p, args.c),
+                          posttrain_mf.meanflow_loss(f, *equal, 0, args.p, args.c)])
+    return loss, (x0, r, t, y, eps - x0)
+
+
+def recipe_step(command, data, device, gpus=8):
+    """Three training steps of a recipe with random weights and data, with a GPU's share of the batch. -> a
+    row"""
+    stage, *rest = command
+    sys.argv = [f"{stage}.py", "--data", data, *rest]
+    args = importlib.import_module(stage).flags()
+    writes = Path(args.out).stem
+    kind, batch = model.KIND[writes], args.batch // gpus
+    network = args.network | ({"interval": True} if kind == "MeanVelocity" and stage != "pretrain" else {})
+    header = model.fresh_header(model.DATASETS[data], kind, **network)
+    model.setup(0, args.precision)
+    torch.manual_seed(0)
+    net = model.build(header).to(device).train()
+    net.backbone_dtype = model.DTYPES[args.precision]
+    ema, optimizer = copy.deepcopy(net).eval().requires_grad_(False), model.optimizer(args, net)
+    teacher, teacher_header, teacher_parameters, teacher_dtype = None, header, 0, torch.float32
+    if stage == "midtrain" or getattr(args, "loss", "ect") == "ecd":
+        network = args.recipe.get("teacher_network", {})
+        teacher_header = model.fresh_header(model.DATASETS[data], kind, **network)
+        teacher = model.build(teacher_header).to(device)
+        teacher_parameters = sum(p.numel() for p in teacher.parameters())
+        if stage == "midtrain": teacher_dtype = model.DTYPES[args.precision]
+        model.freeze(teacher, teacher_header, teacher_dtype)
+    def estimate():
+        P, _, activations = model.cost(header, args.precision, args.microbatch or batch)
+        return sum(model.memory_parts(P, activations, teacher_parameters, teacher_dtype).values()) / GiB
+    memory = torch.cuda.get_device_properties(device).total_memory / GiB if device.type == "cuda" else 1000
+    while estimate() > 0.9 * memory and (args.microbatch or batch) > 4:
+        args.microbatch = (args.microbatch or batch) // 2
+    if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+    loss, inputs = stage_loss(stage, args, net, teacher_header, teacher, batch, device)
+    for step in range(3):
+        if device.type == "cuda": torch.cuda.synchronize()
+        started = time.perf_counter()
+        for part in model.microbatches(net, args.microbatch, *inputs):
+            (loss(net, *part).sum() / batch).backward()
+        if not model.gradient_norm(net) < float("inf"): raise RuntimeError("the gradient is not finite")
+        optimizer.step()
+        model.update_ema(ema, net, 0.999)
+        model.normalise_weights(net)
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda": torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() / GiB if device.type == "cuda" else float("nan")
+    what = f"{writes}, {data}, {args.precision}, batch {batch}"
+    if args.microbatch: what += f", --microbatch {args.microbatch}"
+    return {"what": what, "seconds": seconds, "peak_GiB": peak, "estimate_GiB": estimate(),
+            "result": f"{seconds:.3f} s a step, {batch / seconds:,.0f}/s; peak {peak:.2f} GiB, "
+                      f"estimate {estimate():.2f} GiB"}
+
+
+def recipes(device):
+    for command in STAGES:
+        table = importlib.import_module(command[0]).RECIPES
+        table = table.get({"--objective": "flow", "--target": "mf"}.get((*command, "")[1]),
+                          table.get("edm") or table.get("cm") or table)
+        for data in table:
+            if (data == "digits") != (device.type == "cpu"): continue
+            if data in ("own data", "ffhq64", "afhqv2-64"): continue               # like others in the table
+            try: yield recipe_step(command, data, device)
+            except Exception as e: yield failed(f"{' '.join(command)} --data {data}", e)
+            if device.type == "cuda": torch.cuda.empty_cache()
+
+
+def bench(device):
+    for line in script(2, "tests/bench.py", "flops"): yield {"what": "bench", "result": line}
+
+
+def digits(device):
+    started = time.time()
+    for line in script(4, "tests/demo.py")[-12:]: yield {"what": "digits demo", "result": line}
+    yield {"what": "digits demo", "result": f"{time.time() - started:.0f} s in all"}
+
+
+PARTS = {"tests": tests, "compile": compiling, "recipes": recipes, "bench": bench, "digits": digits}
+
+
+def failed(what, e):
+    traceback.print_exc()
+    reason = (str(e).splitlines() or [""])[0][:300]
+    return {"what": what, "result": f"FAILED: {type(e).__name__}: {reason}"}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    p.add_argument("--cpu", action="store_true", help="try the digits recipes on a CPU")
+    args = p.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        raise model.UserError(f"{min(unknown)} is not a part; choose of {', '.join(PARTS)}.")
+    if not torch.cuda.is_available() and not args.cpu:
+        raise model.UserError("torch sees no GPU here; `python experiments/gpu.py --cpu recipes` tries it.")
+    device = torch.device("cpu" if args.cpu else "cuda")
+    name = "CPU" if args.cpu else torch.cuda.get_device_name()
+    rows = [{"what": "device", "result": f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"}]
+    for part in args.parts or PARTS:
+        started = time.time()
+        try:
+            for row in PARTS[part](device):
+                rows.append(row)
+                print(f"{row['what']}: {row['result']}", flush=True)
+        except Exception as e: rows.append(failed(part, e))
+        rows.append({"what": part, "result": f"took {time.time() - started:.0f} s"})
+    print("\n| what | result |\n|---|---|")
+    for row in rows: print(f"| {row['what']} | {row['result']} |")
+    os.makedirs("runs", exist_ok=True)
+    Path("runs/gpu.json").write_text(json.dumps(rows, indent=1))
+    if any("FAILED" in row["result"] for row in rows): sys.exit(1)
+
+
+if __name__ == "__main__":
+    model.run(main)

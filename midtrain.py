@@ -257,7 +257,8 @@ def main():
         raise model.UserError("--pairing slow solves a new trajectory for each pair; leave out --trajectories.")
     made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": made_by += " --objective flow"
-    elif public := model.DATASETS.get(args.row, {}).get("public"): made_by += f" [--import {public}]"
+    elif public := model.DATASETS.get(args.row, {}).get("public"):
+        made_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
     teacher_by = p.get_default("teacher_by") or made_by
     network = args.network | ({"interval": True} if target == "mf" else {})
     if args.dry_run: return dry_run(args, model.KIND[reads], network, made_by, teacher_by)

@@ -125,7 +125,8 @@ def main():
     args = p.parse_args()
     guide = solve.guide_file(args)
     made_by, teacher_by = (f"python {stage} --data {args.data}" for stage in ("midtrain.py", "pretrain.py"))
-    if public := model.DATASETS.get(args.row, {}).get("public"): teacher_by += f" [--import {public}]"
+    if public := model.DATASETS.get(args.row, {}).get("public"):
+        teacher_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
     if args.dry_run:
         header = model.expected_header(args.init, args, "Denoiser", **args.network)
         reads, calls = {args.path: model.DATA_HINT, args.init: made_by}, 0

@@ -1,7 +1,7 @@
 """Networks against published ones, public checkpoints, and files that try to run something."""
-import argparse, io, json, os, pickle, sys, types
+import argparse, io, json, os, pickle, shlex, sys, types
 from collections import OrderedDict
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import import_checkpoint, model, pretrain
-from conftest import ROOT, relerr, vector_weights, vectors
+from conftest import ROOT, refused, relerr, vector_weights, vectors
 
 VECTORS = ROOT / "tests/vectors"
 
@@ -71,9 +71,9 @@ REPA = dict(model="SiT-XL/2", path_type="linear", prediction="v", enc_type="dino
 
 
 @pytest.mark.parametrize("factor, args, time, told", [
-    (2, SIT, None, "data-at-1"), (1, REPA, None, "data-at-0"), (1, {"num_heads": 4}, "data-at-0", "data-at-0"),
-    (1, {"num_heads": 4}, "data-at-1", "data-at-1"), (2, {"num_heads": 4}, "data-at-1", "data-at-1"),
-    (2, {"num_heads": 4}, "data-at-0", "data-at-0"), (1, SIT, "data-at-0", "data-at-0")])
+    (2, SIT, None, "data-at-1"), (1, REPA, None, "data-at-0"), (1, SIT, "data-at-0", "data-at-0"),
+    (1, {"num_heads": 4}, "data-at-0", "data-at-0"), (1, {"num_heads": 4}, "data-at-1", "data-at-1"),
+    (2, {"num_heads": 4}, "data-at-0", "data-at-0"), (2, {"num_heads": 4}, "data-at-1", "data-at-1")])
 def test_velocity_models_of_either_time(tmp_path, capsys, factor, args, time, told):
     """SiT: v(z, t) = -SiT(z, 1 - t), first C of 2C channels. REPA: v(z, t) = SiT(z, t)."""
     sit = random_sit(factor)
@@ -133,6 +133,60 @@ def test_arguments_in_a_pt_file_are_honoured_or_refused(tmp_path):
     with pytest.raises(model.UserError, match="final_layer.linear.bias twice"): imported()
 
 
+@pytest.mark.parametrize("key, ending", [
+    ("model_ema", ".pt"), ("ema_state_dict", ".pth"), ("ema", ".pth.tar"), ("net", ".ckpt"),
+    ("model", ".bin"), ("state_dict", ".model"), (None, ".pt")])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_are_found_and_ema_is_preferred(tmp_path, capsys, key, ending, zipped):
+    """Beside settings as real training scripts leave them: numpy scalars, paths, optimizer states."""
+    sit, path = random_sit(), tmp_path / f"a{ending}"
+    tensors = {f"module.{k}": v.bfloat16() for k, v in sit.state_dict().items()}
+    sit.load_state_dict({k: v.bfloat16().float() for k, v in sit.state_dict().items()})
+    settings = argparse.Namespace(**REPA, out=Path("runs"), there=PureWindowsPath("C:/"), lr=np.float64(1e-4))
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}}
+    content = {"args": settings, "optimizer": optimizer, "epoch": np.int64(3)}
+    if key and "ema" in key: content |= {"model": {k: torch.zeros_like(v) for k, v in tensors.items()}}
+    torch.save(content | ({key: tensors} if key else tensors), path, _use_new_zipfile_serialization=zipped)
+    u, _ = import_checkpoint.import_checkpoint(path)
+    assert velocity_agrees(u, sit)
+    assert ("EMA" in capsys.readouterr().out) == bool(key and "ema" in key)
+
+
+def test_ema_weights_beside_others_in_one_state_dict(tmp_path, capsys):
+    sit = random_sit()
+    tensors = {f"ema_model.{k}": v for k, v in sit.state_dict().items()}
+    tensors |= {f"net.{k}": torch.zeros_like(v) for k, v in sit.state_dict().items()}
+    torch.save({"state_dict": tensors, "args": REPA}, tmp_path / "a.ckpt")
+    assert velocity_agrees(import_checkpoint.import_checkpoint(tmp_path / "a.ckpt")[0], sit)
+    assert "EMA" in capsys.readouterr().out
+
+
+def test_advice_for_files_that_hold_more_than_weights(tmp_path, persistence):
+    cases = [(types.SimpleNamespace(), ["types.SimpleNamespace", "torch.save"]),
+             (os.system, ["posix.system"]),
+             (persistent("EDMPrecond"), ["torch_utils", "network-snapshot"])]
+    for content, words in cases:
+        torch.save({"ema": {}, "config": content}, tmp_path / "a.pt")
+        with pytest.raises(model.UserError) as e: import_checkpoint.import_checkpoint(tmp_path / "a.pt")
+        assert all(w in str(e.value) for w in words) and "was not run" in str(e.value)
+        assert ("torch.save" in str(e.value)) == ("torch.save" in words)
+
+
+def test_files_that_are_no_checkpoints(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save("ours.safetensors", {"a": torch.zeros(1)}, {})
+    save_file({"down_blocks.0.conv.weight": torch.zeros(1)}, "unet.safetensors", metadata={"format": "pt"})
+    Path("page.pkl").write_text("\n<!DOCTYPE html><html>Sign in</html>")
+    Path("lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    Path("index.json").write_text('{"weight_map": {}}')
+    torch.save({"optimizer": {"lr": 1}, "step": 5}, "optimizer.pt")
+    torch.save({"x_embedder.proj.weight": torch.full((4, 4, 2, 2), torch.nan)}, "nan.pt")
+    for name, words in [("ours.safetensors", "of this project"), ("unet.safetensors", "down_blocks"),
+                        ("page.pkl", "web page"), ("index.json", "JSON"), ("nan.pt", "not finite"),
+                        ("lfs.pt", "git lfs pull"), ("optimizer.pt", "no weights")]:
+        refused(run("import_checkpoint", name), name, words)
+
+
 def test_edm2_in_training_puts_weights_on_the_sphere(tmp_path):
     path, v = public_file(tmp_path, "edm2")
     after, _ = vectors("edm2_train")
@@ -179,7 +233,8 @@ def test_every_published_name_has_its_place(family):
     for name, file in json.loads((VECTORS / f"checkpoint_names_{family}.json").read_text()).items():
         config = {k: v for k, v in file["config"].items() if k != "class"}
         theirs = {k.removeprefix("model.").removeprefix("unet."): tuple(shape)
-                  for k, shape in file["state_dict"].items() if not any(x in k for x in import_checkpoint.LEFT_OUT)}
+                  for k, shape in file["state_dict"].items()
+                  if not any(x in k for x in import_checkpoint.LEFT_OUT)}
         if family == "sit":
             empty = {k: torch.empty(shape, device="meta") for k, shape in theirs.items()}
             header = import_checkpoint.sit_header(empty, config)
@@ -216,8 +271,8 @@ def test_pickle_gives_the_expected_tensors(name):
 
 def test_import_command_and_what_follows(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run("import_checkpoint", VECTORS / "edm_uncond.pkl")
-    assert done.code == 0, done.err
+    first = run("import_checkpoint", VECTORS / "edm_uncond.pkl")
+    assert first.code == 0, first.err
     out = tmp_path / "runs/edm_uncond/pretrain.safetensors"
     D, header = model.load(out)
     expected = load_file(VECTORS / "edm_uncond.expected.safetensors")
@@ -229,10 +284,39 @@ def test_import_command_and_what_follows(run, tmp_path, monkeypatch):
     assert run("sample", f"{out}:4", "--n", 2, "--out", tmp_path / "a.npz").code == 0
     again = run("import_checkpoint", VECTORS / "edm_uncond.pkl")
     assert again.code == 2 and "exists" in again.err
+    assert "next: python midtrain.py --data data/edm_uncond.npz" in first.out
+    next_stage = shlex.split(first.out.split("next: python midtrain.py")[1])
+    done = run("midtrain", *next_stage, *small, "--out", tmp_path / "m2.safetensors")
+    assert done.code == 0 and "warning" not in done.out, done.err
     wrong = run("import_checkpoint", "--data", "digits", VECTORS / "edm_uncond.pkl")
     assert wrong.code == 2 and "(3, 8, 8)" in wrong.err
     missing = run("import_checkpoint", "nowhere.pkl")
     assert missing.code == 2 and "download" in missing.err
+
+
+def test_next_command_after_a_velocity_model(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": random_sit(2).state_dict(), "args": SIT}, "SiT.pt")
+    done = run("import_checkpoint", "SiT.pt", "--data", "data/mine.npz")
+    assert done.code == 0 and Path("runs/mine/pretrain_flow.safetensors").exists(), done.err
+    small = "--steps", 1, "--batch", 8, "--nfe", 4
+    done = run("midtrain", *shlex.split(done.out.split("next: python midtrain.py")[1]), *small)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("row, changes, data, words", [
+    ("cifar10", {}, None, "midtrain.py --data cifar10 --teacher 'a b.safetensors'"),
+    ("cifar10", {}, "mine", "midtrain.py --data mine --teacher 'a b.safetensors'"),
+    ("afhqv2-64", {}, "afhqv2-64", "midtrain.py --data afhqv2-64"),
+    ("imagenet256", dict(kind="MeanVelocity", stage="pretrain_flow"), None, "--data imagenet256 "
+     "--teacher 'a b.safetensors' --target mf --init 'a b.safetensors' --solver heun --nfe 16"),
+    ("imagenet512", dict(kind="MeanVelocity", stage="pretrain_flow"), "imagenet512", "--data data/a.npz"),
+    ("imagenet512", dict(stage="posttrain_cm"), None, "sample.py 'a b.safetensors':2 --vae"),
+    ("imagenet256", dict(kind="MeanVelocity", stage="posttrain_mf"), None,
+     "sample.py 'a b.safetensors':1 --vae")])
+def test_next_command(row, changes, data, words):
+    header = model.fresh_header(model.DATASETS[row]) | dict(stage="pretrain", data="a") | changes
+    assert words in import_checkpoint.next_commands(header, "a b.safetensors", data)[-1]
 
 
 class Runs:
@@ -259,9 +343,7 @@ def as_older_writers_did(module, mapping):
     kwargs = dict(state["_init_kwargs"])
     if "dropout" in kwargs: kwargs["dropout"] = np.float64(kwargs["dropout"])
     if module.name == "EDMPrecond": kwargs |= {"sigma_min": 0, "sigma_max": float("inf")}
-    return Runs(_reconstruct_persistent_obj, {
-        "type": "class", "version": 6, "module_src": "raise SystemError", "class_name": module.name,
-        "state": state | {"_init_kwargs": kwargs}})
+    return persistent(module.name, **state | {"_init_kwargs": kwargs})
 
 
 def storage_of_torch_1(tensor):
@@ -279,12 +361,54 @@ def tensor_of_torch_1(tensor):
     return Runs(torch._utils._rebuild_parameter, tensor, True, OrderedDict())
 
 
-@pytest.mark.parametrize("protocol", range(6))
-def test_pickles_of_older_writers(tmp_path, monkeypatch, protocol):
-    """Every pickle protocol, OrderedDicts for parameters, numpy scalars among the arguments, numpy arrays."""
+@pytest.fixture
+def persistence(monkeypatch):
+    """Lets pickle write the name of EDM's function."""
     for name in ("torch_utils", "torch_utils.persistence"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
+
+
+def persistent(class_name, **state):
+    """An object as EDM's snapshots pickle it"""
+    return Runs(_reconstruct_persistent_obj, {
+        "type": "class", "version": 6, "module_src": "raise SystemError", "class_name": class_name,
+        "state": state})
+
+
+def persistent_module(tensors, class_name="Module", **kwargs):
+    """A network as EDM's snapshots pickle it. tensors: {dotted name: tensor}"""
+    children, own = {}, {k: tensor_of_torch_1(v) for k, v in tensors.items() if "." not in k}
+    for k, v in tensors.items():
+        if "." in k: children.setdefault(k.split(".", 1)[0], {})[k.split(".", 1)[1]] = v
+    children = {k: persistent_module(v) for k, v in children.items()}
+    return persistent(class_name, _parameters=own, _buffers={}, _modules=children, _init_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("class_name, loss", [
+    ("ECMPrecond", "ECMLoss"), ("ECMPrecond", "DPMSolverLoss"), ("EDMPrecond", "ECMLoss"),
+    ("EDMPrecond", "EDMLoss")])
+def test_consistency_models_of_ect(run, tmp_path, monkeypatch, persistence, class_name, loss):
+    v, meta = vectors("ecm_precond")
+    net = persistent_module(vector_weights("edm_ddpmpp_uncond"), class_name, **meta["config"]["kwargs"])
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": net, "loss_fn": persistent(loss)}))
+    monkeypatch.chdir(tmp_path)
+    done = run("import_checkpoint", "a.pkl", "--out", "out.safetensors")
+    assert done.code == 0, done.err
+    D, header = model.load("out.safetensors")
+    with torch.no_grad(): assert relerr(D.train()(v["in/x"], v["in/sigma"]), v["out64/D_train"]) < 5e-6
+    if loss == "EDMLoss":
+        assert header["stage"] == "pretrain" and header["t_min"] == 0.003 and "mid_t" not in header
+    else:
+        assert header["stage"] == "posttrain_cm" and header["kind"] == "Denoiser" and header["t_min"] == 0.002
+        assert header["mid_t"] == 0.821 and "shifts t by 0.003" in done.out
+        assert "next: python sample.py out.safetensors:2" in done.out
+        assert run("sample", "out.safetensors:2", "--n", 2, "--out", "a.npz").code == 0
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_older_writers(tmp_path, persistence, protocol):
+    """Every pickle protocol, OrderedDicts for parameters, numpy scalars among the arguments, numpy arrays."""
     with open(VECTORS / "edm_uncond.pkl", "rb") as f: ema = import_checkpoint.Unpickler(f).load()["ema"]
     content = {"augment_pipe": {1, 2}, "more": (b"bytes", np.float32(2), np.zeros(4, np.float32)),
                "ema": as_older_writers_did(ema, OrderedDict if protocol % 2 else dict)}
@@ -332,7 +456,8 @@ def test_hostile_pickles_are_refused_and_run_nothing(run, tmp_path, monkeypatch)
     defaults = import_checkpoint.read_tensor.__defaults__
     Path("x.pkl").write_bytes(b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n"
                               b"N}\x8c\x0c__defaults__K\x01\x85s\x86b.")
-    assert run("import_checkpoint", "x.pkl").code == 2 and import_checkpoint.read_tensor.__defaults__ == defaults
+    assert run("import_checkpoint", "x.pkl").code == 2
+    assert import_checkpoint.read_tensor.__defaults__ == defaults
     torch.save(Runs(os.system, f"touch {tmp_path / 'owned'}"), "x.pt")
     done = run("import_checkpoint", "x.pt")
     assert done.code == 2 and "posix.system, which was not run" in done.err and not Path("owned").exists()
@@ -342,18 +467,15 @@ def test_hostile_pickles_are_refused_and_run_nothing(run, tmp_path, monkeypatch)
         assert done.code == 2 and len(done.err.strip().splitlines()) == 1
 
 
-def test_small_files_cannot_ask_for_much(tmp_path, monkeypatch):
+def test_small_files_cannot_ask_for_much(tmp_path, persistence):
     """Storages used many times, modules nested in themselves, arguments of a huge network."""
-    for name in ("torch_utils", "torch_utils.persistence"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
     def refused(words, **state):
         kwargs = {"img_resolution": 8, "img_channels": 3, "model_type": "SongUNet", **state.pop("kwargs", {})}
         state = {"_init_kwargs": kwargs, "_parameters": {}, "_buffers": {}, "_modules": {}} | state
-        ema = Runs(_reconstruct_persistent_obj, {"type": "class", "version": 6, "module_src": "",
-                                                 "class_name": "EDMPrecond", "state": state})
+        ema = persistent("EDMPrecond", **state)
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": ema}))
-        with pytest.raises(model.UserError, match=words): import_checkpoint.import_checkpoint(tmp_path / "a.pkl")
+        with pytest.raises(model.UserError, match=words):
+            import_checkpoint.import_checkpoint(tmp_path / "a.pkl")
     content = storage_of_torch_1(tensor := torch.zeros(4096))
     refused("tensors are larger", _parameters={
         str(i): Runs(torch._utils._rebuild_tensor_v2, Runs(torch.storage._load_from_bytes, content),
@@ -408,7 +530,7 @@ def test_what_we_do_not_build_is_refused_by_name(run, tmp_path, monkeypatch):
     refused(["resample_filter", "[1, 3, 3, 1]"], resample_filter=[1, 3, 3, 1])
     refused(["some_new_argument"], some_new_argument=1)
     refused(["VPPrecond"], cls="VPPrecond")
-    refused(["by its arguments"], model_channels=16)
+    refused(["according to its arguments"], model_channels=16)
     refused(["dropout", "'much'"], dropout="much")
     refused(["dropout", "nan"], dropout=float("nan"))
     refused(["a dropout of 1"], dropout=1)
@@ -419,7 +541,8 @@ def test_what_we_do_not_build_is_refused_by_name(run, tmp_path, monkeypatch):
     refused(["img_resolution", "True"], img_resolution=True)
     refused(["sigma_data"], sigma_data=0)
     refused(["no time between"], sigma_max=0.001)
-    refused(["map_layer0.bias", "missing"], {k: w for k, w in weights.items() if k != "model.map_layer0.bias"})
+    refused(["map_layer0.bias", "missing"],
+            {k: w for k, w in weights.items() if k != "model.map_layer0.bias"})
     refused(["surplus", "absent"], weights | {"model.surplus": torch.zeros(2)})
     refused(["int64"], weights | {"model.map_layer0.bias": torch.zeros(2, dtype=torch.int64)})
     save_file(weights, "a.safetensors")

@@ -96,7 +96,7 @@ def state_dict(module, prefix=""):
     for kind in ("_parameters", "_buffers"):
         found |= {prefix + k: v for k, v in (state.get(kind) or {}).items()
                   if v is not None and k not in state.get("_non_persistent_buffers_set", ())}
-    # pop: a module that occurs several times is read once, otherwise nesting could grow exponentially.
+    # pop: a module that occurs many times is read once. Otherwise a small file could describe 2^60 modules.
     for k, child in (state.pop("_modules", None) or {}).items():
         if child is not None: found |= state_dict(child, f"{prefix}{k}.")
     return found
@@ -106,7 +106,7 @@ def state_dict(module, prefix=""):
 # Each reader returns the class name or None, whether the file says that the network is a consistency model,
 # the constructor or training arguments, and {name: tensor}.
 
-WEIGHTS = "model_ema", "ema_state_dict", "ema_model", "ema", "net", "model", "state_dict"     # best first
+WEIGHTS = "model_ema", "ema_state_dict", "ema_model", "ema", "net", "model", "state_dict"     # EMA first
 
 
 def read_network_pickle(path):
@@ -255,7 +255,7 @@ def sit_header(tensors, args):
                "interval": any(k.startswith("r_embedder.") for k in tensors),
                "mlp_ratio": len(tensors["blocks.0.mlp.fc1.bias"]) / dim}
     if args.get("num_classes", network["label_dim"]) != network["label_dim"]:
-        raise model.UserError("it has no null class, which we need")
+        raise model.UserError("its label table has no null class, which our networks need")
     return {"stage": "posttrain_mf" if network["interval"] else "pretrain_flow", "kind": "MeanVelocity",
             "time_scale": 1.0, "t_min": 0.0, "t_max": 1.0, "network": network,
             "label_dropout": args.get("class_dropout_prob", args.get("cfg_prob", 0.1))}
@@ -264,7 +264,7 @@ def sit_header(tensors, args):
 def velocity(tensors, args, time):
     """Weights of a SiT without r_embedder -> weights of v(z, t), with data at t = 0. `time`: see --time."""
     name, predicts = str(args.get("model", args.get("name"))), args.get("prediction")
-    if name.startswith("DiT"):
+    if name.lower().startswith("dit"):
         raise model.UserError(f"it is a {name}, which predicts noise, and only a velocity can be imported")
     C, patch = tensors["x_embedder.proj.weight"].shape[1:3]
     has_variance = len(tensors["final_layer.linear.bias"]) == 2 * C * patch ** 2
@@ -275,7 +275,7 @@ def velocity(tensors, args, time):
         raise model.UserError("it does not say what it predicts, nor at which time the data is. Pass --time "
                               "data-at-1 for a SiT, or --time data-at-0 for a model of REPA. A DiT looks the "
                               "same, but predicts noise and cannot be imported")
-    print(f"velocity model with {time or in_file}, according to {'--time' if time else 'the file'}")
+    print(f"time of the velocity model: {time or in_file}, according to {'--time' if time else 'the file'}")
     if has_variance:           # Rows are ordered (p q c). The second C channels are the variance.
         tensors = tensors | {k: tensors[k].unflatten(0, (patch ** 2, -1))[:, :C].flatten(0, 1)
                              for k in ("final_layer.linear.weight", "final_layer.linear.bias")}
@@ -299,7 +299,7 @@ def convert(path, time):
     kind, consistency, args, tensors = read_file(path)
     tensors = our_names(tensors)
     if sum(v.nbytes for v in tensors.values()) > os.path.getsize(path):
-        raise model.UserError("its tensors are larger than itself")
+        raise model.UserError("its tensors are larger than the file")
     examples = {"x_embedder.proj.weight": "SiT", "out_gain": "Precond", "map_layer0.weight": "EDMPrecond"}
     kind = kind or next((k for name, k in examples.items() if name in tensors), None)
     if kind != "SiT" and kind not in PUBLISHED:

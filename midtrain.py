@@ -282,7 +282,8 @@ def flags():
                               "leave out --trajectories.")
     args.made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": args.made_by += " --objective flow"
-    elif public := model.DATASETS.get(args.row, {}).get("public"): args.made_by += f" [--import {public}]"
+    elif public := model.DATASETS.get(args.row, {}).get("public"):
+        args.made_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
     args.teacher_by = p.get_default("teacher_by") or args.made_by
     if target == "mf": args.network = args.network | {"interval": True}
     return args

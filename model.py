@@ -402,10 +402,10 @@ class SiTAttention(nn.Module):
 
 
 class SiTMLP(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, hidden):
         super().__init__()
-        self.fc1 = initialised(Linear(dim, 4 * dim))
-        self.fc2 = initialised(Linear(4 * dim, dim))
+        self.fc1 = initialised(Linear(dim, hidden))
+        self.fc2 = initialised(Linear(hidden, dim))
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -413,9 +413,9 @@ class SiTMLP(nn.Module):
 
 class SiTBlock(nn.Module):
     """Transformer block whose norms and residual branches are steered by the embedding c (adaLN-Zero)."""
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, mlp_ratio):
         super().__init__()
-        self.attn, self.mlp = SiTAttention(dim, heads), SiTMLP(dim)
+        self.attn, self.mlp = SiTAttention(dim, heads), SiTMLP(dim, round(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), initialised(Linear(dim, 6 * dim), 0.0))
 
     def forward(self, x, c):                                                 # x (B, T, D), c (B, D) fp32
@@ -442,7 +442,7 @@ class SiT(nn.Module):
     gap (B,) = t - r with `interval` -> (B,C,H,W).
     """
     def __init__(self, img_resolution, img_channels, label_dim, patch_size=2, hidden_size=1152, depth=28,
-                 num_heads=16, interval=False):
+                 num_heads=16, interval=False, mlp_ratio=4.0):
         super().__init__()
         self.label_dim, self.patch = label_dim, patch_size
         side, dim = img_resolution // patch_size, hidden_size
@@ -453,7 +453,7 @@ class SiT(nn.Module):
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(label_dim + 1, dim)})
         nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         self.register_buffer("pos_embed", positions(side, dim)[None])        # (1, T, D)
-        self.blocks = nn.ModuleList([SiTBlock(dim, num_heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([SiTBlock(dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = SiTFinal(dim, patch_size ** 2 * img_channels)
 
     def forward(self, x, t, y=None, gap=None):
@@ -559,8 +559,8 @@ def flow_to_edm(z, t):
 
 # === 3. data sets ===========================================================================================
 # `network` is the architecture a stage builds when no input file brings its own: for digits ours, else the
-# paper's, with pre-training's dropout; `public` is a file for pretrain.py --import. label_dropout: share of
-# null labels.
+# paper's, with pre-training's dropout; `public` is a file for tools/import_checkpoint.py. label_dropout:
+# share of null labels.
 # noise_scale, of EDM's time: 4 is ours, for small networks (digits: a little better in every stage than 1,
 # one seed each). time_scale, of flow time: 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
 # latents: networks see (z - mean) * scale of the autoencoder's z, channel by channel. pixel_range: of the
@@ -1326,7 +1326,7 @@ def check_fit(init, header, source, shape, classes):
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
-FREE = {"kind", "stage", "default_out", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init", "teacher", "teacher_by",
+FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init", "teacher", "teacher_by",
         "trajectories", "guide", "lpips", "workers", "compile", "dry_run", "world", "recipe"}
 
 

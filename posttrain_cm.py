@@ -127,7 +127,8 @@ def flags():
     args = p.parse_args()
     args.made_by, args.teacher_by = (f"python {stage} --data {args.data}"
                                      for stage in ("midtrain.py", "pretrain.py"))
-    if public := model.DATASETS.get(args.row, {}).get("public"): args.teacher_by += f" [--import {public}]"
+    if public := model.DATASETS.get(args.row, {}).get("public"):
+        args.teacher_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
     return args
 
 

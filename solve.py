@@ -186,8 +186,8 @@ def guide_teacher(teacher, header, args, path):
     if args.guidance == 1: return teacher
     if args.guide:
         if not Path(args.guide).exists():
-            raise model.UserError(f"{args.guide} does not exist; `python pretrain.py --import FILE --out "
-                                f"{args.guide}` makes it of a smaller or less trained public model.")
+            raise model.UserError(f"{args.guide} does not exist; `python tools/import_checkpoint.py FILE "
+                                f"--out {args.guide}` makes it of a smaller or less trained public model.")
         guide, other = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, other, path, model.image_shape(header), null)
         if other["kind"] != header["kind"]:

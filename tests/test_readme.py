@@ -8,9 +8,9 @@ from conftest import ROOT
 
 
 def commands():
-    for file in sorted([ROOT / "README.md", *ROOT.glob("*.py")]):
+    for file in sorted([ROOT / "README.md", *ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]):
         for line in file.read_text().replace("\\\n", " ").splitlines():
-            found = re.match(r"\s*(?:run\s+|\$ )?(?:python|torchrun (?:-\S+ )+)\s?(\w+)\.py(.*)", line)
+            found = re.match(r"\s*(?:run\s+|\$ )?(?:python|torchrun (?:-\S+ )+)\s?(?:tools/)?(\w+)\.py(.*)", line)
             if found:
                 yield pytest.param(found[1], found[2].split("  ")[0],
                                    id=f"{file.name}: {found[1]}{found[2].split('  ')[0]}")

@@ -156,7 +156,8 @@ def test_missing_predecessor(run, tmp_path, monkeypatch, script, words):
 
 def test_missing_teacher_names_the_public_file(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(run("midtrain", "--data", "cifar10"), "--import edm-cifar10-32x32-uncond-vp.pkl")
+    refused(run("midtrain", "--data", "cifar10"),
+            "tools/import_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl --data cifar10")
     refused(run("midtrain", "--data", "imagenet256", "--target", "mf"), "posttrain_mf.py", "teacher_mf")
 
 
@@ -311,7 +312,7 @@ def test_consistency_distillation_and_guidance(run, chain, tmp_path, monkeypatch
         assert np.array_equal(a[0], a[1])
         assert not np.array_equal(a[0], a[2]) and not np.array_equal(a[2], a[3])
     refused(run("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2), "guide its teacher")
-    refused(run("midtrain", "--guidance", 2, "--guide", "nowhere.safetensors"), "nowhere", "--import")
+    refused(run("midtrain", "--guidance", 2, "--guide", "nowhere.safetensors"), "nowhere", "import_checkpoint.py")
     flow = "runs/digits/pretrain_flow.safetensors"
     refused(run("midtrain", "--guidance", 2, "--guide", flow), "MeanVelocity", "Denoiser")
     rgb = write_npz(tmp_path / "rgb.npz", classes=0)

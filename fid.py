@@ -1,8 +1,9 @@
 """Evaluation: the Frechet distance between two sets of images.
 
   reads   FILE ...: images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint FILE[:STEPS] to draw
-          from; --ref: a data set's name, images, or statistics, an .npz with mu and sigma as EDM's and ADM's
+          from; --ref: the name of prepared data, images, or statistics, an .npz with mu and sigma
   prints  for each FILE a line, and then the same as JSON
+  writes  with --save-stats X.npz the statistics of FILE, mu and sigma in EDM's layout, to be a --ref later
   run     torchrun --nproc_per_node=8 fid.py runs/cifar10/posttrain_cm.safetensors:2    # 50,000 samples
           python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
   expect  digits, FD-pixels of 10,000 samples: teacher 0.09, after mid-training 0.16, teacher in one step 3.6
@@ -16,7 +17,7 @@ stand in the name, FID-10k, because the distance falls with their number.
 FD-pixels and is no FID: it serves small images, up to 3,072 values each, for which no Inception network means
 anything.
 """
-import argparse, json, os
+import argparse, hashlib, json, os
 from pathlib import Path
 
 import numpy as np
@@ -194,14 +195,21 @@ def pixels(images):
     return x
 
 
-def read(path, rank, world, row=None, train=False):
-    """Yield this rank's share of the images of `path` as uint8 (n,H,W,C): as they are, or as a training stage
-    with that row of DATASETS reads them."""
-    images, _ = model.read_images(path, row, train)
-    if images[0].dtype != torch.uint8:
-        raise model.UserError(f"{path} holds latents; a Frechet distance is between images, give --ref.")
-    for at in torch.arange(len(images)).split(64)[rank::world]:
-        yield rearrange(images.batch(at.tolist())[0], "n c h w -> n h w c")
+def read(path, rank, world):
+    """Yield this rank's share of the images of an .npz, folder or .zip as they are, uint8 (n,H,W,C)."""
+    if path.endswith(".npz"):
+        data = model.Data(path)
+        if data.array.dtype != np.uint8:
+            raise model.UserError(f"{path} holds latents, and a Frechet distance is between images; "
+                                  "give --ref, images or their statistics.")
+        for indices in torch.arange(len(data)).split(64)[rank::world]: yield data.array[indices.numpy()]
+    else:
+        from tools import prepare_data
+        yield from prepare_data.image_batches(prepare_data.open_source(path), 64, rank, world)
+
+
+def is_images(path):
+    return path.endswith((".npz", ".zip")) or os.path.isdir(path)
 
 
 def reduced(n, total, outer, device):
@@ -218,30 +226,40 @@ def reduced(n, total, outer, device):
     return n, *moments(n, total, outer)
 
 
+def read_statistics(path):
+    """mu and sigma of an .npz in EDM's or ADM's layout -> mean (d,), covariance (d,d); None if it has none"""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return (torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])) if "mu" in f else None
+    except Exception as e:
+        raise model.UserError(f"{path} is damaged ({type(e).__name__}: {e}).")
+
+
+def save_statistics(path, n, mu, cov):
+    with model.atomic_write(path) as part, open(part, "wb") as f:
+        np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
+
+
 def reference(args, header, features, rank, world, device):
-    """--ref -> what it is called, number of images or None, mean, covariance, on rank 0 alone; None on the
-    others. Statistics of images are kept in runs/reference/, for images that have not changed."""
-    if args.ref: name, _, path = model.find_data(args.ref, "--ref")
-    else:        name, path = header["data"], header["data_path"]
-    row, train = model.DATASETS.get(name), not args.ref or name in model.DATASETS
-    if path.endswith(".npz") and os.path.isfile(path):
-        try:
-            with np.load(path, allow_pickle=False) as f:
-                if "mu" in f: return path, None, torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
-        except Exception as e:
-            raise model.UserError(f"{path} is damaged ({type(e).__name__}: {e}).")
+    """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
+    covariance, on rank 0 alone; None on the others. Statistics of an .npz are kept in runs/reference/, under
+    the identity of its images and the sha256 of the feature network."""
+    path = header["data_path"] if not args.ref else args.ref
+    if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
+    if args.ref and not is_images(path): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
-        raise model.UserError(f"the images to compare with, {path or 'unknown'}, are not there; give --ref.")
-    how = "x".join(map(str, row["shape"])) if row else "own" if train else "as-they-are"
-    kept = Path(f"runs/reference/{model.fingerprint(path)[:16]}-{how}-{args.features}.npz")
-    there = [kept.exists()]
+        raise model.UserError(f"the images to compare with, {path}, do not exist; give --ref.")
+    kept = None
+    if path.endswith(".npz"):
+        if found := read_statistics(path): return path, None, *found
+        network = model.sha256(args.inception) if args.features == "inception" else "pixels"
+        key = hashlib.sha256(f"{model.data_identity(path)} {network}".encode()).hexdigest()[:16]
+        kept = Path(f"runs/reference/{key}.npz")
+    there = [kept and kept.exists()]
     if dist.is_initialized(): dist.broadcast_object_list(there, device="cpu")    # rank 0 decides for all
     if not there[0]:
-        images = read(path, rank, world, row, train)
-        n, mu, cov = reduced(*sums(features(x) for x in images), device)
-        if rank == 0:
-            with model.atomic_write(kept) as part, open(part, "wb") as f:
-                np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
+        n, mu, cov = reduced(*sums(features(x) for x in read(path, rank, world)), device)
+        if kept and rank == 0: save_statistics(kept, n, mu, cov)
         return path, n, mu, cov
     if rank: return None
     with np.load(kept) as f: return path, int(f["n"]), torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
@@ -254,9 +272,12 @@ def main():
                    help="what to compare with (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["inception", "pixels"], default="inception", help="what to compare")
     p.add_argument("--inception", default=f"data/{INCEPTION}", metavar="FILE", help="weights")
+    p.add_argument("--save-stats", metavar="X.npz", help="write mu and sigma of FILE, in EDM's layout")
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
+    if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")):
+        raise model.UserError("--save-stats X.npz takes the statistics of one FILE, and ends in .npz.")
     rank, world, device, _ = model.setup(0, args.precision)
     features = pixels
     if args.features == "inception":
@@ -269,21 +290,27 @@ def main():
 def evaluate(file, args, features, rank, world, device):
     """Prints a line on FILE[:STEPS], and one of JSON."""
     header = None
-    if file.endswith((".npz", ".zip")) or os.path.isdir(file):
+    if is_images(file):
         batches, what = read(file, rank, world), {"file": file}
-        if not args.ref:
-            raise model.UserError("--ref is missing; name the data set, images or statistics to compare "
-                                  "with.")
+        if not args.ref and not args.save_stats:
+            raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")
     else:
         net, header, steps = sample.open_model(file, args, device)
+        if "latents" in header and not args.ref and not args.save_stats:
+            raise model.UserError(f"{file} was trained on latents, and a Frechet distance is between images; "
+                                  "give --ref, images or their statistics.")
         vae, seeds = sample.open_vae(header, args.vae, device), args.seeds or range(args.n)
         drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world)
         batches = (images for images, _ in drawn)
-        what = {"file": file, "calls": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
-                "labels": args.labels}
-    found = reference(args, header, features, rank, world, device)
+        what = {"file": file, "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
+    found = None
+    if args.ref or not args.save_stats: found = reference(args, header, features, rank, world, device)
     n, mu, cov = reduced(*sums(features(x) for x in batches), device)
     if rank: return
+    if args.save_stats:
+        save_statistics(args.save_stats, n, mu, cov)
+        print(f"statistics of {n:,} images of {file} in {args.save_stats}")
+        if not found: return
     ref, n_ref, mu_ref, cov_ref = found
     if mu.shape != mu_ref.shape:
         raise model.UserError(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference "

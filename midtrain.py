@@ -53,7 +53,7 @@ RECIPES = {
         "imagenet512": PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0), mid_t=1.526,
                                     origin={"paper": BY_PAPER + " network", "code": "mid_t",
                                             "ours, the paper's is ELatentLPIPS": "distance"}),
-        "own data":    CM | dict(steps=10_000, lr=1e-3, ema=0.999),
+        "custom":      CM | dict(steps=10_000, lr=1e-3, ema=0.999),
     },
     # The paper's mean-flow teacher is a Mean Flow SiT-B/4 in 8 jumps.
     "mf": {
@@ -68,7 +68,7 @@ RECIPES = {
                                  teacher_by="python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
                                        "--guide-times 0 1 --init runs/imagenet256/pretrain_flow.safetensors "
                                        "--out runs/imagenet256/teacher_mf.safetensors"),
-        "own data":    MF | dict(steps=10_000,  batch=128,  lr=1e-3,   ema=0.999),
+        "custom":      MF | dict(steps=10_000,  batch=128,  lr=1e-3,   ema=0.999),
     },
 }
 
@@ -282,7 +282,7 @@ def flags():
                               "leave out --trajectories.")
     args.made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": args.made_by += " --objective flow"
-    elif public := model.DATASETS.get(args.row, {}).get("public"):
+    elif public := model.DATASETS.get(args.recipe_name, {}).get("public"):
         args.made_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
     args.teacher_by = p.get_default("teacher_by") or args.made_by
     if target == "mf": args.network = args.network | {"interval": True}
@@ -326,16 +326,18 @@ def main():
     solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
-    dataset = model.DATASETS.get(args.row) or model.own_data(shape, classes)
+    dataset = model.DATASETS.get(args.recipe_name) or model.custom_dataset(shape, classes,
+                                                                           teacher_header.get("latents"))
     net, header = model.first_weights(args.init, args.made_by, dataset, model.KIND[first_stage], device,
                                       **args.network)
+    model.check_same_data(args.teacher, teacher_header, args, "--teacher")
     model.check_fit(args.init, header, args.teacher, shape, classes)
     model.check_fit(args.teacher, teacher_header, f"--data {args.data}", dataset["shape"], dataset["classes"])
     distance = DISTANCES.get(args.distance) or load_lpips(args.lpips, header).to(device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
-    header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, init=args.init,
-                                 teacher=args.teacher, trajectories=args.trajectories,
+    header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,
+                                 init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
     if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)

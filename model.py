@@ -15,8 +15,9 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, inspect, io, json, math, multiprocessing, os, resource
-import signal, socket, struct, sys, time, traceback, zipfile, zlib
+import argparse, contextlib, functools, gc, hashlib, inspect, io, json, math, os, resource
+import shlex, signal, socket, struct, sys, time, traceback, zipfile, zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -601,30 +602,163 @@ DATASETS = {
 }
 
 
-def own_data(shape, classes):
-    """The row of a data set nobody listed (ours): halve down to <= 8 pixels, size the rest by resolution.
-    Latents (4 channels) are scaled as EDM2's."""
-    size, mult = shape[-1], [1 if shape[-1] <= 16 else 2]
-    while size % 2 == 0 and size > 8 or len(mult) < 2:
-        size, mult = size // 2, mult + [2]
-    small = shape[-1] <= 16
-    return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0,
-                noise_scale=4.0 if small else 1.0, time_scale=16.0, network={
-        "class": "DDPMpp", "model_channels": 32 if small else 128, "channel_mult": tuple(mult),
-        "num_blocks": 1 if small else 2, "attn_resolutions": (size,), "dropout": 0.0},
-        **(dict(latents=LATENTS["EDM2UNet"]) if shape[0] == 4 else {}))
+def custom_dataset(shape, classes, latents=None, width=None):
+    """The config of a dataset that DATASETS does not list (ours). The U-Net halves the resolution down to at
+    most 8 pixels. Its width is 128 channels, but 32, with one block a level, for images of up to 16 pixels
+    and on a machine without a GPU. latents: as in DATASETS, of the prepared file."""
+    size, multiples = shape[-1], [1 if shape[-1] <= 16 else 2]
+    while size % 2 == 0 and size > 8 or len(multiples) < 2:
+        size, multiples = size // 2, multiples + [2]
+    small = shape[-1] <= 16 or not torch.cuda.is_available()
+    network = {"class": "DDPMpp", "model_channels": width or (32 if small else 128),
+               "channel_mult": tuple(multiples), "num_blocks": 1 if small else 2, "attn_resolutions": (size,),
+               "dropout": 0.0}
+    return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0, time_scale=16.0,
+                noise_scale=4.0 if shape[-1] <= 16 else 1.0, network=network) | (
+                dict(latents=latents) if latents else {})
 
 
 def find_data(data, flag="--data"):
-    """--data NAME | PATH | NAME=PATH -> (recipe row, run name, path of the images)."""
-    name, _, path = data.partition("=")
-    if name in DATASETS:
-        paths = f"data/{name}.npz", f"data/{name}.zip", f"data/{name}"
-        return name, name, path or next(filter(os.path.exists, paths), paths[0])
-    if path or not (os.path.exists(data) or Path(data).suffix or os.sep in data):
-        raise UserError(f"{flag} {data}: '{name}' is neither a file nor one of {', '.join(DATASETS)}; "
-                      "give one of these names, the path of an .npz, .zip or folder, or NAME=PATH.")
-    return "own data", Path(data).stem, data
+    """NAME, which stands for data/NAME.npz, or the path of an .npz, whose stem is the name.
+    -> key of the recipe (a name in DATASETS, else "custom"), name, path of the .npz"""
+    path = Path(data)
+    if not (os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
+        path = Path("data", f"{data}.npz")
+    if path.suffix != ".npz":
+        raise UserError(f"{flag} {data}: training reads prepared data. Prepare it with "
+                        f"`{prepare_command(path.stem, data)}`, then give {flag} {path.stem}.")
+    return path.stem if path.stem in DATASETS else "custom", path.stem, str(path)
+
+
+def prepare_command(name, source="SOURCE"):
+    return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}"
+
+
+def npz_array(path, name):
+    """An array of an .npz: memory-mapped where it is stored uncompressed, as numpy.savez and prepare_data.py
+    store it, else loaded. Raises ValueError or KeyError for files that are something else."""
+    with zipfile.ZipFile(path) as z:
+        member = z.getinfo(f"{name}.npy")
+        with z.open(member) as f:
+            version = np.lib.format.read_magic(f)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                           (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, fortran, dtype = read_header(f)
+            head = f.tell()
+    if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
+        if member.file_size > 2 ** 31:
+            raise UserError(f"{path} is compressed and too large to load ({member.file_size / 2 ** 30:.1f} "
+                            f"GiB); `{prepare_command(Path(path).stem + '-uncompressed', path)}` stores it "
+                            "uncompressed.")
+        with np.load(path, allow_pickle=False) as f: return f[name]
+    if head + math.prod(shape) * dtype.itemsize != member.file_size:
+        raise ValueError(f"{name} is {shape}, but has {member.file_size:,} bytes")
+    with open(path, "rb") as f:                            # the array stands behind the member's local header
+        f.seek(member.header_offset + 26)
+        name_and_extra = sum(struct.unpack("<HH", f.read(4)))
+    return np.memmap(path, dtype, "r", member.header_offset + 30 + name_and_extra + head, shape)
+
+
+class Data:
+    """A prepared data/NAME.npz, memory-mapped (see tools/prepare_data.py): arr_0 uint8 (N,H,W,C), C = 1 or 3,
+    or latents (N,C,H,W) of float16 or float32, or (N,2C,H,W) with means and standard deviations; optionally
+    arr_1 (N,) labels 0..K-1, class_names (K,) and info, JSON. An .npz in ADM's layout is fine, too.
+
+    shape (C,H,W); labels (N,) int64 or None; classes K; latents: a dict as in DATASETS, or None; identity:
+    a string that tells the content from any other, by the checksums in the zip directory. Raises
+    UserError."""
+    def __init__(self, path):
+        self.path, self.labels, self.classes, self.latents = str(path), None, 0, None
+        if not os.path.isfile(path):
+            source = Path(path).stem if os.path.isdir(Path(path).stem) else "SOURCE"
+            raise UserError(f"{path} does not exist; `{prepare_command(Path(path).stem, source)}` makes it "
+                            "from images in any form.")
+        try:
+            self.array = npz_array(path, "arr_0")
+            with zipfile.ZipFile(path) as z: members = {m.filename: m for m in z.infolist()}
+            info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
+            labels = npz_array(path, "arr_1") if "arr_1.npy" in members else None
+        except (OSError, KeyError, ValueError, EOFError, MemoryError, struct.error, zlib.error,
+                zipfile.BadZipFile) as e:
+            raise UserError(f"{path} is damaged, or no data of ours ({type(e).__name__}: {e}); "
+                            f"`{prepare_command(Path(path).stem)}` makes such a file.")
+        x = self.array
+        images = x.ndim == 4 and x.dtype == np.uint8 and x.shape[3] in (1, 3)
+        if not len(x) or not images and not (x.ndim == 4 and x.dtype in (np.float16, np.float32)):
+            raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with 1 or 3 "
+                            "channels, or latents, float16 or float32 (N,C,H,W).")
+        self.shape = (x.shape[3], *x.shape[1:3]) if images else tuple(x.shape[1:])
+        if not images:
+            self.latents = info.get("latents")
+            means = len(self.latents["mean"]) if self.latents else 4 if x.shape[1] in (4, 8) else x.shape[1]
+            if x.shape[1] not in (means, 2 * means):
+                raise UserError(f"{path}: latents of {x.shape[1]} channels do not fit a scale of {means}.")
+            self.shape = means, *x.shape[2:]
+        if labels is not None:
+            if labels.shape != x.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+                raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; labels have to be {len(x)} "
+                                "integers >= 0.")
+            self.labels = torch.from_numpy(labels.astype(np.int64))
+            self.classes = int(labels.max()) + 1
+        self.identity = data_identity(path)
+
+    def __len__(self):
+        return len(self.array)
+
+    def batch(self, indices):
+        """Indices (B,) -> uint8 (B,C,H,W) or fp32 latents as stored, labels (B,), 0 where there are none."""
+        indices = np.asarray(indices)
+        x = torch.from_numpy(self.array[indices])
+        x = x.permute(0, 3, 1, 2).contiguous() if x.dtype == torch.uint8 else x.float()
+        return x, torch.zeros(len(x), dtype=torch.int64) if self.labels is None else self.labels[indices]
+
+    def __str__(self):
+        kind = "latents" if self.array.dtype != np.uint8 else "images"
+        text = f"{self.path}: {len(self):,} {kind} of {'x'.join(map(str, self.shape))}"
+        return text + (f", {self.classes} classes" if self.classes else "")
+
+
+def data_identity(path):
+    """What tells data from other data: size and CRC-32 of arr_0 and arr_1, from the zip directory, which
+    costs nothing to read, and for latents the autoencoder and its pixel range. -> a string. Raises
+    UserError"""
+    try:
+        with zipfile.ZipFile(path) as z:
+            members = {m.filename: m for m in z.infolist()}
+            info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged, or no .npz ({type(e).__name__}: {e}).")
+    parts = [f"{name} {m.file_size} {m.CRC:08x}" for name in ("arr_0", "arr_1")
+             if (m := members.get(f"{name}.npy"))]
+    latents = info.get("latents") or {}
+    return ", ".join(parts + [f"{k} {latents[k]}" for k in ("vae", "pixel_range") if k in latents])
+
+
+def open_data(args):
+    """The data of --data, and the dataset's config. Raises UserError where the two do not fit."""
+    data, dataset = Data(args.path), DATASETS.get(args.recipe_name)
+    if not dataset:
+        if data.shape[1] != data.shape[2] or data.shape[1] % 4:
+            raise UserError(f"{data.path} has images of {data.shape[2]}x{data.shape[1]} pixels; they have to "
+                            "be square with a side divisible by 4; prepare them with --size N.")
+        if data.array.dtype != np.uint8 and not data.latents:
+            raise UserError(f"{data.path} has latents without their scale; prepare them with "
+                            f"`{prepare_command(args.name)}`.")
+        return data, custom_dataset(data.shape, data.classes, data.latents, getattr(args, "width", None))
+    if data.shape != tuple(dataset["shape"]) or (data.array.dtype == np.uint8) == ("latents" in dataset):
+        raise UserError(f"{data} do not fit the recipe {args.recipe_name}, which is for "
+                        f"{'latents' if 'latents' in dataset else 'images'} of "
+                        f"{'x'.join(map(str, dataset['shape']))}; give the file another name to train on it "
+                        "as a custom dataset.")
+    if data.latents and data.latents["pixel_range"] != dataset["latents"]["pixel_range"]:
+        raise UserError(f"{data.path} was encoded from pixels in {data.latents['pixel_range']}, models of "
+                        f"{args.recipe_name} use {dataset['latents']['pixel_range']}; encode the images "
+                        f"again, with `{prepare_command(args.recipe_name)} --vae PATH`.")
+    if data.classes > dataset["classes"] > 0 or dataset["classes"] and not data.classes:
+        raise UserError(f"{data.path} has {data.classes} classes, the recipe {args.recipe_name} "
+                        f"{dataset['classes']}; prepare it again with `{prepare_command(args.recipe_name)}`.")
+    if not dataset["classes"]: data.labels = None          # an unconditional recipe ignores labels
+    return data, dataset
 
 
 # === 4. checkpoints =========================================================================================
@@ -750,272 +884,7 @@ def sha256(path):
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def fingerprint(path):
-    """What a set of images is told from others by: of a folder names and sizes, of a file that is larger than
-    1 GiB size and end (where a .zip lists its checksums), else its sha256."""
-    if not os.path.isdir(path) and os.path.getsize(path) < 2 ** 30: return sha256(path)
-    if os.path.isdir(path):
-        content = repr(sorted((str(f.relative_to(path)), f.stat().st_size) for f in Path(path).rglob("*.*")))
-        return hashlib.sha256(content.encode()).hexdigest()
-    with open(path, "rb") as f:
-        f.seek(-2 ** 28, os.SEEK_END)
-        return hashlib.sha256(f.read() + str(os.path.getsize(path)).encode()).hexdigest()
-
-
 # === 5. images ==============================================================================================
-
-PICTURES = ".png", ".jpg", ".jpeg", ".bmp", ".webp"
-PROBE = 1000               # files to look at before a run starts
-
-
-def npz_array(path, name):
-    """An array of an .npz, mapped from the disk where it is uncompressed, as numpy.savez leaves it."""
-    with zipfile.ZipFile(path) as z:
-        member = z.getinfo(f"{name}.npy")
-        with z.open(member) as f:
-            major, _ = np.lib.format.read_magic(f)
-            shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
-            head = f.tell()
-    if head + math.prod(shape) * dtype.itemsize != member.file_size:
-        raise ValueError(f"{name} is {shape}, but of {member.file_size:,} bytes")
-    if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
-        with np.load(path, allow_pickle=False) as f: return f[name]
-    with open(path, "rb") as f:
-        f.seek(member.header_offset + 26)
-        name_and_extra = sum(struct.unpack("<HH", f.read(4)))
-    return np.memmap(path, dtype, "r", member.header_offset + 30 + name_and_extra + head, shape)
-
-
-def centre_crop(image, size):
-    """ADM's: halve with a box filter while twice the size remains, bicubic to the shorter side, crop the
-    middle. PIL image -> PIL image of size x size"""
-    from PIL import Image
-    while min(image.size) >= 2 * size:
-        image = image.resize([side // 2 for side in image.size], Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
-
-
-class Images(torch.utils.data.Dataset):
-    """A set of images or latents on disk, as `read_images` found it. images[i] is read when it is asked for:
-    uint8 (C,H,W), or fp32 latents as they are stored. labels (N,) int64, all 0 without classes."""
-    def __init__(self, path, names, labels):
-        self.path, self.names, self.labels = path, names, labels      # names: of the files; None for an .npz
-        self.folder = os.path.isdir(path)
-        self.opened, self.shape, self.channels, self.crop, self.channels_last = {}, None, None, None, False
-
-    def file(self):
-        """The .npz array or open zip of this very process: workers, forked or spawned, share no handle."""
-        if os.getpid() not in self.opened:
-            opened = npz_array(self.path, "arr_0") if self.names is None else zipfile.ZipFile(self.path)
-            self.opened = {os.getpid(): opened}
-        return self.opened[os.getpid()]
-
-    def __getstate__(self):
-        return self.__dict__ | {"opened": {}}
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        if self.names is None:
-            x = torch.from_numpy(np.array(self.file()[i]))
-            x = x.permute(2, 0, 1).contiguous() if self.channels_last else x
-            return x if x.dtype == torch.uint8 else x.float()
-        name = self.names[i]
-        try:
-            data = Path(self.path, name).read_bytes() if self.folder else self.file().read(name)
-            if name.endswith(".npy"):
-                x = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).float()
-            else:
-                x = self.decode(data)
-        except UserError as e:
-            raise UserError(f"{self.path}: {name} {e}.")
-        except Exception as e:                             # image libraries raise anything
-            raise UserError(f"{self.path}: {name} is damaged ({type(e).__name__}: {e}).")
-        if self.shape and x.shape != self.shape:
-            raise UserError(f"{self.path}: {name} is {tuple(x.shape)}, the others are {tuple(self.shape)} "
-                          "(channels, height, width).")
-        return x
-
-    def decode(self, data):
-        """Bytes of an image file -> uint8 (C,H,W)"""
-        from PIL import Image
-        image = Image.open(io.BytesIO(data))
-        if self.shape and not self.crop and image.size != tuple(self.shape[:0:-1]):
-            raise UserError(f"is of {image.size[0]}x{image.size[1]} pixels, the others of "
-                          f"{self.shape[2]}x{self.shape[1]}")
-        if "A" in image.getbands() or "transparency" in image.info: raise UserError("has an alpha channel")
-        if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
-            raise UserError(f"has pixels of a kind we do not read ({image.mode}), only 8 bits a channel")
-        image = image.convert("L" if image.mode in ("1", "L") and self.channels != 3 else "RGB")
-        if self.crop: image = centre_crop(image, self.crop)
-        return torch.from_numpy(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1).copy())
-
-    def batch(self, at):
-        """Positions -> (n,C,H,W), labels (n,)"""
-        return torch.stack([self[i] for i in at]), self.labels[torch.as_tensor(at)]
-
-    def __getitems__(self, at):
-        """DataLoader's way to a batch. A UserError is handed over, to be raised where it can be read."""
-        try: return self.batch(at)
-        except UserError as e: return e
-
-    def __str__(self):
-        n = f"{self.path}: {len(self):,} of {'x'.join(map(str, self.shape))}"
-        count = self.labels.bincount()
-        if len(count) == 1: return n
-        if count.min() == count.max(): return f"{n}, {len(count)} classes of {count.min():,}"
-        return (f"{n}, {len(count)} classes of {count.min():,} (class {count.argmin()}) "
-                f"to {count.max():,} (class {count.argmax()})")
-
-
-def listed_labels(path, text, names):
-    """EDM's dataset.json, {"labels": [[name, class], ...] or null} -> (N,) int64 or None"""
-    try:
-        listed = json.loads(text)["labels"]
-        table = listed and {name.replace("\\", "/"): label for name, label in listed}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}} "
-                      f"({type(e).__name__}: {e}).")
-    if not table: return None
-    if absent := table.keys() - set(names):
-        raise UserError(f"{path}: dataset.json names {min(absent)}, which is not there.")
-    for name in names:
-        if type(table.get(name)) is not int or table[name] < 0:
-            raise UserError(f"{path}: dataset.json gives {name} the label {table.get(name)}; "
-                          "it has to be an integer >= 0.")
-    return np.array([table[name] for name in names])
-
-
-def folder_labels(path, names):
-    """The sorted sub-folders are the classes -> (N,) int64, or None where there are none."""
-    folders = [name.split("/")[0] if "/" in name else None for name in names]
-    if not any(folders): return None
-    if None in folders:
-        raise UserError(f"{path}: {names[folders.index(None)]} lies beside the folders of the classes; "
-                      "put every image into one, or none.")
-    return np.unique(folders, return_inverse=True)[1]
-
-
-def is_channels_last(path, x):
-    """Check what an .npz holds -> whether it is (N,H,W,C), not (N,C,H,W)"""
-    if x.ndim == 4 and len(x):
-        if x.dtype == np.uint8: return True
-        if x.dtype.kind == "f" and x.shape[1] in (4, 8) and x.shape[2] == x.shape[3]: return False
-        if x.dtype.kind == "f" and x.shape[3] in (4, 8): return True
-    raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with N >= 1, or, "
-                  "for latents, floats (N,C,H,W) with C = 4, or 8 for means and deviations.")
-
-
-def common_size(path, names):
-    """The resolution to train at on a folder without a recipe: the images' own where all are square and
-    equal, else the largest power of two, at most 64, that none is smaller than (ours)."""
-    from PIL import Image
-    sizes = set()
-    for name in names[:PROBE]:
-        try:
-            with Image.open(Path(path, name)) as image: sizes.add(image.size)
-        except Exception as e:
-            raise UserError(f"{path}: {name} is damaged ({type(e).__name__}: {e}).")
-    shortest = min(min(size) for size in sizes)
-    if len(sizes) == 1 and len(set(*sizes)) == 1 and shortest % 4 == 0: return shortest
-    if shortest < 8: raise UserError(f"{path}: some images are only {shortest} pixels wide, 8 are needed.")
-    return min(64, 2 ** (shortest.bit_length() - 1))
-
-
-def whole_zip(path):
-    """The open .zip, whose directory lists as many files as it says, which zipfile does not check."""
-    z = zipfile.ZipFile(path)
-    listed, count = len(z.namelist()), zipfile._EndRecData(z.fp)[4]
-    if listed != count: raise ValueError(f"only {listed} of {count} files are listed")
-    return z
-
-
-def list_images(path):
-    """-> how many there are, names of the files (None for an .npz), labels (N,) or None. Raises UserError."""
-    names = labels = None
-    try:
-        if os.path.isdir(path):
-            names = sorted(f.relative_to(path).as_posix() for f in Path(path).rglob("*")
-                           if f.suffix.lower() in PICTURES)
-            listing = Path(path, "dataset.json")
-            labels = (listed_labels(path, listing.read_bytes(), names) if listing.exists() else
-                      folder_labels(path, names))
-        elif path.endswith(".zip"):
-            with whole_zip(path) as z:
-                names = sorted(n for n in z.namelist() if Path(n).suffix.lower() in (*PICTURES, ".npy"))
-                for n in set(z.namelist()) - {*names, "dataset.json"}: z.open(n).close()    # a damaged name?
-                if "dataset.json" in z.namelist(): labels = listed_labels(path, z.read("dataset.json"), names)
-        else:
-            with whole_zip(path) as z:
-                has_labels = "arr_1.npy" in z.namelist()
-                if bad := z.testzip(): raise ValueError(f"the checksum of {bad} is wrong")
-            labels = np.array(npz_array(path, "arr_1")) if has_labels else None
-        return len(npz_array(path, "arr_0") if names is None else names), names, labels
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; an .npz with arr_0 uint8 (N,H,W,C) and, optionally, labels "
-                      "arr_1, a .zip or a folder of images will do; the README's `Data` says more.")
-    except (OSError, KeyError, ValueError, EOFError, AttributeError, RuntimeError, MemoryError, struct.error,
-            zlib.error, zipfile.BadZipFile) as e:          # RuntimeError: a zip that says it is encrypted
-        raise UserError(f"{path} is damaged or neither an .npz with arr_0 uint8 (N,H,W,C), nor a .zip or "
-                      f"folder of images ({type(e).__name__}: {e}).")
-
-
-def read_images(path, row=None, train=True):
-    """One of
-      .npz     arr_0 uint8 (N,H,W,C) and, optionally, labels arr_1 (N,): ADM's layout;
-               or arr_0 floats (N,C,H,W) or (N,H,W,C), C = 4 latents or 8, their means and deviations
-      .zip     images of one size, or latents as .npy (C,H,W); dataset.json: EDM's and EDM2's layout
-      folder   images of any size, cropped as ADM does; classes: dataset.json, else the sub-folders
-
-    row: the DATASETS row they have to agree with; None accepts any and makes one with `own_data`.
-    train=False: not to be cropped nor trained on, of any one size.
-    -> Images, row. Opens up to 1,000 of the files, the others when their turn comes. Raises UserError.
-    """
-    path = str(path).rstrip("/")
-    count, names, labels = list_images(path)
-    if not count:
-        raise UserError(f"{path} holds no images; a folder or .zip has them as {', '.join(PICTURES)} (or, a "
-                      ".zip, latents as .npy), an .npz as arr_0 uint8 (N,H,W,C) with N >= 1.")
-    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu" or labels.min() < 0):
-        raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; labels have to be {count} "
-                      "integers >= 0.")
-    images = Images(path, names, torch.zeros(count, dtype=torch.int64))
-    if names is None: images.channels_last = is_channels_last(path, images.file())
-    if images.folder and (row or train):
-        images.crop = row["shape"][1] if row else common_size(path, names)
-    images.channels = row and row["shape"][0]
-    first = images[0]
-    images.shape, images.channels = first.shape, first.shape[0]
-    if names:
-        for i in np.unique(np.linspace(0, count - 1, PROBE).astype(int)): images[i]
-
-    C, H, W = images.shape
-    what = "images" if first.dtype == torch.uint8 else "latents"
-    if what == "latents" and C == 8: C = 4
-    what += f" of {C} channels and {H}x{W} pixels"
-    if row and ((C, H, W) != tuple(row["shape"]) or what.startswith("latents") != ("latents" in row)):
-        raise UserError(f"{path} holds {what}, the recipe is for {row['shape'][0]} channels and "
-                      f"{row['shape'][1]}x{row['shape'][2]}{' latents' if 'latents' in row else ''}; "
-                      "give the plain path to use it as your own data.")
-    if C not in ((4,) if what.startswith("latents") else (1, 3)) or train and (H != W or H % 4):
-        raise UserError(f"{path} holds {what}; they have to be square with a side divisible by 4 and 1 or 3 "
-                      "channels, latents 4.")
-    row = row or own_data((C, H, W), 0 if labels is None else int(labels.max()) + 1)
-    K = row["classes"]
-    if K and labels is None:
-        raise UserError(f"{path} has no labels, but the recipe has {K} classes; an .npz has them as arr_1, a "
-                      ".zip or folder in dataset.json, a folder also as sub-folders.")
-    if K and labels.max() >= K:
-        i = labels.argmax()
-        raise UserError(f"{path}: label {labels[i]} is out of range, the recipe has classes 0..{K - 1} "
-                      f"({names[i] if names else f'image {i}'}).")
-    if K: images.labels = torch.from_numpy(labels.astype(np.int64))
-    return images, row
-
 
 def to_float(images):
     """uint8 0..255 -> fp32 in [-1, 1]."""
@@ -1028,8 +897,8 @@ def to_uint8(x):
 
 
 def to_network(x, header):
-    """What a network sees of what `Images` reads. Pixels: in [-1, 1]. Latents: where 8 channels hold means
-    and deviations, a sample of them; scaled by the header's `latents`. (B,C or 2C,H,W) -> (B,C,H,W)"""
+    """What a network sees of what `Data` reads. Pixels: in [-1, 1]. Latents: (z - mean) * scale by the
+    header's `latents`; of means and standard deviations z is a sample. (B,C or 2C,H,W) -> (B,C,H,W)"""
     if x.dtype == torch.uint8: return to_float(x)
     mean, scale = latent_scale(x, header)
     if x.shape[1] == 2 * len(mean):
@@ -1041,6 +910,13 @@ def to_network(x, header):
 def latent_scale(x, header):
     """mean, scale (C,1,1) of the header's `latents`, as x is: networks see (z - mean) * scale"""
     return (torch.tensor(header["latents"][k]).to(x)[:, None, None] for k in ("mean", "scale"))
+
+
+def pixel_range(header):
+    """[0, 1] or [-1, 1], the pixels that a model's autoencoder encodes and decodes. Files from before this
+    was stored: EDM2's [0, 1], the others' [-1, 1]."""
+    default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]
+    return header["latents"].get("pixel_range", default)
 
 
 def save_grid(path, rows, names):
@@ -1073,26 +949,18 @@ def batch_indices(n, seed, start, count):
                       for e in range(start // n, (start + count - 1) // n + 1)])
 
 
-def read_ahead(images, args, rank, batch, start):
-    """This rank's share of the batches of steps `start`, start + 1, ... -> uint8 (batch,C,H,W) or latents,
-    labels (batch,), read by --workers processes, which hand over what they read and draw nothing."""
-    at = (batch_indices(len(images), args.seed, step * args.batch + rank * batch, batch).tolist()
-          for step in range(start, args.steps))
-    loader = torch.utils.data.DataLoader(
-        images, batch_sampler=at, num_workers=args.workers, collate_fn=as_is, generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)   # generator: not the steps'
-    for item in loader:
-        if isinstance(item, UserError): raise item
-        yield item
-
-
-def as_is(item):
-    return item
-
-
-def ignore_signals(worker):
-    """Whoever asks a run to stop signals all of its processes; workers have to last until the save."""
-    for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, signal.SIG_IGN)
+def read_batches(data, args, step, rank, batch, device):
+    """Yield x uint8 (batch,C,H,W), or latents, and labels (batch,) on the device: this rank's share of the
+    batches from `step` on. A thread reads one batch ahead, into pinned memory for a GPU."""
+    def read(step):
+        tensors = data.batch(batch_indices(len(data), args.seed, step * args.batch + rank * batch, batch))
+        return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(read, step)
+        while True:
+            tensors, step = ahead.result(), step + 1
+            ahead = thread.submit(read, step)
+            yield [x.to(device, non_blocking=True) for x in tensors]
 
 
 def drop_labels(y, header):
@@ -1108,7 +976,6 @@ def random_labels(n, header, device):
 
 # === 6. running a stage =====================================================================================
 
-DATA_HINT = "the images; the README's `Data` says how to make it"
 # Backbone dtypes. "tf32" is fp32 whose matrix products and convolutions round their inputs to TF32 on a GPU.
 DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
@@ -1130,17 +997,21 @@ def peek_flag(flag, default, choices=None):
 def parser(doc, recipes, reads, writes, precision=None, compile=True):
     """The flags all training stages share. --data picks the row of `recipes` whose numbers are the defaults,
     before --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
-    row, name, path = find_data(peek_flag("--data", "digits"))
-    if row not in recipes:
-        raise UserError(f"--data {row}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
-    recipe = {k: v for k, v in recipes[row].items() if k != "origin"}
-    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and row not in ("digits", "own data")
+    recipe_name, name, path = find_data(peek_flag("--data", "digits"))
+    if recipe_name not in recipes:
+        raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
+    recipe = {k: v for k, v in recipes[recipe_name].items() if k != "origin"}
+    small = recipe_name in ("digits", "custom")
+    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and not small
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
-    p.add_argument("--data", default="digits", metavar="NAME|PATH|NAME=PATH",
-                   help=f"one of {', '.join(DATASETS)}, an .npz, .zip or folder, or both")
+    p.add_argument("--data", default="digits", metavar="NAME|PATH.npz",
+                   help=f"{', '.join(DATASETS)} or another prepared data/NAME.npz")
     if reads:
         p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
                        help="weights to start from")
+    if recipe_name == "custom" and not reads:
+        p.add_argument("--width", type=positive, metavar="CHANNELS",
+                       help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
     p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
                    help="result; NAME.resume.safetensors beside it continues")
     p.add_argument("--steps", type=positive, help="optimiser steps in all")
@@ -1152,8 +1023,6 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     p.add_argument("--ema", type=float,
                    help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
-    p.add_argument("--workers", type=int, default=0 if row in ("digits", "own data") else 2,
-                   help="processes a rank reads its images with; 0: none but itself")
     p.add_argument("--save-every", type=positive, metavar="STEPS",
                    help="steps between saves (default: a save every 10 minutes)")
     p.add_argument("--keep", action="store_true",
@@ -1162,12 +1031,12 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     p.add_argument("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
                    help="of the network's backbone; all else is fp32, or TF32 with tf32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-                   default=compile and torch.cuda.is_available() and row != "digits")     # too small to pay
+                   default=compile and torch.cuda.is_available() and recipe_name != "digits")  # too small
     p.add_argument("--dry-run", action="store_true",
                    help="print recipe, memory, compute and what is missing, and stop")
     p.add_argument("--world", type=positive, metavar="GPUS",
-                   help="for --dry-run (default: torchrun's, else 8; for digits and own data 1)")
-    p.set_defaults(**recipe, row=row, name=name, path=path, recipe=recipes[row])
+                   help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
+    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
     return p
 
 
@@ -1326,35 +1195,51 @@ def check_fit(init, header, source, shape, classes):
 
 
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
-FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init", "teacher", "teacher_by",
-        "trajectories", "guide", "lpips", "workers", "compile", "dry_run", "world", "recipe"}
+FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
+        "teacher", "teacher_by", "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe"}
 
 
-def run_metadata(args, stage, unit, world, **files):
-    """What a stage adds to the header: who it is, and the settings that a continuation has to share, in which
-    the files it reads stand by their sha256. `unit`: what the batch counts, "images" or "pairs"."""
+def run_metadata(args, stage, unit, world, data=None, **files):
+    """What a stage adds to the header: its name, and the settings that a continued run has to share. Among
+    these are the files that it reads, by sha256, and the data, by identity. unit: what the batch counts,
+    "images" or "pairs"; data: an open `Data`, or the header of the teacher, whose data the stage inherits."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
-    settings |= {f"sha256 of {k}": (fingerprint if k == "data" else sha256)(v)
-                 for k, v in files.items() if v and v != "none"}
-    return {"stage": stage, "data": args.name, "data_path": args.path, "steps": args.steps, "unit": unit,
-            "settings": json.loads(json.dumps(settings)),
-            "argv": sys.argv, "torch": torch.__version__, "python": sys.version.split()[0],
+    settings |= {f"sha256 of {k}": sha256(v) if v and v != "none" else None for k, v in files.items()}
+    identity = data.identity if isinstance(data, Data) else (data or {}).get("data_identity")
+    if isinstance(data, Data): settings["data_identity"] = identity
+    return {"stage": stage, "data": args.name, "data_path": args.path, "data_identity": identity,
+            "steps": args.steps, "unit": unit, "settings": json.loads(json.dumps(settings)), "argv": sys.argv,
+            "torch": torch.__version__, "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def check_same_data(path, header, args, flag):
+    """The model in `path`, read for `flag`, and the data of --data should have the same identity. Two known
+    and different ones are refused where the path is a default, since another dataset of the same name may
+    have left the file, and allowed with a warning where it was typed: fine-tuning."""
+    if not os.path.exists(args.path): return
+    ours, its = data_identity(args.path), header.get("data_identity")
+    if not its or ours == its: return
+    text = f"{path} was trained on other data ({its}) than {args.path} ({ours})"
+    if not peek_flag(flag, None):
+        raise UserError(f"{text}. Give {flag} {path} if that is meant, or prepare the data under another "
+                        "name.")
+    if int(os.environ.get("RANK", 0)) == 0: print(f"warning: {text}.", flush=True)
 
 
 def expected_header(init, args, kind, **network):
     """The header that a run would start from, of `init` or of a new network; None where nothing at hand says
     what that would be."""
-    row = DATASETS.get(args.row)
     if init and os.path.isfile(init):
         header = read(init, tensors=False)[1]
         return header | {"network": header["network"] | network}
-    if not row and os.path.exists(args.path): row = read_images(args.path)[1]
-    return row and fresh_header(row, kind, **network)
+    if args.recipe_name == "custom" and not os.path.exists(args.path): return None
+    dataset = DATASETS.get(args.recipe_name) or open_data(args)[1]
+    return fresh_header(dataset, kind, **network)
 
 
 def cost(header, precision, rows):
-    """Of one network in training, reckoned on the meta device. -> parameters, FLOPs of one row's forward,
+    """Of one network in training, estimated on the meta device. -> parameters, FLOPs of one row's forward,
     bytes kept for the backward of `rows` rows"""
     from torch.utils.flop_counter import FlopCounterMode
     kept = []
@@ -1388,7 +1273,8 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
             teacher_dtype=torch.float32):
     """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: those a
     row without gradient; reads: {path: what makes it}; teacher: its header, of teacher_forwards a row."""
-    world = args.world or int(os.environ.get("WORLD_SIZE", 1 if args.row in ("digits", "own data") else 8))
+    small = args.recipe_name in ("digits", "custom")
+    world = args.world or int(os.environ.get("WORLD_SIZE", 1 if small else 8))
     if args.batch % world:
         raise UserError(f"--batch {args.batch} cannot be split evenly over {world} processes.")
     rows = args.batch // world
@@ -1470,19 +1356,26 @@ def save_run(args, step, net, ema, opt, header):
 
 def resume_run(out, net, ema, opt, header):
     """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
-    path = resume_file(out)
+    path, rank = resume_file(out), int(os.environ.get("RANK", 0))
     if dist.is_initialized():
         seen = [None] * dist.get_world_size()
         dist.all_gather_object(seen, os.path.exists(path))
         if len(set(seen)) > 1:
             raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
     if not os.path.exists(path):
+        if rank == 0:
+            print(f"starting {out}: {header['network']['class']}, "
+                  f"{sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
+            settings = header["settings"]
+            if settings["warmup"] > settings["steps"] * settings["batch"]:
+                print(f"warning: the learning rate warms up over {settings['warmup']:,} images, and the run ends "
+                      "before. Give more --steps.", flush=True)
         return 0
     state, old = read(path)
     was, now = old["settings"], header["settings"]
     free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
-    changed = [f"{k} was {was.get(k)}, is {now.get(k)}"
-               for k in sorted((was | now).keys() - free) if was.get(k) != now.get(k)]
+    changed = [f"{k} was {was[k]}, is {now[k]}"            # a flag that one of the two lacks is new or gone
+               for k in sorted(was.keys() & now.keys() - free) if was[k] != now[k]]
     if changed:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                       "settings to continue it, another --out to keep both, or delete it to start over.")
@@ -1494,7 +1387,7 @@ def resume_run(out, net, ema, opt, header):
     slots = {k.split(".")[1] for k in state if k.startswith("opt.")}
     moments = [{slot: state[f"opt.{slot}.{name}"] for slot in slots} for name, _ in net.named_parameters()]
     opt.load_state_dict(opt.state_dict() | {"state": dict(enumerate(moments))})
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         try: current = read(out)[1] == old
         except UserError: current = False                    # killed between the two saves, or damaged since
         if not current: save(out, ema.state_dict(), old)
@@ -1554,7 +1447,7 @@ class Log:
                 raise Diverged(f"the gradient was not finite for 10 steps in a row, the last one {step}; "
                                "what was saved is good; try a smaller --lr or --precision fp32, with "
                                "another --out.")
-        if step % self.args.log_every and step != self.args.steps: return
+        if step % self.args.log_every and step not in (1, 2, 5, 10, self.args.steps): return
         nothing = loss.new_full((1 + len(parts),), math.nan)
         mean = torch.stack(self.losses).mean(0) / self.world if self.losses else nothing
         if self.world > 1: dist.all_reduce(mean)
@@ -1601,7 +1494,6 @@ def run(main):
     except Exception:
         traceback.print_exc()
         code = 1
-    for child in multiprocessing.active_children(): child.kill()       # data workers ignore SIGTERM
     if dist.is_initialized():
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)                                     # an orderly exit would wait for the other ranks

@@ -52,7 +52,7 @@ RECIPES = {
                                       guide="runs/imagenet512/guide.safetensors", origin={
         "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network loss "
                  "solver teacher guide precision", "code": "mid_t guidance"}),
-    "own data":    ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),
+    "custom":      ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),
 }
 
 
@@ -127,14 +127,14 @@ def flags():
     args = p.parse_args()
     args.made_by, args.teacher_by = (f"python {stage} --data {args.data}"
                                      for stage in ("midtrain.py", "pretrain.py"))
-    if public := model.DATASETS.get(args.row, {}).get("public"):
+    if public := model.DATASETS.get(args.recipe_name, {}).get("public"):
         args.teacher_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
     return args
 
 
 def dry_run(args):
     header = model.expected_header(args.init, args, "Denoiser", **args.network)
-    reads, teacher, nfe = {args.path: model.DATA_HINT, args.init: args.made_by}, None, 0
+    reads, teacher, nfe = {args.path: model.prepare_command(args.name), args.init: args.made_by}, None, 0
     if args.loss == "ecd":
         reads[args.teacher] = args.teacher_by
         if solve.guide_file(args): reads[args.guide] = "a worse model"
@@ -147,6 +147,7 @@ def load_teacher(args, dataset, device):
     """--teacher, frozen and guided as the flags say. -> a function of (x, t, y), compiled if --compile"""
     teacher, header = model.load_predecessor(args.teacher, args.teacher_by, ["pretrain"], device=device)
     model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
+    model.check_same_data(args.teacher, header, args, "--teacher")
     model.freeze(teacher, header, torch.float32)
     return model.compiled(solve.guide_teacher(teacher, header, args, args.teacher), args.compile)
 
@@ -156,11 +157,12 @@ def main():
     if args.dry_run: return dry_run(args)
     rank, world, device, batch = model.setup(args.batch, args.precision)
 
-    images, dataset = model.read_images(args.path, model.DATASETS.get(args.row))
+    data, dataset = model.open_data(args)
     model.reseed(args.seed)
     net, header = model.first_weights(args.init, args.made_by, dataset, "Denoiser", device, **args.network)
     model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
-    files = dict(init=args.init, data=args.path)
+    model.check_same_data(args.init, header, args, "--init")
+    files = dict(init=args.init, data=data)
     if args.loss == "ecd":
         teacher = load_teacher(args, dataset, device)
         files |= dict(teacher=args.teacher, guide=solve.guide_file(args))
@@ -174,8 +176,8 @@ def main():
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
-    if rank == 0: print(images)
-    data = model.read_ahead(images, args, rank, batch, step)
+    if rank == 0: print(data)
+    batches = model.read_batches(data, args, step, rank, batch, device)
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -183,7 +185,7 @@ def main():
         if done: break
 
         model.reseed(args.seed, rank, step)
-        x0, y = (a.to(device, non_blocking=True) for a in next(data))
+        x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
         t = (args.P_mean + args.P_std * torch.randn(batch, device=device)).exp()   # ln t ~ N(P_mean, P_std^2)

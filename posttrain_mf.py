@@ -44,7 +44,7 @@ RECIPES = {
     "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  beta2=0.95, decay="constant",
                              omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), origin={
         "MeanFlow": "batch lr ema beta2 decay omega kappa guide_times P_mean P_std jumps p c"}),
-    "own data":    MF | dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999,   optimizer="RAdam"),
+    "custom":      MF | dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999,   optimizer="RAdam"),
 }
 
 
@@ -152,7 +152,7 @@ def flags():
 
 def dry_run(args):
     header = model.expected_header(args.init, args, "MeanVelocity", **args.network, interval=True)
-    reads, teacher = {args.path: model.DATA_HINT, args.init: args.made_by}, None
+    reads, teacher = {args.path: model.prepare_command(args.name), args.init: args.made_by}, None
     if args.velocity == "teacher":
         teacher = model.expected_header(args.teacher, args, "MeanVelocity")
         reads[args.teacher] = args.teacher_by
@@ -164,6 +164,7 @@ def load_teacher(args, dataset, device):
     """--teacher, frozen. -> a function of (z, r, t, y), compiled if --compile"""
     teacher, header = model.load_predecessor(args.teacher, args.teacher_by, ["pretrain_flow"], device=device)
     model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
+    model.check_same_data(args.teacher, header, args, "--teacher")
     return model.compiled(model.freeze(teacher, header, torch.float32), args.compile)
 
 
@@ -175,12 +176,13 @@ def main():
         raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so the "
                               f"batch has to be a multiple of {4 * world}, and --microbatch of 4.")
 
-    images, dataset = model.read_images(args.path, model.DATASETS.get(args.row))
+    data, dataset = model.open_data(args)
     model.reseed(args.seed)
     net, header = model.first_weights(args.init, args.made_by, dataset, "MeanVelocity", device, interval=True,
                                       **args.network)
     model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
-    teacher, files = None, dict(init=args.init, data=args.path)
+    model.check_same_data(args.init, header, args, "--init")
+    teacher, files = None, dict(init=args.init, data=data)
     if args.velocity == "teacher":
         teacher, files["teacher"] = load_teacher(args, dataset, device), args.teacher
     header |= model.run_metadata(args, "posttrain_mf", "images", world, **files)
@@ -194,8 +196,8 @@ def main():
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
-    if rank == 0: print(images)
-    data = model.read_ahead(images, args, rank, batch, step)
+    if rank == 0: print(data)
+    batches = model.read_batches(data, args, step, rank, batch, device)
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -203,7 +205,7 @@ def main():
         if done: break
 
         model.reseed(args.seed, rank, step)
-        x0, y = (a.to(device, non_blocking=True) for a in next(data))
+        x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
         r, t = two_times(batch, args.jumps, args.P_mean, args.P_std, device)

@@ -34,7 +34,7 @@ RECIPES = {
         "afhqv2-64":   EDM | dict(steps=781_250, lr=2e-4),
         "imagenet64":  EDM2 | dict(steps=500_000, lr=1e-2,   decay=35_000, P_mean=-0.8, P_std=1.6),
         "imagenet512": EDM2 | dict(steps=437_500, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),
-        "own data":    ADAM | OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),
+        "custom":      ADAM | OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),
     },
     # Nobody published a flow-matching teacher for CMT.
     "flow": {
@@ -44,7 +44,7 @@ RECIPES = {
         "imagenet256": MF | dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999, network={
                                  "patch_size": 4, "hidden_size": 768, "depth": 12, "num_heads": 12},
                                  origin=MF["origin"] | {"paper": "network"}),
-        "own data":    MF | dict(steps=20_000, batch=128, lr=1e-3, decay="linear", warmup=12_800, ema=0.999,
+        "custom":      MF | dict(steps=20_000, batch=128, lr=1e-3, decay="linear", warmup=12_800, ema=0.999,
                                  origin={}),
     },
 }
@@ -86,14 +86,15 @@ def main():
     args = flags()
     if args.dry_run:
         header = model.expected_header(None, args, args.kind, **args.network)
-        return model.dry_run(args, "images", header, forwards=0, reads={args.path: model.DATA_HINT})
+        return model.dry_run(args, "images", header, forwards=0,
+                             reads={args.path: model.prepare_command(args.name)})
     rank, world, device, batch = model.setup(args.batch, args.precision)
 
-    images, dataset = model.read_images(args.path, model.DATASETS.get(args.row))
+    data, dataset = model.open_data(args)
     model.reseed(args.seed)
     header = model.fresh_header(dataset, args.kind, **args.network)
     net = model.build(header).to(device).train()
-    header |= model.run_metadata(args, args.stage, "images", world, data=args.path)
+    header |= model.run_metadata(args, args.stage, "images", world, data=data)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)
@@ -102,8 +103,8 @@ def main():
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
-    if rank == 0: print(images)
-    data = model.read_ahead(images, args, rank, batch, step)
+    if rank == 0: print(data)
+    batches = model.read_batches(data, args, step, rank, batch, device)
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -111,7 +112,7 @@ def main():
         if done: break
 
         model.reseed(args.seed, rank, step)
-        x0, y = (a.to(device, non_blocking=True) for a in next(data))
+        x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
         t = args.P_mean + args.P_std * torch.randn(batch, device=device)

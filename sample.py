@@ -79,11 +79,14 @@ def open_vae(header, path, device):
 
 
 def to_images(x, header, vae):
-    """What a model makes -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded."""
+    """What a model makes -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded, to the pixel range
+    that the autoencoder encoded: EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
     if vae:
         mean, scale = model.latent_scale(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in x / scale + mean])       # one by one: memory
-    return rearrange(model.to_uint8(x), "b c h w -> b h w c").cpu().numpy()
+    if vae and model.pixel_range(header) == [0, 1]: x = (x.clamp(0, 1) * 255).to(torch.uint8)
+    else:                                           x = model.to_uint8(x)
+    return rearrange(x, "b c h w -> b h w c").cpu().numpy()
 
 
 @torch.no_grad()
@@ -217,13 +220,14 @@ def numbers(text):
 def real_images(path, labels, header, vae):
     """For each label the next real image of that class; any image where K = 0. -> uint8 (n,H,W,C)"""
     if not path: raise model.UserError("--real: the file does not say where its images are; give --data.")
-    images, _ = model.read_images(path, model.DATASETS.get(header["data"]))
-    y = images.labels
-    queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in y.unique().tolist()}
-    if not header["network"]["label_dim"]: queues = {0: itertools.cycle(range(len(images)))}
+    data = model.Data(path)
+    y, K = data.labels, header["network"]["label_dim"]
+    if K and y is None: raise model.UserError(f"{path} has no labels; leave out --real.")
+    queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in range(K) if (y == k).any()}
+    if not K: queues = {0: itertools.cycle(range(len(data)))}
     if not set(labels.tolist()) <= queues.keys():
         raise model.UserError(f"{path} has no images of some classes; leave out --real or choose --labels.")
-    x = images.batch([next(queues[k]) for k in labels.tolist()])[0]
+    x = data.batch([next(queues[k]) for k in labels.tolist()])[0]
     return to_images(model.to_network(x, header).to(vae.device if vae else "cpu"), header, vae)
 
 
@@ -247,7 +251,7 @@ def main():
     p.add_argument("--n", type=model.positive, default=64, help="number of images")
     sampling_flags(p)
     p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")
-    p.add_argument("--data", metavar="NAME|PATH",
+    p.add_argument("--data", metavar="NAME|PATH.npz",
                    help="where --real finds them (default: what the first FILE was trained on)")
     p.add_argument("--out", metavar="X.npz",
                    help="result, its grid beside it as X.png (default: runs/D/samples.npz)")

@@ -160,7 +160,7 @@ def recipes(device):
                           table.get("edm") or table.get("cm") or table)
         for data in table:
             if (data == "digits") != (device.type == "cpu"): continue
-            if data in ("own data", "ffhq64", "afhqv2-64"): continue               # like others in the table
+            if data in ("custom", "ffhq64", "afhqv2-64"): continue               # like others in the table
             try: yield recipe_step(command, data, device)
             except Exception as e: yield failed(f"{' '.join(command)} --data {data}", e)
             if device.type == "cuda": torch.cuda.empty_cache()

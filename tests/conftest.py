@@ -118,6 +118,14 @@ def write_npz(path, n=24, size=8, channels=3, classes=4, **arrays):
     return str(path)
 
 
+def latents_npz(path, latents, scale, labels=None):
+    """Prepared latents (N,C,H,W), or (N,2C,H,W), with their scale as in model.LATENTS. -> path"""
+    arrays = {"arr_0": latents, "info": np.array(json.dumps({"latents": scale}))}
+    if labels is not None: arrays["arr_1"] = np.asarray(labels)
+    np.savez(path, **arrays)
+    return str(path)
+
+
 def make_chain(run, folder):
     """Run the whole chain for a few steps on the embedded digits in `folder`, all paths default. -> folder"""
     before = os.getcwd()

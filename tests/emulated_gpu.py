@@ -20,7 +20,7 @@ except (ImportError, RuntimeError) as e:
     pytest.skip(f"torch {torch.__version__} cannot register an emulated device ({e})", allow_module_level=True)
 
 import fid, model, solve
-from conftest import ROOT, make_chain
+from conftest import ROOT, latents_npz, make_chain
 
 aten, CPU, GPU0 = torch.ops.aten, torch.device("cpu"), torch.device("gpu", 0)
 waits = []                                                 # the project's functions that waited for the GPU
@@ -115,17 +115,15 @@ DENOISER = "runs/digits/pretrain.safetensors"
 def test_a_training_step(run, tmp_path, on_gpu, command):
     with EmulatedGPU(): done = run(*command, "--out", tmp_path / "a.safetensors")
     assert done.code == 0, done.err
-    # One wait a step, for the norm of the gradient. One for the numbers of the line of the log.
-    assert sorted(w for w in waits if w != "<dictcomp>") == ["__call__", "gradient_norm", "gradient_norm"]
+    # One wait a step, for the norm of the gradient, and one for the numbers of each line of the log.
+    assert sorted(w for w in waits if w != "<dictcomp>") == 2 * ["__call__"] + 2 * ["gradient_norm"], waits
 
 
 @pytest.mark.parametrize("channels", [4, 8])
 def test_a_training_step_on_latents(run, tmp_path, on_gpu, channels):
     import numpy as np
-    latents = np.random.default_rng(0).standard_normal((16, channels, 8, 8), dtype=np.float32)
-    np.savez(tmp_path / "latents.npz", arr_0=latents)
-    with EmulatedGPU():
-        done = run("pretrain", *SMALL, "--data", tmp_path / "latents.npz", "--out", tmp_path / "a.safetensors")
+    data = latents_npz(tmp_path / "latents.npz", np.ones((16, channels, 8, 8), "f"), model.LATENTS["SiT"])
+    with EmulatedGPU(): done = run("pretrain", *SMALL, "--data", data, "--out", tmp_path / "a.safetensors")
     assert done.code == 0, done.err
 
 

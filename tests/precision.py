@@ -127,10 +127,10 @@ def tf32(net):
 
 def main():
     device = model.setup(None)[2]
-    images, _ = model.read_images(Path(__file__).parent.parent / "data/digits.npz")
-    digits = model.to_float(images.batch(range(len(images)))[0]), images.labels
-    rgb = model.own_data((3, 32, 32), 0)
-    rgb["network"] = rgb["network"] | {"model_channels": 64}
+    data = model.Data(Path(__file__).parent.parent / "data/digits.npz")
+    digits = model.to_float(data.batch(range(len(data)))[0]), data.labels
+    rgb = model.custom_dataset((3, 32, 32), 0)
+    rgb["network"] = rgb["network"] | {"model_channels": 64, "num_blocks": 2}
     print(f"{STEPS} steps of pre-training, {device.type}, torch {torch.__version__}\n")
     print("| network, batch | loss | backbone | residual: cosine | norm | gradient: cosine | norm |")
     print("|---|---|---|---|---|---|---|")

@@ -1,214 +1,203 @@
-"""Data sets on disk in every layout, what can be wrong with them, and --dry-run of the large ones."""
-import importlib, io, json, os, pickle, subprocess, sys, zipfile
+"""Prepared data as the stages read them, microbatches, learning rates, latents, and --dry-run at paper scale."""
+import importlib, json, os, subprocess, sys, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import model
-from conftest import ROOT, refused, relerr, write_npz
+from conftest import ROOT, latents_npz, refused, relerr, write_npz
 
-N, RNG = 24, np.random.default_rng(0)
-PIXELS = RNG.integers(0, 256, (N, 16, 16, 3), dtype=np.uint8)
-LABELS = [(7 * i) % 3 for i in range(N)]
-MOMENTS = np.concatenate([RNG.normal(0, 5, (N, 4, 8, 8)), RNG.uniform(0.1, 1, (N, 4, 8, 8))], 1).astype("f")
-
-
-def encoded(array, kind="PNG"):
-    file = io.BytesIO()
-    if kind == "npy": np.save(file, array)
-    else: Image.fromarray(array).save(file, kind)
-    return file.getvalue()
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+LABELS = np.arange(24) % 3
 
 
-def write_zip(path, files, labels=None):
-    """{name: bytes}, and EDM's dataset.json, whose order is not that of the files."""
-    with zipfile.ZipFile(path, "w") as z:
-        for name, content in files.items(): z.writestr(name, content)
-        listed = labels and [[name, k] for name, k in reversed(list(zip(files, labels)))]
-        z.writestr("dataset.json", json.dumps({"labels": listed}))
-    return path
+# --- what is in the file comes out --------------------------------------------------------------------------
+
+def test_images_and_labels(tmp_path):
+    """Uncompressed files are memory-mapped, compressed ones are loaded."""
+    for save, name in (np.savez, "mapped"), (np.savez_compressed, "loaded"):
+        save(tmp_path / f"{name}.npz", arr_0=PIXELS, arr_1=LABELS.astype(np.uint8))
+        data = model.Data(tmp_path / f"{name}.npz")
+        assert isinstance(data.array, np.memmap) == (name == "mapped")
+        x, y = data.batch([3, 0, 23, 3])
+        assert x.dtype == torch.uint8 and x.is_contiguous() and y.tolist() == [0, 0, 2, 0]
+        assert torch.equal(x.permute(0, 2, 3, 1), torch.from_numpy(PIXELS[[3, 0, 23, 3]]))
+        assert data.shape == (3, 16, 16) and data.classes == 3 and len(data) == 24 and not data.latents
+        assert str(data) == f"{tmp_path}/{name}.npz: 24 images of 3x16x16, 3 classes"
 
 
-def edm_zip(folder):
-    files = {f"00000/img{i:08d}.png": encoded(x) for i, x in enumerate(PIXELS)}
-    return write_zip(folder / "edm.zip", files, LABELS)
+def test_an_array_behind_4_GiB(tmp_path):
+    """A sparse file: a zip may stand behind anything, here behind a hole of 5 GiB."""
+    np.savez(tmp_path / "a.npz", arr_0=PIXELS, arr_1=LABELS)
+    with open(tmp_path / "big.npz", "wb") as f:
+        f.truncate(5 * 2 ** 30)
+        f.seek(5 * 2 ** 30)
+        f.write((tmp_path / "a.npz").read_bytes())
+    data = model.Data(tmp_path / "big.npz")
+    assert data.array.offset > 2 ** 32 and np.array_equal(data.array, PIXELS)
+    assert data.identity == model.data_identity(tmp_path / "a.npz")
 
 
-def edm2_zip(folder):
-    files = {f"00000/img-mean-std-{i:08d}.npy": encoded(x, "npy") for i, x in enumerate(MOMENTS)}
-    return write_zip(folder / "edm2.zip", files, LABELS)
-
-
-def picture_folder(folder):
-    """Odd sizes, PNG and JPEG, grey among the colours; one colour an image, so that cropping keeps it."""
-    for i, k in enumerate(LABELS):
-        path = folder / f"photos/class{k}/{i}.{'png' if i % 2 else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        size = 17 + 13 * i, 40 + 7 * i
-        (Image.new("L", size, 9 * i) if i % 5 == 4 else Image.new("RGB", size, (9 * i, 0, 250 - 9 * i))).save(
-            path, quality=95)
-    return folder / "photos"
-
-
-def latents_npz(folder):
-    np.savez(folder / "latents.npz", arr_0=MOMENTS[:, :4], arr_1=np.array(LABELS))
-    return folder / "latents.npz"
-
-
-# --- what was put in comes out ------------------------------------------------------------------------------
-
-def test_zip_gives_pixels_and_labels_in_the_order_of_the_names(tmp_path):
-    images, row = model.read_images(edm_zip(tmp_path))
-    x, y = images.batch(range(N))
-    assert torch.equal(x, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)) and y.tolist() == LABELS
-    assert row["shape"] == (3, 16, 16) and row["classes"] == 3
-    assert str(images) == f"{tmp_path}/edm.zip: 24 of 3x16x16, 3 classes of 8"
-
-
-def test_folder_is_cropped_and_its_classes_are_the_folders(tmp_path):
-    images, row = model.read_images(picture_folder(tmp_path))
-    assert row["shape"] == (3, 16, 16) and row["classes"] == 3                  # the shortest side is 17
-    for i, name in enumerate(images.names):
-        number = int(Path(name).stem)
-        colour = [9 * number] * 3 if number % 5 == 4 else [9 * number, 0, 250 - 9 * number]
-        assert (images[i].float() - torch.tensor(colour)[:, None, None]).abs().max() < 4, name      # JPEG
-        assert images.labels[i] == LABELS[number]
-
-
-def test_centre_crop_is_adms():
-    """The middle of the longer side, halved by boxes while it is at least twice as large."""
-    x = RNG.integers(0, 256, (16, 48, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(model.centre_crop(Image.fromarray(x), 16)), x[:, 16:32])
-    boxes = x[:, 16:32].reshape(8, 2, 8, 2, 3).mean((1, 3))
-    assert np.abs(np.asarray(model.centre_crop(Image.fromarray(x), 8)) - boxes).max() <= 1     # two roundings
-
-
-@pytest.mark.parametrize("make", [edm2_zip, latents_npz])
-def test_latents_are_sampled_and_scaled(tmp_path, make):
-    images, row = model.read_images(make(tmp_path))
-    x, y = images.batch(range(N))
-    assert y.tolist() == LABELS and row["shape"] == (4, 8, 8) and x.dtype == torch.float32
-    header = model.fresh_header(row)
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_latents_are_sampled_and_scaled(tmp_path, moments, dtype):
+    latents = dict(model.LATENTS["EDM2UNet"])
+    z, deviation = RNG.normal(0, 5, (24, 4, 8, 8)), RNG.uniform(0.1, 1, (24, 4, 8, 8))
+    stored = (np.concatenate([z, deviation], 1) if moments else z).astype(dtype)
+    path = latents_npz(tmp_path / "a.npz", stored, latents, LABELS)
+    data = model.Data(path)
+    x, y = data.batch(range(24))
+    assert x.dtype == torch.float32 and data.shape == (4, 8, 8) and y.tolist() == LABELS.tolist()
+    header = model.fresh_header(model.custom_dataset(data.shape, data.classes, data.latents))
+    assert header["latents"] == latents
     torch.manual_seed(0)
-    z = model.to_network(x, header)
-    mean, deviation = torch.tensor([5.81, 3.25, 0.12, -2.15]), torch.tensor([4.17, 4.62, 3.71, 3.28])
+    found = model.to_network(x, header)
     torch.manual_seed(0)
-    raw = torch.from_numpy(MOMENTS[:, :4])
-    if make is edm2_zip: raw = raw + torch.from_numpy(MOMENTS[:, 4:]) * torch.randn(N, 4, 8, 8)
-    assert relerr(z, (raw - mean[:, None, None]) * 0.5 / deviation[:, None, None]) < 1e-6
+    raw = torch.from_numpy(stored[:, :4]).float()
+    if moments: raw = raw + torch.from_numpy(stored[:, 4:]).float() * torch.randn(24, 4, 8, 8)
+    mean, std = torch.tensor([5.81, 3.25, 0.12, -2.15]), torch.tensor([4.17, 4.62, 3.71, 3.28])
+    assert relerr(found, (raw - mean[:, None, None]) * 0.5 / std[:, None, None]) < 1e-6
 
 
-def test_npz_is_mapped_not_loaded_and_both_layouts_of_latents_are_read(tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=PIXELS)
-    np.savez_compressed(tmp_path / "b.npz", arr_0=PIXELS)
-    a, b = (model.read_images(tmp_path / f"{name}.npz")[0] for name in "ab")
-    assert isinstance(a.file(), np.memmap) and not isinstance(b.file(), np.memmap)
-    assert all(torch.equal(a[i], b[i]) for i in range(N))
-    np.savez(tmp_path / "c.npz", arr_0=MOMENTS[:, :4].transpose(0, 2, 3, 1))
-    c = model.read_images(tmp_path / "c.npz")[0]
-    assert torch.equal(c[5], torch.from_numpy(MOMENTS[5, :4]))
+def test_the_identity_is_that_of_the_content(tmp_path):
+    """The same arrays, written on another day, are the same data; others under the same name are not."""
+    def identity(**changes):
+        np.savez(tmp_path / "a.npz", **{"arr_0": PIXELS, "arr_1": LABELS} | changes)
+        return model.data_identity(tmp_path / "a.npz")
+    same = identity()
+    assert identity(info=np.array('{"date": "today"}')) == same and identity(class_names=np.array(["x"])) == same
+    assert len({same, identity(arr_0=PIXELS + 1), identity(arr_1=LABELS + 1)}) == 3
+    seen = {model.data_identity(latents_npz(tmp_path / "b.npz", np.zeros((2, 4, 8, 8), "f"),
+                                            model.LATENTS[name])) for name in model.LATENTS}
+    assert len(seen) == 2                                  # two pixel ranges
 
 
-@pytest.mark.parametrize("make", [edm_zip, picture_folder, edm2_zip, latents_npz])
-def test_two_steps_of_pre_and_post_training(run, tmp_path, monkeypatch, make):
+def test_batches_are_read_ahead_in_order(tmp_path):
+    data = model.Data(write_npz(tmp_path / "a.npz", n=20))
+    args = SimpleNamespace(seed=3, batch=8)
+    reader = model.read_batches(data, args, 2, 1, 4, torch.device("cpu"))
+    for step in range(2, 12):                              # over several epochs of 20
+        x, y = next(reader)
+        indices = model.batch_indices(20, 3, step * 8 + 4, 4)
+        assert torch.equal(x, data.batch(indices)[0]) and torch.equal(y, data.batch(indices)[1])
+
+
+def test_two_steps_of_pre_and_post_training_on_latents(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data, small = make(tmp_path), ("--steps", 2, "--batch", 8, "--log-every", 1)
-    name = Path(data).stem
-    for branch in (["pretrain"], ["posttrain_cm", "--init", f"runs/{name}/pretrain.safetensors"],
+    latents_npz(Path("mine.npz"), RNG.standard_normal((24, 6, 8, 8), dtype=np.float32),
+                dict(vae="x", pixel_range=[-1, 1], mean=[0.0] * 3, scale=[1.0] * 3), LABELS)
+    small = "--data", "mine.npz", "--steps", 2, "--batch", 8, "--log-every", 1
+    for branch in (["pretrain"], ["posttrain_cm", "--init", "runs/mine/pretrain.safetensors"],
                    ["pretrain", "--objective", "flow"],
-                   ["posttrain_mf", "--init", f"runs/{name}/pretrain_flow.safetensors"]):
-        done = run(*branch, "--data", data, *small)
-        assert done.code == 0 and f"{name}" in done.out and "3 classes" in done.out, done.err
-    header = model.read(f"runs/{name}/posttrain_cm.safetensors")[1]
-    assert header["network"]["label_dim"] == 3 and ("latents" in header) == (make in (edm2_zip, latents_npz))
-
-
-def batches(path, workers, context):
-    images = model.read_images(path)[0]
-    images[0]                                             # opened before the workers start
-    torch.multiprocessing.set_start_method(context, force=True)
-    args = SimpleNamespace(seed=0, batch=8, steps=5, workers=workers)
-    return [x for pair in model.read_ahead(images, args, 0, 8, 2) for x in pair]
-
-
-@pytest.mark.parametrize("make", [edm_zip, picture_folder, latents_npz])
-def test_workers_forked_or_spawned_read_the_same(tmp_path, make):
-    path, before = make(tmp_path), torch.multiprocessing.get_start_method()
-    try:
-        alone, *others = [batches(path, *how) for how in [(0, "fork"), (2, "fork"), (2, "spawn")]]
-    finally:
-        torch.multiprocessing.set_start_method(before, force=True)
-    assert len(alone) == 6
-    for other in others: assert all(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
-
-
-def test_a_pickled_data_set_takes_no_data_along(tmp_path):
-    np.savez(tmp_path / "a.npz", arr_0=np.zeros((1000, 32, 32, 3), np.uint8))
-    images = model.read_images(tmp_path / "a.npz")[0]
-    assert len(pickle.dumps(images)) < 20_000
+                   ["posttrain_mf", "--init", "runs/mine/pretrain_flow.safetensors"]):
+        done = run(*branch, *small)
+        assert done.code == 0 and "3 classes" in done.out, done.err
+    header = model.read("runs/mine/posttrain_cm.safetensors")[1]
+    assert header["network"]["label_dim"] == 3 and header["latents"]["pixel_range"] == [-1, 1]
 
 
 # --- what is wrong with it ----------------------------------------------------------------------------------
 
-GOOD = {f"{i}.png": encoded(x) for i, x in enumerate(PIXELS)}
-DEEP = io.BytesIO()
-Image.fromarray(np.zeros((16, 16), np.uint16)).save(DEEP, "PNG")
-
-@pytest.mark.parametrize("changes, labels, words", [
-    ({"7.png": GOOD["7.png"][:200]}, None, ["7.png", "damaged"]),
-    ({"7.png": b"nothing"}, None, ["7.png", "damaged"]),
-    ({"7.png": encoded(PIXELS[7][:12])}, None, ["7.png", "16x12", "16x16"]),
-    ({"7.png": encoded(PIXELS[7][:, :, 0])}, None, []),                           # grey becomes colour
-    ({"7.png": encoded(np.zeros((16, 16, 4), np.uint8))}, None, ["7.png", "alpha"]),
-    ({"7.png": DEEP.getvalue()}, None, ["7.png", "8 bits"]),
-    ({}, {"absent.png": 1}, ["absent.png", "not there"]),
-    ({}, {"7.png": -1}, ["7.png", "-1"]),
-    ({}, {"7.png": 1.5}, ["7.png", "1.5"]),
-    ({}, {"7.png": None}, ["7.png", "None"]),
-    ({}, {"7.png": 10}, ["7.png", "10", "0..9"])])
-def test_bad_zips(run, tmp_path, monkeypatch, changes, labels, words):
+def test_what_is_not_prepared_is_answered_with_the_command(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(model.DATASETS, "tiny", model.own_data((3, 16, 16), 10) | {"shape": (3, 16, 16)})
-    monkeypatch.setitem(importlib.import_module("pretrain").RECIPES["edm"], "tiny",
-                        importlib.import_module("pretrain").RECIPES["edm"]["own data"])
-    files = GOOD | changes
-    table = dict.fromkeys(files, 1) | (labels or {})
-    with zipfile.ZipFile("a.zip", "w") as z:
-        for name, content in files.items(): z.writestr(name, content)
-        z.writestr("dataset.json", json.dumps({"labels": list(table.items())}))
-    done = run("pretrain", "--data", "tiny=a.zip", "--steps", 1, "--batch", 8)
-    if words: refused(done, "a.zip", *words)
-    else: assert done.code == 0, done.err
-
-
-def test_bad_folders_and_files(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    refused(run("pretrain", "--data", "empty/"), "empty", "holds no images")
-    folder = picture_folder(tmp_path)
-    (folder / "stray.png").write_bytes(GOOD["0.png"])
-    refused(run("pretrain", "--data", folder), "stray.png", "beside")
-    Path("cut.zip").write_bytes(edm_zip(tmp_path).read_bytes()[:5000])
-    refused(run("pretrain", "--data", "cut.zip"), "cut.zip", "damaged")
-    with zipfile.ZipFile("b.zip", "w") as z: z.writestr("dataset.json", "{}")
-    refused(run("pretrain", "--data", "b.zip"), "b.zip", "dataset.json")
-    refused(run("pretrain", "--data", f"cifar10={edm_zip(tmp_path)}"), "16x16", "32x32")
-    refused(run("pretrain", "--data", f"imagenet512={edm_zip(tmp_path)}"), "latents")
+    Path("my photos").mkdir()
+    Path("a.zip").touch()
+    refused(run("pretrain", "--data", "my photos/"), "python tools/prepare_data.py 'my photos/' --data 'my photos'")
+    refused(run("pretrain", "--data", "a.zip"), "python tools/prepare_data.py a.zip --data a")
+    refused(run("pretrain", "--data", "digist"), "data/digist.npz", "prepare_data.py SOURCE --data digist")
+    Path("photos").mkdir()
+    refused(run("pretrain", "--data", "photos"), "data/photos.npz", "prepare_data.py photos --data photos")
+    refused(run("posttrain_cm", "--data", "cifar10"), "data/cifar10.npz", "prepare_data.py")
     refused(run("pretrain", "--data", "imagenet256"), "imagenet256", "no recipe", "cifar10")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_turns_out_bad_stops_the_run_in_one_sentence(tmp_path, monkeypatch, workers):
-    """One of those that are not looked at before the run starts."""
-    monkeypatch.setattr(model, "PROBE", 2)
-    images = model.read_images(write_zip(tmp_path / "a.zip", GOOD | {"7.png": GOOD["7.png"][:200]}))[0]
-    args = SimpleNamespace(seed=0, batch=8, steps=3, workers=workers)
-    with pytest.raises(model.UserError, match="^[^\n]*7.png is damaged[^\n]*$"):
-        list(model.read_ahead(images, args, 0, 8, 0))
+@pytest.mark.parametrize("arrays, words", [
+    (dict(arr_0=PIXELS[0]), ["uint8 (16, 16, 3)"]), (dict(arr_0=PIXELS[:0]), ["(0, 16, 16, 3)"]),
+    (dict(arr_0=PIXELS.astype(float)), ["float64"]), (dict(arr_0=PIXELS[..., [0, 1]]), ["(24, 16, 16, 2)"]),
+    (dict(arr_0=PIXELS[:, :8]), ["16x8", "--size"]), (dict(arr_0=PIXELS[:, :14, :14]), ["14x14", "--size"]),
+    (dict(arr_0=PIXELS, arr_1=LABELS[:5]), ["arr_1", "24"]), (dict(arr_0=PIXELS, arr_1=LABELS - 1), ["arr_1"]),
+    (dict(arr_0=PIXELS, arr_1=LABELS / 2), ["arr_1", "float64"]), (dict(images=PIXELS), ["arr_0"]),
+    (dict(arr_0=np.zeros((4, 4, 8, 8), "f")), ["latents", "scale"]),
+    (dict(arr_0=np.array([{}] * 4)), ["damaged"])])
+def test_bad_arrays(run, tmp_path, monkeypatch, arrays, words):
+    monkeypatch.chdir(tmp_path)
+    np.savez("a.npz", **arrays)
+    refused(run("pretrain", "--data", "a.npz", "--steps", 1, "--batch", 8), "a.npz", *words)
+
+
+def test_data_that_do_not_fit_the_recipe(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = "--steps", 1, "--batch", 8
+    write_npz("cifar10.npz", size=16)
+    refused(run("pretrain", "--data", "cifar10.npz", *small), "3x16x16", "3x32x32")
+    write_npz("digits.npz", channels=1, classes=11)
+    refused(run("pretrain", "--data", "digits.npz", *small), "11 classes", "10")
+    write_npz("digits.npz", channels=1, classes=0)
+    refused(run("pretrain", "--data", "digits.npz", *small), "0 classes", "10")
+    write_npz("imagenet512.npz", size=64)
+    refused(run("pretrain", "--data", "imagenet512.npz", *small), "latents of 4x64x64")
+    latents_npz(Path("imagenet512.npz"), np.zeros((4, 8, 64, 64), "f"), model.LATENTS["SiT"], np.arange(4))
+    refused(run("pretrain", "--data", "imagenet512.npz", *small), "[-1, 1]", "[0, 1]", "--vae")
+
+
+def test_damaged_files(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.npz").write_bytes(Path(write_npz("a.npz")).read_bytes()[:3000])
+    Path("text.npz").write_text("<html>")
+    Path("empty.npz").touch()
+    for name in ("cut", "text", "empty"):
+        refused(run("pretrain", "--data", f"{name}.npz"), f"{name}.npz", "damaged")
+
+
+def test_large_compressed_files_are_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((1000, 32, 32, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "a.npz") as z: size = z.getinfo("arr_0.npy").file_size
+    infolist = zipfile.ZipFile.getinfo
+    def huge(self, name):
+        member = infolist(self, name)
+        member.file_size += 2 ** 32 - size
+        return member
+    monkeypatch.setattr(zipfile.ZipFile, "getinfo", huge)
+    with pytest.raises(model.UserError, match="compressed.*prepare_data.py .*a.npz --data a-uncompressed"):
+        model.Data(tmp_path / "a.npz")
+
+
+def test_other_data_under_the_same_name(run, tmp_path, monkeypatch):
+    """Refused where the teacher or --init is a default path, a warning where it was typed."""
+    monkeypatch.chdir(tmp_path)
+    for folder in "one", "two": Path(folder).mkdir()
+    write_npz("one/train.npz", n=24)
+    write_npz("two/train.npz", n=32)
+    small = "--steps", 2, "--batch", 8
+    assert run("pretrain", "--data", "one/train.npz", *small).code == 0
+    refused(run("midtrain", "--data", "two/train.npz", "--nfe", 4, *small), "other data", "--teacher")
+    typed = "--teacher", "runs/train/pretrain.safetensors"
+    done = run("midtrain", "--data", "two/train.npz", "--nfe", 4, *typed, *small)
+    assert done.code == 0 and "warning" in done.out and "other data" in done.out, done.err
+    # the student inherits the data of its teacher
+    assert run("posttrain_cm", "--data", "one/train.npz", *small).code == 0
+    refused(run("posttrain_cm", "--data", "two/train.npz", *small, "--out", "a.safetensors"), "other data", "--init")
+    # neither midtrain.py nor sample.py needs the data
+    Path("one/train.npz").unlink()
+    assert run("midtrain", "--data", "one/train.npz", "--nfe", 4, *small, "--out", "b.safetensors").code == 0
+    assert run("sample", "runs/train/posttrain_cm.safetensors:1", "--n", 4).code == 0
+    assert run("pretrain", "--data", "one/train.npz", "--dry-run").code == 0
+
+
+def test_custom_data_on_a_small_machine(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npz("a.npz", size=32)
+    done = run("pretrain", "--data", "a.npz", "--steps", 12, "--batch", 4, "--log-every", 100)
+    assert "parameters" in done.out and [int(line.split("/")[0].split()[1]) for line in done.out.splitlines()
+                                         if line.startswith("step ")] == [1, 2, 5, 10, 12]
+    assert "warms up over 12,800 images" in done.out
+    assert model.read("runs/a/pretrain.safetensors")[1]["network"]["model_channels"] == 32
+    run("pretrain", "--data", "a.npz", "--steps", 1, "--batch", 4, "--width", 16, "--out", "b.safetensors")
+    assert model.read("b.safetensors")[1]["network"]["model_channels"] == 16
 
 
 # --- steps --------------------------------------------------------------------------------------------------
@@ -254,7 +243,8 @@ def test_latents_are_decoded(run, tmp_path, monkeypatch):
         latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, sample_size=16,
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
     vae.save_pretrained("vae")
-    data = latents_npz(tmp_path)
+    data = latents_npz(tmp_path / "latents.npz", RNG.standard_normal((24, 4, 8, 8), dtype=np.float32),
+                       model.LATENTS["SiT"], LABELS)
     assert run("pretrain", "--data", data, "--steps", 2, "--batch", 8).code == 0
     refused(run("sample", "runs/latents/pretrain.safetensors", "--n", 2), "--vae", "sd-vae-ft-mse")
     refused(run("sample", "runs/latents/pretrain.safetensors", "--n", 2, "--vae", "nowhere"), "nowhere")
@@ -293,7 +283,7 @@ def test_every_recipe_of_every_stage_in_a_dry_run(run, tmp_path, monkeypatch):
         table = importlib.import_module(script).RECIPES
         if script == "pretrain": table = table["flow" if flags else "edm"]
         if script == "midtrain": table = table["mf" if flags else "cm"]
-        assert set(rows) | {"digits", "own data"} == set(table)
+        assert set(rows) | {"digits", "custom"} == set(table)
         for row in rows:
             recipe = table[row]
             for names in recipe.get("origin", {}).values():
@@ -343,8 +333,8 @@ def test_the_estimate_of_memory_is_near_what_a_process_takes(run, chain, tmp_pat
     nothing: Python, torch and its libraries, as much as 0.4 GiB."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
-    data = f"cifar10={write_npz(tmp_path / 'c.npz', size=32, classes=0)}"
-    small, out = ("--steps", 2, "--workers", 0), ("--out", "o.safetensors")
+    data = write_npz(tmp_path / "cifar10.npz", size=32, classes=0)
+    small, out = ("--steps", 2), ("--out", "o.safetensors")
     digits = "--init", chain / "runs/digits/pretrain.safetensors"
     itself = peak(ROOT / "pretrain.py", *small, "--batch", 4, "--out", "tiny.safetensors") - estimate(
         run, "pretrain", "--batch", 4)

@@ -281,12 +281,12 @@ def test_import_command_and_what_follows(run, tmp_path, monkeypatch):
     assert torch.equal(D.net.map_layer0.weight, expected["model.map_layer0.weight"])
     assert header["imported from"].endswith("edm_uncond.pkl") and header["stage"] == "pretrain"
     small = "--steps", 1, "--batch", 8, "--nfe", 4
-    done = run("midtrain", "--data", "edm_uncond.npz", *small, "--out", tmp_path / "m.safetensors")
+    done = run("midtrain", "--data", "edm_uncond", *small, "--out", tmp_path / "m.safetensors")
     assert done.code == 0 and "warning" not in done.out, done.err
     assert run("sample", f"{out}:4", "--n", 2, "--out", tmp_path / "a.npz").code == 0
     again = run("import_checkpoint", VECTORS / "edm_uncond.pkl")
     assert again.code == 2 and "exists" in again.err
-    assert "next: python midtrain.py --data data/edm_uncond.npz" in first.out
+    assert "next: python midtrain.py --data edm_uncond" in first.out
     next_stage = shlex.split(first.out.split("next: python midtrain.py")[1])
     done = run("midtrain", *next_stage, *small, "--out", tmp_path / "m2.safetensors")
     assert done.code == 0 and "warning" not in done.out, done.err
@@ -299,7 +299,7 @@ def test_import_command_and_what_follows(run, tmp_path, monkeypatch):
 def test_next_command_after_a_velocity_model(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"ema": random_sit(2).state_dict(), "args": SIT}, "SiT.pt")
-    done = run("import_checkpoint", "SiT.pt", "--data", "data/mine.npz")
+    done = run("import_checkpoint", "SiT.pt", "--data", "mine")
     assert done.code == 0 and Path("runs/mine/pretrain_flow.safetensors").exists(), done.err
     small = "--steps", 1, "--batch", 8, "--nfe", 4
     done = run("midtrain", *shlex.split(done.out.split("next: python midtrain.py")[1]), *small)
@@ -312,7 +312,7 @@ def test_next_command_after_a_velocity_model(run, tmp_path, monkeypatch):
     ("afhqv2-64", {}, "afhqv2-64", "midtrain.py --data afhqv2-64"),
     ("imagenet256", dict(kind="MeanVelocity", stage="pretrain_flow"), None, "--data imagenet256 "
      "--teacher 'a b.safetensors' --target mf --init 'a b.safetensors' --solver heun --nfe 16"),
-    ("imagenet512", dict(kind="MeanVelocity", stage="pretrain_flow"), "imagenet512", "--data data/a.npz"),
+    ("imagenet512", dict(kind="MeanVelocity", stage="pretrain_flow"), "imagenet512", "--data a "),
     ("imagenet512", dict(stage="posttrain_cm"), None, "sample.py 'a b.safetensors':2 --vae"),
     ("imagenet256", dict(kind="MeanVelocity", stage="posttrain_mf"), None,
      "sample.py 'a b.safetensors':1 --vae")])

@@ -1,7 +1,6 @@
 """Networks, preconditioning, checkpoints, data order."""
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
@@ -66,8 +65,8 @@ def test_bf16_body_keeps_fp32_around_it():
 
 
 @pytest.mark.parametrize("size", [4, 8, 12, 16, 20, 28, 32, 64, 100, 256])
-def test_own_data_network_fits_every_side_divisible_by_four(size):
-    row = model.own_data((3, size, size), 2)
+def test_custom_network_fits_every_side_divisible_by_four(size):
+    row = model.custom_dataset((3, size, size), 2)
     D = model.build(model.fresh_header(row, model_channels=8, num_blocks=1))
     assert D(torch.randn(1, 3, size, size), torch.ones(1),
              torch.zeros(1, dtype=torch.int64)).shape == (1, 3, size, size)
@@ -110,15 +109,6 @@ def test_data_order_is_a_stream_of_whole_epochs_cut_anywhere():
     assert torch.equal(whole[7:29], model.batch_indices(10, 3, 7, 22))
     assert not torch.equal(whole[:10], whole[10:20])
     assert not torch.equal(whole[:10], model.batch_indices(10, 4, 0, 10))
-
-
-def test_images_keep_pixels_and_labels(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", arr_0=x, arr_1=np.array([0, 2, 1, 2, 0], dtype=np.uint8))
-    images, row = model.read_images(str(tmp_path / "a.npz"))
-    pixels, labels = images.batch([0, 1, 2, 3, 4])
-    assert pixels.dtype == torch.uint8 and torch.equal(pixels.permute(0, 2, 3, 1), torch.from_numpy(x))
-    assert labels.tolist() == [0, 2, 1, 2, 0] and row["classes"] == 3
 
 
 # --- what a GPU needs ---------------------------------------------------------------------------------------

@@ -171,20 +171,6 @@ def test_a_rank_that_dies_takes_the_job_down_and_a_restart_continues(run, chain,
     assert tensors_equal(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
 
 
-def test_a_group_that_is_told_to_stop_saves_first_its_workers_too(chain, tmp_path):
-    """SIGTERM to the whole process group, as torchrun and schedulers send it, data workers included."""
-    out = tmp_path / "a.safetensors"
-    flags = ["--steps", 10 ** 6, "--batch", 8, "--log-every", 1, "--workers", 2, "--out", out]
-    process = subprocess.Popen([str(c) for c in (sys.executable, ROOT / "pretrain.py", *flags)], cwd=chain,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not process.stdout.readline().startswith("step "): assert process.poll() is None
-    os.killpg(process.pid, signal.SIGTERM)
-    rest, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "asked to stop" in rest, err
-    assert model.read(model.resume_file(out))[1]["step"] > 0
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "midtrain_cm", "posttrain_cm", "posttrain_mf"])
 def test_twenty_random_kills(run, chain, tmp_path, monkeypatch, stage):
@@ -208,13 +194,12 @@ def test_twenty_random_kills(run, chain, tmp_path, monkeypatch, stage):
 
 @pytest.mark.slow
 def test_500_damaged_files(chain, tmp_path):
-    """Checkpoints, .npz and .zip with bits flipped, cut off, headers edited: as before, or a sentence."""
-    from test_data import edm_zip, latents_npz
+    """Checkpoints and compressed .npz with bits flipped, cut off, headers edited: as before, or a sentence. A
+    memory-mapped .npz is not checked as it is read, but by `tools/prepare_data.py --check`."""
     rng, loaded, refusals = random.Random(0), 0, 0
     compressed = tmp_path / "compressed.npz"
     np.savez_compressed(compressed, **np.load(write_npz(tmp_path / "a.npz")))
-    readers = {chain / "runs/digits/midtrain_cm.safetensors": read_checkpoint, edm_zip(tmp_path): read_data,
-               tmp_path / "a.npz": read_data, compressed: read_data, latents_npz(tmp_path): read_data}
+    readers = {chain / "runs/digits/midtrain_cm.safetensors": read_checkpoint, compressed: read_data}
     originals = {path: (path.read_bytes(), reader(path)) for path, reader in readers.items()}
     base = peak_memory()
     for i in range(500):
@@ -248,8 +233,8 @@ def read_checkpoint(path):
 
 
 def read_data(path):
-    images, _ = model.read_images(path)
-    return images.batch(range(len(images)))
+    data = model.Data(path)
+    return data.batch(range(len(data)))
 
 
 def peak_memory():

@@ -356,14 +356,14 @@ def next_commands(header, out, data):
     fits = [k for k, config in model.DATASETS.items()
             if (config["shape"], config["classes"]) == this and k in midtrain.RECIPES[target]]
     if data and (data in fits or data not in model.DATASETS): fits = [data]
-    fits = fits or [f"data/{header['data']}.npz"]
+    fits = fits or [header["data"]]
     return [f"python midtrain.py --data {shlex.quote(k)} --teacher {file}{flags}" for k in fits]
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("file", metavar="FILE", help="public checkpoint")
-    p.add_argument("--data", metavar="NAME|PATH",
+    p.add_argument("--data", metavar="NAME",
                    help="dataset of FILE; it names the folder in runs/ (default: the name of FILE)")
     p.add_argument("--time", choices=["data-at-0", "data-at-1"],
                    help="time of the data, for a SiT that predicts a velocity but does not say at which time")

@@ -17,7 +17,7 @@ the autoencoder. Any other NAME is a custom dataset. Memory does not grow with t
 """
 import argparse, datetime, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil, signal, struct
 import sys, tarfile, time, warnings, zipfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,8 +35,8 @@ PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm
 TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()            # files that may list labels
 HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$"
 PART = r"(?i)(train|val|test|dev|images?|masks?|labels?|annotations?)(ing|id|idation)?[-_]?(set|data|[ab]|\d+)?"
-NUMBERED = r"\d{5,}"                       # FFHQ and EDM store a thousand images in each of 00000/, 01000/, ...
-CIFAR = r"data_batch_\d|batches\.meta|train|meta"                                  # CIFAR-100: train, meta
+NUMBERED = r"\d{5,}"                       # FFHQ stores a thousand images in each of 00000/, 01000/, ...
+CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
 Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, not refused
 
@@ -48,9 +48,9 @@ class Source:
     names: list                            # of the samples, for messages
     read: object                           # read(i) -> PIL image, or float array (C,H,W) if `latents`
     labels: object = None                  # an integer or string for each sample
-    class_names: list = ()                 # names of integer labels
+    class_names: object = ()               # names of integer labels
     latents: bool = False
-    skipped: Counter = field(default_factory=Counter)      # files that are not read, by suffix
+    skipped: dict = field(default_factory=dict)            # number of files that are not read, by suffix
 
     def __len__(self):
         return len(self.names)
@@ -72,51 +72,48 @@ def list_folder(folder, prefix="", above=()):
 def open_files(path, names, opened, classes):
     """Images or latents among the files `names` of a folder or zip. opened(name) -> open file"""
     visible = sorted(name for name in names if not any(re.match(HIDDEN, part) for part in name.split("/")))
-    suffixes = {name: posixpath.splitext(name)[1].lower() for name in visible if not name.endswith("/")}
-    images = [name for name in suffixes if suffixes[name] in PICTURES]
-    latents = [name for name in suffixes if suffixes[name] == ".npy"]
-    skipped = Counter(suffix or "without suffix" for suffix in suffixes.values())
-    for suffix in (*PICTURES, ".npy"): skipped.pop(suffix, None)
+    kinds = defaultdict(list)                              # suffix: names
+    for name in visible:
+        if not name.endswith("/"): kinds[posixpath.splitext(name)[1].lower()].append(name)
+    latents, images = kinds.pop(".npy", []), sorted(itertools.chain(*(kinds.pop(k, []) for k in PICTURES)))
+    skipped = {suffix or "no suffix": len(kinds[suffix]) for suffix in kinds}
     if len(names) > len(visible): skipped["hidden"] = len(names) - len(visible)
     if bool(images) == bool(latents):
-        raise UserError(f"{path} holds {len(images):,} images, {len(latents):,} latents (.npy) and other files: "
-                        f"{dict(skipped)}. Give images or latents; unpack archives, convert other formats to PNG.")
-    tables = [name for name in suffixes if suffixes[name] in TABLES
-              and not re.match(r"(?i)readme|licen", posixpath.basename(name))]
-    labels = file_labels(path, images or latents, visible, tables, opened, classes)
+        raise UserError(f"found {len(images):,} images, {len(latents):,} latents (.npy) and other files {skipped}. "
+                        "Give either images or latents. Unpack archives, convert other formats to PNG.")
+    labels = None if classes == "none" else file_labels(path, images or latents, visible, kinds, opened, classes)
     def read(i):
         return np.load(opened(latents[i]), allow_pickle=False) if latents else Image.open(opened(images[i]))
     return Source(path, images or latents, read, labels, latents=bool(latents), skipped=skipped)
 
 
-def file_labels(path, images, visible, tables, opened, classes):
+def file_labels(path, images, visible, kinds, opened, classes):
     """Labels from EDM's dataset.json, or else from the first sub-folders -> list, or None without classes."""
-    if classes == "none": return None
+    tables = [name for suffix in TABLES for name in kinds.get(suffix, []) if "readme" not in name.lower()]
     listing = next((name for name in tables if posixpath.basename(name) == "dataset.json"), None)
-    if listing and classes == "auto": return listed_labels(path, images, listing, opened)
+    if listing and classes == "auto": return listed_labels(images, listing, opened)
     root = posixpath.commonpath([posixpath.dirname(name) for name in images]) or "."   # skips wrapping folders
     inner = [posixpath.relpath(name, root) for name in images]
     folders = sorted({name.split("/")[0] for name in inner if "/" in name})
     beside, parts = [name for name in inner if "/" not in name], [f for f in folders if re.fullmatch(PART, f)]
+    numbered = folders and all(re.fullmatch(NUMBERED, f) for f in folders)
     problem = None
-    if folders and beside:
-        problem = f"{beside[0]} lies beside class folders"
-    elif not folders and (tables or classes == "folders"):
-        problem = f"there are no class folders{f', and {tables[0]} is not read' if tables else ''}"
-    elif classes == "auto" and (len(parts) > 1 or folders and all(re.fullmatch(NUMBERED, f) for f in folders)):
-        problem = "the folders look like parts of a dataset, not like classes"
+    if folders and beside: problem = f"{beside[0]} lies beside the class folders"
+    elif not folders and tables: problem = f"there are no class folders, and {tables[0]} is not read"
+    elif not folders and classes == "folders": problem = "there are no class folders"
+    elif classes == "auto" and (len(parts) > 1 or numbered): problem = "parts of a dataset are not classes"
     if problem:
-        found = f" ({', '.join(folders[:4])})" if folders else ""
-        example = f" such as {posixpath.normpath(posixpath.join(path, root, folders[0]))}" if folders else ""
-        raise UserError(f"{path}: {problem}{found}. Sort the images into one folder for each class, give one part"
-                        f"{example}, or pass --classes none (no classes) or folders (folders are classes).")
-    empty = {posixpath.relpath(name, root).split("/")[0] for name in visible if name.endswith("/")}
-    empty -= {*folders, ".", ".."}
-    if folders and empty: print(f"folders without images: {', '.join(sorted(empty))}")
+        example = posixpath.normpath(posixpath.join(path, root, *folders[:1]))
+        raise UserError(f"{problem} (folders: {', '.join(folders[:4]) or 'none'}). Sort the images into one folder "
+                        f"for each class, give one folder such as {example}, or pass --classes none (no classes) "
+                        "or --classes folders (these folders are classes).")
+    inside = {posixpath.relpath(name, root).split("/")[0] for name in visible if name.endswith("/")}
+    empty = sorted(inside - {*folders, ".", ".."})
+    if folders and empty: print(f"folders without images: {', '.join(empty)}")
     return [name.split("/")[0] for name in inner] if folders else None
 
 
-def listed_labels(path, images, listing, opened):
+def listed_labels(images, listing, opened):
     """EDM's dataset.json: {"labels": [["00000/img00000000.png", 6], ...]}, or null for no classes."""
     try:
         with opened(listing) as f: table = json.load(f)["labels"]
@@ -127,8 +124,8 @@ def listed_labels(path, images, listing, opened):
         if not {type(k) for k in labels} <= {int, str}: raise ValueError("a label is an integer or a string")
         return labels
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{path}: {listing} is not {{"labels": [[name, class], ...]}} for these images ({e!r}). '
-                        "Correct it, or ignore it with --classes none or --classes folders.")
+        raise UserError(f'{listing} is not {{"labels": [[name, class], ...]}} for these images ({e!r}). Correct '
+                        "it, or ignore it with --classes none or --classes folders.")
 
 
 # === arrays =================================================================================================
@@ -143,13 +140,12 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def open_cifar(path, files):
-    """The training batches of CIFAR-10 or CIFAR-100. files: {name: content}"""
+    """CIFAR-10's training batches. files: {name: content}"""
     batches = {k: ArrayUnpickler(io.BytesIO(v), encoding="bytes").load() for k, v in sorted(files.items())}
-    meta = batches.pop("batches.meta", None) or batches.pop("meta")
-    names = meta.get(b"label_names") or meta[b"fine_label_names"]
+    names = [name.decode() for name in batches.pop("batches.meta")[b"label_names"]]
     x = np.concatenate([batch[b"data"] for batch in batches.values()]).reshape(-1, 3, 32, 32)
-    y = np.concatenate([batch.get(b"labels") or batch[b"fine_labels"] for batch in batches.values()])
-    return open_arrays(path, {"images": x, "labels": y}, class_names=[name.decode() for name in names])
+    y = np.concatenate([batch[b"labels"] for batch in batches.values()])
+    return open_arrays(path, {"images": x, "labels": y}, class_names=names)
 
 
 def read_idx(path):
@@ -170,42 +166,47 @@ def npz_array(path, key):
     if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
         with np.load(path, allow_pickle=False) as arrays: return arrays[key]
     with open(path, "rb") as f:
-        f.seek(member.header_offset + 26)
+        f.seek(member.header_offset + 26)                  # lengths of the member's name and extra field
         start = member.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + header
     return np.memmap(path, dtype, "r", start, shape)
 
 
-def choose(path, flag, wanted, candidates, described):
+def npz_arrays(path):
+    """Verify the checksums of an .npz -> {key: array}"""
+    with zipfile.ZipFile(path) as z:
+        if damaged := z.testzip(): raise ValueError(f"the checksum of {damaged} is wrong")
+        return {name[:-4]: npz_array(path, name[:-4]) for name in z.namelist()}
+
+
+def choose(flag, wanted, candidates, described):
     """The key `wanted`, or else the only candidate, or the only one for training. None without candidates."""
     train = [key for key in candidates if "train" in key.lower()]
     if not wanted and len(train) == 1 < len(candidates): print(f"{flag} {train[0]} of {', '.join(candidates)}")
     candidates = [wanted] if wanted else train or candidates
     if len(candidates) < 2 and set(candidates) <= set(described): return candidates[0] if candidates else None
-    raise UserError(f"{path} has {described}. Choose with {flag} KEY"
-                    f"{', or pass --classes none' if flag == '--labels' else ''}.")
+    without = ", or pass --classes none" if flag == "--labels" else ""
+    raise UserError(f"found {described}. Choose with {flag} KEY{without}.")
 
 
 def open_arrays(path, arrays, classes="auto", images=None, labels=None, class_names=()):
-    """Images and labels among named arrays. Images: uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or floats in [0, 1] or
-    [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
+    """Images and labels among named arrays. Images: uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or floats in [0, 1]
+    or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
     shapes = {key: x.shape for key, x in arrays.items()}
-    key = choose(path, "--images", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
-    x = arrays.get(key, np.empty(0))
-    fits = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and shapes[k][0] == len(x)]
-    label_key = choose(path, "--labels", labels, fits if classes != "none" else [], shapes)
+    key = choose("--images", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
+    x = arrays[key] if key else np.empty(0)
     last = x.ndim == 3 or x.ndim == 4 and x.shape[3] in ((1, 3, 4) if x.dtype == np.uint8 else (1, 3))
     first = x.ndim == 4 and x.shape[1] in (1, 3)
     latents = x.ndim == 4 and x.dtype.kind == "f" and not last and not first
     if last + first + latents != 1 or not x.size or x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise UserError(f"{path}: the array {key} {x.dtype} {x.shape} does not hold images. Store them as uint8 "
-                        f"(N,H,W,C) with C = 1 or 3. The arrays are {shapes}.")
+        raise UserError(f"no images in {key or 'the arrays'}, {x.dtype}, of {shapes}. Store uint8 (N,H,W,C), C = 1 or 3.")
+    fits = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and shapes[k][0] == len(x)]
+    label_key = choose("--labels", labels, fits if classes != "none" else [], shapes)
     y = arrays[label_key] if label_key else None
-    if y is not None:
-        if y.ndim == 2 and y.shape[1] == 1: y = y[:, 0]
-        if y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2):
-            raise UserError(f"{path}: the array {label_key} {y.dtype} {y.shape} does not hold one class for each of "
-                            f"{len(x):,} images. Choose with --labels KEY, or pass --classes none.")
-    scale, offset = (1, 0) if latents or x.dtype == np.uint8 else float_range(path, x)
+    if y is not None and y.shape[1:] == (1,): y = y[:, 0]
+    if y is not None and (y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2)):
+        raise UserError(f"{label_key}, {y.dtype} {y.shape}, does not hold one class for each of {len(x):,} images. "
+                        "Choose with --labels KEY, or pass --classes none.")
+    scale, offset = (1, 0) if latents or x.dtype == np.uint8 else float_range(x)
     def read(i):
         if latents: return np.asarray(x[i])
         image = x[i] if x.dtype == np.uint8 else np.round(x[i] * scale + offset).astype(np.uint8)
@@ -214,29 +215,28 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None, class_na
     return Source(path, [f"image {i}" for i in range(len(x))], read, y, class_names, latents)
 
 
-def float_range(path, x):
+def float_range(x):
     """-> scale and offset that map float pixels to 0..255"""
     chunks = [x[i:i + 256] for i in range(0, len(x), 256)]
     low, high = np.min([chunk.min() for chunk in chunks]), np.max([chunk.max() for chunk in chunks])
-    if 0 <= low < 0.1 and 0.9 < high <= 1:     return 255, 0
-    if -1 <= low < -0.9 and 0.9 < high <= 1:   return 127.5, 127.5
-    raise UserError(f"{path}: float values in [{low:.4g}, {high:.4g}] are not pixels in [0, 1] or [-1, 1]. "
-                    "Convert the array to uint8.")
+    if 0 <= low < 0.1 and 0.9 < high <= 1: return 255, 0
+    if -1 <= low < -0.9 and 0.9 < high <= 1: return 127.5, 127.5
+    raise UserError(f"float values in [{low:.4g}, {high:.4g}] are not pixels in [0, 1] or [-1, 1]. Store uint8.")
 
 
 def open_hub(path, classes, images, labels):
     """hf:NAME[:SPLIT] or hf:FOLDER[:SPLIT]"""
     try: import datasets
-    except ImportError: raise UserError("hf: needs the package datasets. Run `pip install datasets`.")
+    except ImportError: raise UserError("this needs the package datasets. Run `pip install datasets`.")
     name, _, split = path.removeprefix("hf:").partition(":")
     saved = any(os.path.isfile(f"{name}/{file}.json") for file in ("dataset_dict", "state"))
     data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    if isinstance(data, dict): data = data[split or choose(path, ":SPLIT instead of", None, list(data), list(data))]
+    if isinstance(data, dict): data = data[split or choose(":SPLIT instead of", None, list(data), list(data))]
     kinds = {key: type(feature).__name__ for key, feature in data.features.items()}
-    images = choose(path, "--images", images, [k for k in kinds if kinds[k] == "Image"], kinds)
-    if not images: raise UserError(f"{path} has the columns {kinds} and no images. Choose with --images KEY.")
-    classes = [k for k in kinds if kinds[k] == "ClassLabel" and classes != "none"]
-    labels = choose(path, "--labels", labels, classes, kinds)
+    images = choose("--images", images, [k for k in kinds if kinds[k] == "Image"], kinds)
+    if not images: raise UserError(f"no column of {kinds} holds images. Choose with --images KEY.")
+    candidates = [k for k in kinds if kinds[k] == "ClassLabel" and classes != "none"]
+    labels = choose("--labels", labels, candidates, kinds)
     return Source(path, [f"image {i}" for i in range(len(data))], lambda i: data[i][images],
                   list(data[labels]) if labels else None, getattr(data.features.get(labels), "names", ()))
 
@@ -248,50 +248,59 @@ def open_source(path, classes="auto", images=None, labels=None):
     classes         "auto": the labels of the source; "folders": the first sub-folders; "none": no labels
     images, labels  keys of arrays of an .npz, or columns of a Hugging Face dataset
     -> Source with len(), names, labels and read(i). Raises UserError."""
+    archive, lower = re.match(r"(?i)(.+?\.zip)(?:/+(.*))?$", path), path.lower()
     try:
         if path.startswith("hf:"): return open_hub(path, classes, images, labels)
-        archive, lower = re.match(r"(?i)(.+?\.zip)(?:/+(.*))?$", path), path.lower()
-        if archive and os.path.isfile(archive[1]):
-            z, inside = zipfile.ZipFile(archive[1]), (archive[2] or "").rstrip("/")
-            start = inside and inside + "/"
-            members = {name.replace("\\", "/"): name for name in z.namelist()}
-            names = [name.removeprefix(start) for name in members if name.startswith(start)]
-            return open_files(path, names, lambda name: io.BytesIO(z.read(members[start + name])), classes)
-        if not os.path.exists(path): raise UserError(f"{path} does not exist. Give a folder or a file of images.")
+        if archive and os.path.isfile(archive[1]): return open_zip(path, archive[1], archive[2] or "", classes)
+        if not os.path.exists(path): raise UserError("does not exist here. Download it, or correct SOURCE.")
+        if os.path.isdir(path): return open_folder(path, classes)
         if lower.endswith(".npz"):
-            with zipfile.ZipFile(path) as z: keys = [name[:-4] for name in z.namelist()]
-            arrays = {key: npz_array(path, key) for key in keys}
+            arrays = npz_arrays(path)
             names = [str(name) for name in arrays.get("class_names", ())]
             return open_arrays(path, arrays, classes, images, labels, names)
         if lower.endswith(".npy"):
             return open_arrays(path, {"images": np.load(path, mmap_mode="r", allow_pickle=False)})
-        if "cifar" in lower and not os.path.isdir(path):
+        if re.fullmatch(IDX, path):
+            beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
+            return open_arrays(path, {file: read_idx(file) for file in {path, beside} if os.path.isfile(file)}, classes)
+        if "cifar" in lower:
             with tarfile.open(path) as tar:
-                files = {posixpath.basename(m.name): m for m in tar if m.isfile()}
-                return open_cifar(path, {k: tar.extractfile(m).read() for k, m in files.items() if re.fullmatch(CIFAR, k)})
-        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        names = list(list_folder(folder))
-        cifar = {os.path.basename(name): Path(path, name) for name in names if re.fullmatch(CIFAR, os.path.basename(name))}
-        if cifar.keys() & {"batches.meta", "meta"}:
-            return open_cifar(path, {k: file.read_bytes() for k, file in cifar.items()})
-        idx = {re.sub(r"(?i)\.gz$", "", name): read_idx(os.path.join(folder, name)) for name in names if re.fullmatch(IDX, name)}
-        if idx: return open_arrays(path, idx, classes)
-        return open_files(path, names, lambda name: open(os.path.join(path, name), "rb"), classes)
-    except UserError: raise
+                members = [m for m in tar if re.fullmatch(CIFAR, posixpath.basename(m.name))]
+                return open_cifar(path, {posixpath.basename(m.name): tar.extractfile(m).read() for m in members})
+        raise UserError("is not a folder, .zip, .npz, .npy, CIFAR-10 archive or idx file. Unpack other archives.")
+    except UserError as e: raise UserError(f"{path}: {e}")
     except Exception as e:                 # damaged files raise anything
-        raise UserError(f"{path} is damaged, or not a folder, .zip, .npz, .npy, CIFAR archive or idx file of images "
-                        f"({e!r}). Unpack other archives first.")
+        raise UserError(f"{path} cannot be read ({e!r}). Download or create it again.")
+
+
+def open_zip(path, archive, inside, classes):
+    z, start = zipfile.ZipFile(archive), inside.rstrip("/") + "/" if inside else ""
+    members = {name.replace("\\", "/"): name for name in z.namelist()}
+    names = [name.removeprefix(start) for name in members if name.startswith(start) and name != start]
+    return open_files(path, names, lambda name: io.BytesIO(z.read(members[start + name])), classes)
+
+
+def open_folder(path, classes):
+    names = list(list_folder(path))
+    files = {name: os.path.join(path, name) for name in names}
+    cifar = {posixpath.basename(name): file for name, file in files.items()
+             if re.fullmatch(CIFAR, posixpath.basename(name))}
+    idx = {re.sub(r"(?i)\.gz$", "", name): file for name, file in files.items() if re.fullmatch(IDX, name)}
+    if "batches.meta" in cifar: return open_cifar(path, {k: Path(file).read_bytes() for k, file in cifar.items()})
+    if idx: return open_arrays(path, {k: read_idx(file) for k, file in idx.items()}, classes)
+    return open_files(path, names, lambda name: open(files[name], "rb"), classes)
 
 
 # === images =================================================================================================
 
 def in_order(source, convert, workers=1, skip_bad=False):
     """Yield (i, convert(sample i)) in order, from a pool of threads: Pillow decodes without Python's global lock.
-    A sample that fails raises UserError, or is printed and left out."""
+    A sample that fails raises UserError, or is printed and left out. Print the rate every five seconds."""
     def attempt(i):
         try: return convert(source.read(i))
         except Exception as e:             # image libraries raise anything
             return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
+    begin = shown = time.time()
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(source), 256):
             indices = range(start, min(start + 256, len(source)))
@@ -299,13 +308,17 @@ def in_order(source, convert, workers=1, skip_bad=False):
                 if not isinstance(result, UserError): yield i, result
                 elif skip_bad: print(f"left out: {result}")
                 else: raise UserError(f"{result} Remove it, or pass --skip-bad.")
+                if time.time() - shown > 5:
+                    shown, rate = time.time(), (i + 1) / (time.time() - begin)
+                    left = (len(source) - i - 1) / rate
+                    print(f"{i + 1:,} of {len(source):,}, {rate:,.0f} per second, {left:,.0f} s left", flush=True)
 
 
 def without_bad(source, workers):
     """Decode all samples once -> the Source of those that can be decoded"""
-    check = np.asarray if source.latents else lambda image: to_pixels(image, None, 3)[:0]
-    good = [i for i, _ in in_order(source, check, workers, skip_bad=True)]
-    if not good: raise UserError(f"{source.path} holds no image that can be decoded. Give another SOURCE.")
+    decode = np.isnan if source.latents else lambda image: to_pixels(image, None, 3) is None
+    good = [i for i, _ in in_order(source, decode, workers, skip_bad=True)]
+    if not good: raise UserError(f"{source.path}: nothing can be decoded. Give another SOURCE.")
     labels = None if source.labels is None else [source.labels[i] for i in good]
     return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]), labels=labels)
 
@@ -333,8 +346,8 @@ def image_batches(source, batch=64, rank=0, world=1):
     sizes, grey = survey(source)
     if len(sizes) > 1:
         (a, first), (b, second) = list(sizes.items())[:2]
-        raise UserError(f"{source.path}: {first} has {a[0]}x{a[1]} pixels, and {second} has {b[0]}x{b[1]}. "
-                        "Use images of one size.")
+        raise UserError(f"{source.path}: {first} has {a[0]}x{a[1]} pixels, and {second} has {b[0]}x{b[1]}. Use images of "
+                        "one size.")
     for start in range(rank * batch, len(source), world * batch):
         part = Source(source.path, source.names[start:start + batch], lambda i: source.read(start + i))
         yield np.stack([x for _, x in in_order(part, lambda image: to_pixels(image, None, 1 if grey else 3))])
@@ -371,10 +384,10 @@ def index_labels(source):
     values, names = np.asarray(source.labels), source.class_names
     if values.dtype.kind == "S": values = np.char.decode(values, "utf-8")
     if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
-    unique, y = np.unique(values, return_inverse=True) if values.dtype.kind in "buiU" else ([-1], None)
-    if y is None or len(names) and not 0 <= unique[0] <= unique[-1] < len(names):
-        raise UserError(f"{source.path}: the labels, such as {unique[0]} ({values.dtype}), are not classes. Choose "
-                        "with --labels KEY, or pass --classes none.")
+    if values.dtype.kind not in "buiU" or len(names) and not set(values) <= set(range(len(names))):
+        raise UserError(f"{source.path}: the labels, such as {values[0]} ({values.dtype}), are not classes. Choose with "
+                        "--labels KEY, or pass --classes none.")
+    unique, y = np.unique(values, return_inverse=True)
     if values.dtype.kind == "U" and all(re.fullmatch(r"\d+", value) for value in unique):
         order = np.argsort([int(value) for value in unique], kind="stable")
         unique, y = unique[order], np.argsort(order)[y]
@@ -389,8 +402,8 @@ class Autoencoder:
             from diffusers import AutoencoderKL
             self.vae = AutoencoderKL.from_pretrained(path).eval().to(self.device)
         except Exception as e:             # diffusers raises anything
-            raise UserError(f"--vae {path} cannot be loaded ({e!r}). Run `pip install diffusers`, and give a "
-                            "folder or a name such as stabilityai/sd-vae-ft-mse.")
+            raise UserError(f"--vae {path} cannot be loaded ({str(e).strip().splitlines()[0]}). Run `pip install "
+                            "diffusers`, and give a folder or a name such as stabilityai/sd-vae-ft-mse.")
 
     @torch.no_grad()
     def encode(self, images):
@@ -409,16 +422,6 @@ class Autoencoder:
 
 # === output =================================================================================================
 
-def progress(items, total):
-    """Yield the items, and print the rate and the time left every five seconds and at the end."""
-    start = shown = time.time()
-    for n, item in enumerate(items, 1):
-        yield item
-        if time.time() - shown > 5 or n == total:
-            shown, rate = time.time(), n / (time.time() - start + 1e-9)
-            print(f"{n:,} of {total:,}, {rate:,.0f} per second, {(total - n) / rate:,.0f} s left", flush=True)
-
-
 def stored_chunks(samples, flip, encode, C, dtype, totals):
     """Yield arrays (n, ...) in the form that is stored, and add up statistics of the pixels or latents."""
     while batch := list(itertools.islice(samples, 16)):
@@ -426,8 +429,8 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
         if encode: x = encode(x)
         with np.errstate(over="ignore"): stored = x.astype(dtype)
         if not np.isfinite(stored).all():
-            raise UserError(f"{batch[0][0]} to {batch[-1][0]}: a latent is not finite in {dtype}. Pass --fp32, or "
-                            "repair the source.")
+            raise UserError(f"latents {batch[0][0]} to {batch[-1][0]} are not finite in {dtype}. Pass --fp32, or repair "
+                            "the source.")
         totals["largest"] = max(totals["largest"], x.max())
         if C:
             totals["rounding"] = max(totals["rounding"], np.abs(stored - x).max())
@@ -454,56 +457,53 @@ def write_npz(path, shape, dtype, chunks, finish):
         raise
 
 
+def check(path):
+    """Verify the checksums, shapes and labels of a prepared .npz, and print what it holds
+    -> arr_0, arr_1, class_names"""
+    try:
+        arrays = npz_arrays(path)
+        x, y, names = arrays["arr_0"], arrays.get("arr_1"), None
+        pixels = x.dtype == np.uint8 and x.shape[3:] in ((1,), (3,))
+        if x.ndim != 4 or not x.size or not pixels and x.dtype not in (np.float16, np.float32):
+            raise ValueError(f"arr_0 is {x.dtype} {x.shape}")
+        classes = "no classes"
+        if y is not None:
+            names = [str(name) for name in arrays.get("class_names", range(y.max() + 1))]
+            if y.shape != x.shape[:1] or y.dtype != np.int64 or not np.array_equal(np.unique(y), range(len(names))):
+                raise ValueError(f"arr_1 is {y.dtype} {y.shape}, {y.min()} to {y.max()}, for {len(names)} class names")
+            counts = [f"{name} {n:,}" for name, n in zip(names, np.bincount(y))]
+            classes = f"{len(names):,} classes: " + ", ".join(counts[:20] + ["..."] * (len(counts) > 20))
+        print(f"{path}: {x.dtype} {x.shape}, {os.path.getsize(path) / 1e6:,.1f} MB, checksums are correct; {classes}")
+        print(f"info: {json.loads(str(arrays.get('info', '{}')))}")
+        return x, y, names
+    except Exception as e:                 # damaged files raise anything
+        raise UserError(f"{path} is not a prepared dataset ({e!r}). Prepare it again.")
+
+
 def contact_sheet(path, x, y, class_names, decode=None):
     """A line of images for each of at most 20 classes. Without classes: images in equal distances."""
     lines, columns, gap = (6, 4, 4) if decode else (20, 10, 4)
+    spread = lambda n, count: np.unique(np.linspace(0, n - 1, count).astype(int))
     if y is None:
-        chosen = np.unique(np.linspace(0, len(x) - 1, lines * columns).astype(int))
+        chosen = spread(len(x), lines * columns)
         rows = [("", chosen[i:i + columns]) for i in range(0, len(chosen), columns)]
     else:
-        classes = np.unique(np.linspace(0, len(class_names) - 1, lines).astype(int))
-        rows = [(f"{k} {class_names[k]}"[:40], np.flatnonzero(y == k)[:columns]) for k in classes]
-    rows = [(label.encode("latin1", "replace").decode("latin1"), indices) for label, indices in rows]
-    font = ImageFont.load_default(14)
-    margin = 2 * gap + max(math.ceil(font.getlength(label)) for label, _ in rows)
+        members = [(class_names[k], np.flatnonzero(y == k)) for k in spread(len(class_names), lines)]
+        rows = [(name[:40], indices[spread(len(indices), columns)]) for name, indices in members]
+    font = ImageFont.load_default(14)      # a font of Latin letters
+    rows = [(name.encode("latin1", "replace").decode("latin1"), indices) for name, indices in rows]
+    margin = 2 * gap + max(math.ceil(font.getlength(name)) for name, _ in rows)
     side = 128 if decode else min(128, x.shape[1] * max(1, 64 // x.shape[1]))
     sheet = Image.new("RGB", (margin + columns * (side + gap), gap + len(rows) * (side + gap)), "white")
-    for r, (label, indices) in enumerate(rows):
-        ImageDraw.Draw(sheet).text((gap, r * (side + gap) + side // 2 - 6), label, "black", font)
+    for r, (name, indices) in enumerate(rows):
+        ImageDraw.Draw(sheet).text((gap, r * (side + gap) + side // 2 - 6), name, "black", font)
         images = np.stack([x[i] for i in indices])
         for c, image in enumerate(decode(images) if decode else images):
             tile = Image.fromarray(np.repeat(image, 3 // image.shape[2], 2))
             tile = tile.resize((side, side), Image.NEAREST if side > tile.width else Image.BOX)
             sheet.paste(tile, (margin + c * (side + gap), gap + r * (side + gap)))
     with atomic_write(path) as part: sheet.save(part, "PNG")
-
-
-def describe(path):
-    """Check shapes and labels of a prepared .npz, and print what it contains -> arr_0, arr_1, class_names"""
-    with zipfile.ZipFile(path) as z: arrays = {name[:-4]: npz_array(path, name[:-4]) for name in z.namelist()}
-    x, y = arrays["arr_0"], arrays.get("arr_1")
-    pixels = x.dtype == np.uint8 and x.shape[3:] in ((1,), (3,))
-    if x.ndim != 4 or not x.size or not pixels and x.dtype not in (np.float16, np.float32):
-        raise ValueError(f"arr_0 is {x.dtype} {x.shape}")
-    print(f"{path}: {x.dtype} {x.shape}, {os.path.getsize(path) / 1e6:,.1f} MB")
-    if y is None: return x, None, None
-    names = [str(name) for name in arrays.get("class_names", range(y.max() + 1))]
-    if y.shape != x.shape[:1] or y.dtype != np.int64 or not np.array_equal(np.unique(y), range(len(names))):
-        raise ValueError(f"arr_1 is {y.dtype} {y.shape}, labels {y.min()} to {y.max()}, for {len(names)} class names")
-    counts = [f"{name} {n:,}" for name, n in zip(names, np.bincount(y))]
-    print(f"{len(names):,} classes: " + ", ".join(counts[:20] + ["..."] * (len(counts) > 20)))
-    return x, y, names
-
-
-def check(path):
-    """Verify the checksums, shapes and labels of a prepared .npz, and print what it contains."""
-    try:
-        with zipfile.ZipFile(path) as z: damaged, names = z.testzip(), z.namelist()
-        if damaged: raise ValueError(f"the checksum of {damaged} is wrong")
-        describe(path)
-        print(f"info: {json.loads(str(npz_array(path, 'info'))) if 'info.npy' in names else 'none'}; checksums are correct")
-    except Exception as e:                 # damaged files raise anything
-        raise UserError(f"{path} is not a prepared dataset ({e!r}). Prepare it again.")
+    print(f"{path}: contact sheet")
 
 
 # === command line ===========================================================================================
@@ -511,7 +511,7 @@ def check(path):
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help)
     p.add_argument("source", metavar="SOURCE", nargs="?", help="images in any form")
-    p.add_argument("--data", metavar="NAME", help=f"one of {', '.join(DATASETS)}, or a new name")
+    p.add_argument("--data", metavar="NAME", default="", help=f"one of {', '.join(DATASETS)}, or a new name")
     p.add_argument("--size", type=int, help="side of the images of a custom dataset")
     p.add_argument("--crop", choices=["center", "none"], help="ADM's centre crop (default), or none: no resizing")
     p.add_argument("--classes", choices=["auto", "folders", "none"], default="auto", help="where labels come from")
@@ -530,9 +530,9 @@ def arguments():
     p.add_argument("--check", metavar="FILE", help="verify a prepared .npz and print what it contains")
     args = p.parse_args()
     if args.check: return args
-    if not args.source or not re.fullmatch(r"(?!.*\.npz$)\w[\w.-]*", args.data or ""):
-        raise UserError(f"SOURCE is {args.source} and --data is {args.data}. Give a SOURCE and a NAME, without a "
-                        "folder or suffix: prepare_data.py SOURCE --data NAME.")
+    if not args.source or not re.fullmatch(r"(?!.*\.npz$)\w[\w.-]*", args.data):
+        raise UserError(f"SOURCE '{args.source or ''}' --data '{args.data}' is incomplete, or NAME is not plain. Give both, "
+                        "and a NAME without folder and suffix: prepare_data.py photos/ --data photos.")
     try: ImageColor.getrgb(args.background)
     except ValueError: raise UserError(f"--background {args.background} is not a colour. Use a name, or #rrggbb.")
     if args.workers < 1: raise UserError(f"--workers is {args.workers}. Use 1 or more.")
@@ -541,25 +541,26 @@ def arguments():
 
 def check_flags(args, row, source):
     """Refuse flags that have no effect, and a source that does not fit the dataset."""
-    latents, fixed = source.latents or args.vae, row and row.get("latents")
-    K = len(set(source.labels)) if source.labels is not None else 0
-    for problem, message in [
-        (row and (args.size or args.crop or args.grey or args.pixel_range),
-         f"--data {args.data} fixes size, crop, channels and pixel range. Remove --size, --crop, --grey, --pixel-range."),
-        (row and latents and not fixed, f"{args.data} is a dataset of pixels, not of latents. Choose another NAME."),
-        (fixed and not latents, f"{args.data} is a dataset of latents. Encode the images with --vae PATH."),
-        (row and row["classes"] not in (0, K), f"{args.source} has {K:,} classes, unlike the dataset {args.data}. Choose "
-         "another NAME, which makes a custom dataset."),
-        (latents and not row and args.pixel_range not in ([0, 1], [-1, 1]), "Latents need the pixel range of their "
-         "autoencoder. Pass --pixel-range 0 1 (as EDM2) or --pixel-range -1 1 (as SiT)."),
-        (not latents and (args.fp32 or args.pixel_range), "--fp32 and --pixel-range are for latents. Remove them."),
-        (source.latents and (args.flip or args.size or args.crop) or latents and args.grey,
-         "--flip, --size and --crop are for images, and --grey is for pixels. Remove them.")]:
-        if problem: raise UserError(message)
+    latents, K = source.latents or args.vae, 0 if source.labels is None else len(set(source.labels))
+    for flags, reason in [("size crop grey pixel_range", row and f"with --data {args.data}, which fixes it"),
+                          ("fp32 pixel_range", not latents and "on pixels"), ("grey", latents and "on latents"),
+                          ("size crop flip", source.latents and "on latents"),
+                          ("images labels", source.skipped and "on files")]:
+        for flag in flags.split():
+            if reason and getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
+    if row and bool(latents) != ("latents" in row):
+        raise UserError(f"{args.data} holds {'latents' if 'latents' in row else 'pixels'}, unlike the images that would be "
+                        "stored. Encode images with --vae PATH, or choose another NAME.")
+    if row and row["classes"] not in (0, K):
+        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {row['classes']:,}. Choose another NAME.")
+    if latents and not row and args.pixel_range not in ([0, 1], [-1, 1]):
+        raise UserError("Latents need the pixel range of their autoencoder. Pass --pixel-range 0 1 (as EDM2) or "
+                        "--pixel-range -1 1 (as SiT).")
 
 
 def image_shape(args, row, source):
-    """-> size and number of channels of the images that are stored or encoded"""
+    """-> side and number of channels of the images that are stored or encoded"""
     if row: return (8 * row["shape"][1], 3) if "latents" in row else (row["shape"][1], row["shape"][0])
     sizes, grey = survey(source, args.workers)
     widths, heights = zip(*sizes)
@@ -567,9 +568,9 @@ def image_shape(args, row, source):
     size = args.size or shortest
     if size < 1 or size % multiple or set(sizes) != {(size, size)} and (args.crop == "none" or not args.size):
         usable = max(multiple, min(64, 2 ** int(math.log2(shortest))))
-        raise UserError(f"{source.path} holds images {min(widths)} to {max(widths)} pixels wide and {min(heights)} to "
-                        f"{max(heights)} high. Squares with a side divisible by {multiple} are needed: crop the images with "
-                        f"--size N, such as --size {usable}.")
+        raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and {min(heights)} to "
+                        f"{max(heights)} high, and --size is {args.size}. Squares with a side divisible by {multiple} are "
+                        f"needed. Crop and resize the images with --size {usable}, or another such number.")
     if shortest < size: print(f"images smaller than {size} pixels are enlarged")
     return size, 1 if args.grey or grey and not args.vae else 3
 
@@ -583,55 +584,59 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # removes the temporary file, as Ctrl-C does
     source = open_source(args.source, args.classes, args.images, args.labels)
     if args.skip_bad: source = without_bad(source, args.workers)
-    print(f"{args.source}: {len(source):,} {'latents' if source.latents else 'images'}; other files: "
-          f"{dict(source.skipped)}", flush=True)
+    print(f"{args.source}: {len(source):,} {'latents' if source.latents else 'images'}; other files: {source.skipped}",
+          flush=True)
     check_flags(args, row, source)
     if row and not row["classes"] and source.labels is not None:
         source.labels = print(f"{args.data} has no classes; the labels are left out")
     y, class_names = (None, None) if source.labels is None else index_labels(source)
 
-    latents = row.get("latents") if row else source.latents or args.vae and {}
-    pixel_range = latents["pixel_range"] if row and latents else args.pixel_range
+    pixel_range = row["latents"]["pixel_range"] if row and "latents" in row else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
     encode, C = autoencoder.encode if args.vae and not source.latents else None, None
+    info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source), "skipped": source.skipped}
     if source.latents:
         z = source.read(0)
+        if z.ndim != 3 or z.dtype.kind != "f":
+            raise UserError(f"{args.source}: {source.names[0]} is {z.dtype} {z.shape}. Latents are floats (C,H,W).")
         shape, half = z.shape, len(z) // 2
         C = half if len(z) == 2 * half and (z[half:] > 0).all() else len(z)            # deviations are positive
-        def convert(z):
-            if z.shape != shape or z.dtype.kind != "f": raise ValueError(f"{z.dtype} {z.shape} is unlike the first latent")
-            return z
+        convert = lambda z: np.broadcast_to(z, shape)
     else:
         size, channels = image_shape(args, row, source)
-        shape, convert = (size, size, channels), lambda image: to_pixels(image, size, channels, args.background)
-        if encode: shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
-        if encode: C = shape[0] // 2
+        info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
+        convert = lambda image: to_pixels(image, size, channels, args.background)
+        shape = (size, size, channels)
+        if encode:
+            shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
+            C = shape[0] // 2
     if row and C and (C, *shape[1:]) != tuple(row["shape"]):
-        raise UserError(f"{args.data} needs latents {row['shape']}, and these have the shape {(C, *shape[1:])}. Choose another NAME.")
+        raise UserError(f"{args.source}: these latents have the shape {(C, *shape[1:])}, and {args.data} needs "
+                        f"{row['shape']}. Choose another NAME.")
 
     dtype = np.dtype(np.uint8 if not C else np.float32 if args.fp32 else np.float16)
-    shape = len(source) * (1 + args.flip), *shape
+    full_shape = len(source) * (1 + args.flip), *shape
     out.parent.mkdir(exist_ok=True)
-    needed, free = math.prod(shape) * dtype.itemsize / 1e9, shutil.disk_usage(out.parent).free / 1e9
-    if needed > free: raise UserError(f"{out} needs {needed:,.1f} GB, and {free:,.1f} GB of the disk are free. Free some space.")
+    needed, free = math.prod(full_shape) * dtype.itemsize / 1e9, shutil.disk_usage(out.parent).free / 1e9
+    if needed > free: raise UserError(f"{out} needs {needed:,.1f} GB, and {free:,.1f} GB are free. Free some space.")
     totals = defaultdict(float)
-    samples = progress(in_order(source, convert, args.workers), len(source))
+    samples = in_order(source, convert, args.workers)
     def finish():
-        info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source), "skipped": source.skipped}
-        if not source.latents: info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
+        if not C and totals["largest"] < 32:
+            raise UserError(f"{args.source}: the largest pixel value is {totals['largest']}, so that all images are "
+                            "nearly black. Scale the pixels to 0..255.")
         if C:
             mean = totals["sum"] / totals["count"]
             scale = 0.5 / np.sqrt(totals["squares"] / totals["count"] - mean ** 2)
             measured = {"mean": mean.tolist(), "scale": scale.tolist(), "pixel_range": pixel_range}
             info["latents"] = {"vae": args.vae} | (row["latents"] if row else measured)
-            print(f"largest rounding error {totals['rounding']:.2g}; latents: {info['latents']}")
+            print(f"largest rounding error of a latent: {totals['rounding']:.2g}")
         arrays = {} if y is None else {"arr_1": np.repeat(y, 1 + args.flip), "class_names": class_names}
         return arrays | {"info": json.dumps(info)}
-    write_npz(out, shape, dtype, stored_chunks(samples, args.flip, encode, C, dtype, totals), finish)
-    prepared = describe(out)
-    if C and not args.vae: return print("no contact sheet: pass --vae PATH to decode and draw latents")
+    write_npz(out, full_shape, dtype, stored_chunks(samples, args.flip, encode, C, dtype, totals), finish)
+    prepared = check(out)
+    if C and not args.vae: return print("There is no contact sheet: latents are decoded only with --vae PATH.")
     contact_sheet(out.with_suffix(".png"), *prepared, C and (lambda z: autoencoder.decode(z[:, :C])))
-    print(f"{out.with_suffix('.png')}: contact sheet")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Turn images in any form into data/NAME.npz, the one format that training reads.
 
-  reads   SOURCE: a folder, .zip or .zip/FOLDER of images, with classes from sub-folders or EDM's dataset.json;
-          the same with latents as EDM2 stores them (.npy); CIFAR-10's python archive; MNIST's idx files; .npz
-          or .npy; hf:NAME[:SPLIT], a dataset of the Hugging Face hub or a folder that `datasets` reads
+  reads   SOURCE: a folder, .zip or .zip/FOLDER of images, classes from sub-folders or dataset.json (EDM);
+          the same with latents (.npy, EDM2); CIFAR-10's python archive; MNIST's idx files; an .npz or .npy;
+          hf:NAME[:SPLIT], a dataset of the Hugging Face hub or a folder that the package `datasets` reads
   writes  data/NAME.npz   arr_0: uint8 (N,H,W,C), or latents (N,C,H,W), or means and deviations (N,2C,H,W)
-                          arr_1: int64 (N,), labels 0..K-1, if there are classes; class_names (K,); info (JSON)
+                          arr_1: int64 (N,), labels 0..K-1, if there are classes; class_names (K,)
+                          info: JSON (source, size, crop, counts, date; for latents the autoencoder)
           data/NAME.png   contact sheet; look at it before you train
   run     python tools/prepare_data.py ILSVRC2012/train --data imagenet64 --workers 16
           python tools/prepare_data.py cifar-10-python.tar.gz --data cifar10
@@ -32,10 +33,10 @@ import model
 from model import DATASETS, UserError, atomic_write
 
 PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .tga .avif .jp2".split()
-TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()            # files that may list labels
+TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()         # files that may list labels
 HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$"
-PART = r"(?i)(train|val|test|dev|images?|masks?|labels?|annotations?)(ing|id|idation)?[-_]?(set|data|[ab]|\d+)?"
-NUMBERED = r"\d{5,}"                       # FFHQ stores a thousand images in each of 00000/, 01000/, ...
+# Folders with such names are parts of a dataset. FFHQ stores a thousand images in each of 00000/, 01000/, ...
+PART = r"(?i)(train|val|test|dev|images?|masks?|labels?)(ing|id|idation)?[-_]?(set|data|[ab]|\d+)?|\d{5,}"
 CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
 Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, not refused
@@ -59,8 +60,8 @@ class Source:
 # === folders and zip files ==================================================================================
 
 def list_folder(folder, prefix="", above=()):
-    """Yield the names of all files ("a/b.png") and folders ("a/") below a folder. Symbolic links are followed,
-    except to a folder that contains the link."""
+    """Yield the names of all files ("a/b.png") and folders ("a/") below a folder. Symbolic links are
+    followed, except to a folder that contains the link."""
     real = os.path.realpath(folder)
     if real in above: return
     for entry in os.scandir(folder):
@@ -69,44 +70,50 @@ def list_folder(folder, prefix="", above=()):
         if is_folder: yield from list_folder(entry.path, f"{prefix}{entry.name}/", (*above, real))
 
 
-def open_files(path, names, opened, classes):
-    """Images or latents among the files `names` of a folder or zip. opened(name) -> open file"""
-    visible = sorted(name for name in names if not any(re.match(HIDDEN, part) for part in name.split("/")))
+def open_files(path, files, classes):
+    """Images, latents, idx files or CIFAR-10 batches. files: {name: function that opens the file}"""
+    cifar = {name: name.split("/")[-1] for name in files if re.fullmatch(CIFAR, name.split("/")[-1])}
+    idx = {re.sub(r"(?i)\.gz$", "", name): name for name in files if re.fullmatch(IDX, name)}
+    if cifar: return open_arrays(path, read_cifar({cifar[name]: files[name]() for name in cifar}), classes)
+    if idx: return open_arrays(path, {k: read_idx(files[name](), name) for k, name in idx.items()}, classes)
+
+    visible = sorted(name for name in files if not any(re.match(HIDDEN, part) for part in name.split("/")))
     kinds = defaultdict(list)                              # suffix: names
     for name in visible:
         if not name.endswith("/"): kinds[posixpath.splitext(name)[1].lower()].append(name)
-    latents, images = kinds.pop(".npy", []), sorted(itertools.chain(*(kinds.pop(k, []) for k in PICTURES)))
-    skipped = {suffix or "no suffix": len(kinds[suffix]) for suffix in kinds}
-    if len(names) > len(visible): skipped["hidden"] = len(names) - len(visible)
+    latents, images = kinds.pop(".npy", []), sorted(sum((kinds.pop(k, []) for k in PICTURES), []))
+    skipped = {suffix or "no suffix": len(names) for suffix, names in kinds.items()}
+    if len(files) > len(visible): skipped["hidden"] = len(files) - len(visible)
     if bool(images) == bool(latents):
-        raise UserError(f"found {len(images):,} images, {len(latents):,} latents (.npy) and other files {skipped}. "
-                        "Give either images or latents. Unpack archives, convert other formats to PNG.")
-    labels = None if classes == "none" else file_labels(path, images or latents, visible, kinds, opened, classes)
+        raise UserError(f"found {len(images):,} images, {len(latents):,} latents (.npy), other: {skipped}. Give "
+                        "either images or latents. Unpack archives, and convert other formats to PNG.")
+    names = images or latents
+    labels = None if classes == "none" else file_labels(path, names, visible, kinds, files, classes)
     def read(i):
-        return np.load(opened(latents[i]), allow_pickle=False) if latents else Image.open(opened(images[i]))
-    return Source(path, images or latents, read, labels, latents=bool(latents), skipped=skipped)
+        file = files[names[i]]()
+        return np.load(file, allow_pickle=False) if latents else Image.open(file)
+    return Source(path, names, read, labels, latents=bool(latents), skipped=skipped)
 
 
-def file_labels(path, images, visible, kinds, opened, classes):
+def file_labels(path, images, visible, kinds, files, classes):
     """Labels from EDM's dataset.json, or else from the first sub-folders -> list, or None without classes."""
     tables = [name for suffix in TABLES for name in kinds.get(suffix, []) if "readme" not in name.lower()]
     listing = next((name for name in tables if posixpath.basename(name) == "dataset.json"), None)
-    if listing and classes == "auto": return listed_labels(images, listing, opened)
-    root = posixpath.commonpath([posixpath.dirname(name) for name in images]) or "."   # skips wrapping folders
+    if listing and classes == "auto": return listed_labels(images, listing, files[listing])
+    root = posixpath.commonpath([posixpath.dirname(name) for name in images]) or "."  # skips wrapping folders
     inner = [posixpath.relpath(name, root) for name in images]
     folders = sorted({name.split("/")[0] for name in inner if "/" in name})
     beside, parts = [name for name in inner if "/" not in name], [f for f in folders if re.fullmatch(PART, f)]
-    numbered = folders and all(re.fullmatch(NUMBERED, f) for f in folders)
     problem = None
     if folders and beside: problem = f"{beside[0]} lies beside the class folders"
     elif not folders and tables: problem = f"there are no class folders, and {tables[0]} is not read"
     elif not folders and classes == "folders": problem = "there are no class folders"
-    elif classes == "auto" and (len(parts) > 1 or numbered): problem = "parts of a dataset are not classes"
+    elif classes == "auto" and len(parts) > 1: problem = "these folders look like parts, not like classes"
     if problem:
         example = posixpath.normpath(posixpath.join(path, root, *folders[:1]))
-        raise UserError(f"{problem} (folders: {', '.join(folders[:4]) or 'none'}). Sort the images into one folder "
-                        f"for each class, give one folder such as {example}, or pass --classes none (no classes) "
-                        "or --classes folders (these folders are classes).")
+        raise UserError(f"{problem} (folders: {', '.join(folders[:4]) or 'none'}). Sort the images into one "
+                        f"folder for each class, give one folder such as {example}, or pass --classes none "
+                        "(no classes) or --classes folders (these folders are classes).")
     inside = {posixpath.relpath(name, root).split("/")[0] for name in visible if name.endswith("/")}
     empty = sorted(inside - {*folders, ".", ".."})
     if folders and empty: print(f"folders without images: {', '.join(empty)}")
@@ -116,7 +123,7 @@ def file_labels(path, images, visible, kinds, opened, classes):
 def listed_labels(images, listing, opened):
     """EDM's dataset.json: {"labels": [["00000/img00000000.png", 6], ...]}, or null for no classes."""
     try:
-        with opened(listing) as f: table = json.load(f)["labels"]
+        with opened() as f: table = json.load(f)["labels"]
         if table is None: return None
         table = {name.replace("\\", "/"): label for name, label in table}
         labels = [table.pop(posixpath.relpath(name, posixpath.dirname(listing) or ".")) for name in images]
@@ -124,8 +131,8 @@ def listed_labels(images, listing, opened):
         if not {type(k) for k in labels} <= {int, str}: raise ValueError("a label is an integer or a string")
         return labels
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f'{listing} is not {{"labels": [[name, class], ...]}} for these images ({e!r}). Correct '
-                        "it, or ignore it with --classes none or --classes folders.")
+        raise UserError(f'{listing} is not {{"labels": [[name, class], ...]}} for these images ({e!r}). '
+                        "Correct it, or ignore it with --classes none or --classes folders.")
 
 
 # === arrays =================================================================================================
@@ -139,58 +146,57 @@ class ArrayUnpickler(pickle.Unpickler):
         raise ValueError(f"{module}.{name} is not run")
 
 
-def open_cifar(path, files):
-    """CIFAR-10's training batches. files: {name: content}"""
-    batches = {k: ArrayUnpickler(io.BytesIO(v), encoding="bytes").load() for k, v in sorted(files.items())}
+def read_cifar(files):
+    """CIFAR-10's training batches, {name: open file} -> {key: array}"""
+    batches = {name: ArrayUnpickler(file, encoding="bytes").load() for name, file in sorted(files.items())}
     names = [name.decode() for name in batches.pop("batches.meta")[b"label_names"]]
     x = np.concatenate([batch[b"data"] for batch in batches.values()]).reshape(-1, 3, 32, 32)
     y = np.concatenate([batch[b"labels"] for batch in batches.values()])
-    return open_arrays(path, {"images": x, "labels": y}, class_names=names)
+    return {"images": x, "labels": y, "class_names": names}
 
 
-def read_idx(path):
+def read_idx(file, name):
     """MNIST's format: two zero bytes, type 8 (uint8), number of dimensions, dimensions, values."""
-    with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as f: data = f.read()
+    data = (gzip.open(file) if name.lower().endswith(".gz") else file).read()
     zeros, kind, dims = struct.unpack(">HBB", data[:4])
-    if (zeros, kind) != (0, 8): raise ValueError(f"{path} is not an idx file of bytes")
+    if (zeros, kind) != (0, 8): raise ValueError(f"{name} is not an idx file of bytes")
     shape = struct.unpack(f">{dims}I", data[4:4 + 4 * dims])
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
-def npz_array(path, key):
-    """An array of an .npz: mapped from the disk if it is uncompressed, else loaded."""
-    with zipfile.ZipFile(path) as z, z.open(f"{key}.npy") as f:
-        member, version = z.getinfo(f"{key}.npy"), np.lib.format.read_magic(f)
-        shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
-        header = f.tell()
-    if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
-        with np.load(path, allow_pickle=False) as arrays: return arrays[key]
-    with open(path, "rb") as f:
-        f.seek(member.header_offset + 26)                  # lengths of the member's name and extra field
-        start = member.header_offset + 30 + sum(struct.unpack("<HH", f.read(4))) + header
-    return np.memmap(path, dtype, "r", start, shape)
-
-
 def npz_arrays(path):
-    """Verify the checksums of an .npz -> {key: array}"""
-    with zipfile.ZipFile(path) as z:
+    """Verify the checksums of an .npz -> {key: array}. Uncompressed arrays are mapped from the disk."""
+    arrays = {}
+    with zipfile.ZipFile(path) as z, open(path, "rb") as raw, np.load(path, allow_pickle=False) as loaded:
         if damaged := z.testzip(): raise ValueError(f"the checksum of {damaged} is wrong")
-        return {name[:-4]: npz_array(path, name[:-4]) for name in z.namelist()}
+        for member in z.infolist():
+            with z.open(member) as f:
+                read_header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")
+                (shape, fortran, dtype), header = read_header(f), f.tell()
+            key = member.filename.removesuffix(".npy")
+            if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
+                arrays[key] = loaded[key]
+                continue
+            raw.seek(member.header_offset + 26)            # lengths of the member's name and extra field
+            start = member.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4))) + header
+            arrays[key] = np.memmap(path, dtype, "r", start, shape)
+    return arrays
 
 
 def choose(flag, wanted, candidates, described):
     """The key `wanted`, or else the only candidate, or the only one for training. None without candidates."""
     train = [key for key in candidates if "train" in key.lower()]
-    if not wanted and len(train) == 1 < len(candidates): print(f"{flag} {train[0]} of {', '.join(candidates)}")
+    if not wanted and len(train) == 1 < len(candidates): print(f"{flag} {train[0]}, of {list(candidates)}")
     candidates = [wanted] if wanted else train or candidates
     if len(candidates) < 2 and set(candidates) <= set(described): return candidates[0] if candidates else None
     without = ", or pass --classes none" if flag == "--labels" else ""
     raise UserError(f"found {described}. Choose with {flag} KEY{without}.")
 
 
-def open_arrays(path, arrays, classes="auto", images=None, labels=None, class_names=()):
-    """Images and labels among named arrays. Images: uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or floats in [0, 1]
-    or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
+def open_arrays(path, arrays, classes="auto", images=None, labels=None):
+    """Images and labels among named arrays. Images: uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or floats in
+    [0, 1] or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
+    class_names = [str(name) for name in arrays.pop("class_names", ())]
     shapes = {key: x.shape for key, x in arrays.items()}
     key = choose("--images", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
     x = arrays[key] if key else np.empty(0)
@@ -198,20 +204,21 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None, class_na
     first = x.ndim == 4 and x.shape[1] in (1, 3)
     latents = x.ndim == 4 and x.dtype.kind == "f" and not last and not first
     if last + first + latents != 1 or not x.size or x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise UserError(f"no images in {key or 'the arrays'}, {x.dtype}, of {shapes}. Store uint8 (N,H,W,C), C = 1 or 3.")
-    fits = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and shapes[k][0] == len(x)]
-    label_key = choose("--labels", labels, fits if classes != "none" else [], shapes)
-    y = arrays[label_key] if label_key else None
-    if y is not None and y.shape[1:] == (1,): y = y[:, 0]
-    if y is not None and (y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2)):
-        raise UserError(f"{label_key}, {y.dtype} {y.shape}, does not hold one class for each of {len(x):,} images. "
-                        "Choose with --labels KEY, or pass --classes none.")
+        found = f"{key} is {x.dtype} {x.shape}" if key else f"no array of {shapes} holds images"
+        raise UserError(f"{found}. Store images as uint8 (N,H,W,C) with C = 1 or 3.")
     scale, offset = (1, 0) if latents or x.dtype == np.uint8 else float_range(x)
     def read(i):
         if latents: return np.asarray(x[i])
         image = x[i] if x.dtype == np.uint8 else np.round(x[i] * scale + offset).astype(np.uint8)
         if first: image = image.transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
+    fits = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and shapes[k][0] == len(x)]
+    label_key = choose("--labels", labels, fits if classes != "none" else [], shapes)
+    y = arrays[label_key] if label_key else None
+    if y is not None and y.shape[1:] == (1,): y = y[:, 0]
+    if y is not None and (y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2)):
+        raise UserError(f"{label_key}, {y.dtype} {y.shape}, does not hold one class for each of {len(x):,} "
+                        "images. Choose with --labels KEY, or pass --classes none.")
     return Source(path, [f"image {i}" for i in range(len(x))], read, y, class_names, latents)
 
 
@@ -221,17 +228,17 @@ def float_range(x):
     low, high = np.min([chunk.min() for chunk in chunks]), np.max([chunk.max() for chunk in chunks])
     if 0 <= low < 0.1 and 0.9 < high <= 1: return 255, 0
     if -1 <= low < -0.9 and 0.9 < high <= 1: return 127.5, 127.5
-    raise UserError(f"float values in [{low:.4g}, {high:.4g}] are not pixels in [0, 1] or [-1, 1]. Store uint8.")
+    raise UserError(f"floats in [{low:.4g}, {high:.4g}] are not pixels in [0, 1] or [-1, 1]. Store uint8.")
 
 
 def open_hub(path, classes, images, labels):
     """hf:NAME[:SPLIT] or hf:FOLDER[:SPLIT]"""
     try: import datasets
-    except ImportError: raise UserError("this needs the package datasets. Run `pip install datasets`.")
+    except ImportError: raise UserError("the package datasets is missing. Run `pip install datasets`.")
     name, _, split = path.removeprefix("hf:").partition(":")
     saved = any(os.path.isfile(f"{name}/{file}.json") for file in ("dataset_dict", "state"))
     data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    if isinstance(data, dict): data = data[split or choose(":SPLIT instead of", None, list(data), list(data))]
+    if isinstance(data, dict): data = data[choose("hf:NAME:SPLIT, SPLIT =", split, list(data), list(data))]
     kinds = {key: type(feature).__name__ for key, feature in data.features.items()}
     images = choose("--images", images, [k for k in kinds if kinds[k] == "Image"], kinds)
     if not images: raise UserError(f"no column of {kinds} holds images. Choose with --images KEY.")
@@ -251,51 +258,36 @@ def open_source(path, classes="auto", images=None, labels=None):
     archive, lower = re.match(r"(?i)(.+?\.zip)(?:/+(.*))?$", path), path.lower()
     try:
         if path.startswith("hf:"): return open_hub(path, classes, images, labels)
-        if archive and os.path.isfile(archive[1]): return open_zip(path, archive[1], archive[2] or "", classes)
-        if not os.path.exists(path): raise UserError("does not exist here. Download it, or correct SOURCE.")
-        if os.path.isdir(path): return open_folder(path, classes)
-        if lower.endswith(".npz"):
-            arrays = npz_arrays(path)
-            names = [str(name) for name in arrays.get("class_names", ())]
-            return open_arrays(path, arrays, classes, images, labels, names)
-        if lower.endswith(".npy"):
+        if lower.endswith(".npz"): return open_arrays(path, npz_arrays(path), classes, images, labels)
+        if images or labels: raise UserError("there are no keys to choose. Remove --images and --labels.")
+        if archive and os.path.isfile(archive[1]):
+            z, start = zipfile.ZipFile(archive[1]), archive[2].rstrip("/") + "/" if archive[2] else ""
+            members = {name.replace("\\", "/"): name for name in z.namelist()}
+            files = {name.removeprefix(start): lambda member=member: io.BytesIO(z.read(member))
+                     for name, member in members.items() if name.startswith(start) and name != start}
+        elif not os.path.exists(path): raise UserError("does not exist here. Download it, or correct SOURCE.")
+        elif os.path.isdir(path):
+            files = {name: lambda name=name: open(Path(path, name), "rb") for name in list_folder(path)}
+        elif lower.endswith(".npy"):
             return open_arrays(path, {"images": np.load(path, mmap_mode="r", allow_pickle=False)})
-        if re.fullmatch(IDX, path):
+        elif "cifar" in lower:
+            tar = tarfile.open(path)
+            files = {m.name: lambda m=m: tar.extractfile(m) for m in tar if m.isfile()}
+        elif re.fullmatch(IDX, path):
             beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
-            return open_arrays(path, {file: read_idx(file) for file in {path, beside} if os.path.isfile(file)}, classes)
-        if "cifar" in lower:
-            with tarfile.open(path) as tar:
-                members = [m for m in tar if re.fullmatch(CIFAR, posixpath.basename(m.name))]
-                return open_cifar(path, {posixpath.basename(m.name): tar.extractfile(m).read() for m in members})
-        raise UserError("is not a folder, .zip, .npz, .npy, CIFAR-10 archive or idx file. Unpack other archives.")
+            files = {name: lambda name=name: open(name, "rb") for name in (path, beside) if os.path.isfile(name)}
+        else: raise UserError("is not a folder, .zip, .npz, .npy, CIFAR-10 archive or idx file. Unpack it.")
+        return open_files(path, files, classes)
     except UserError as e: raise UserError(f"{path}: {e}")
     except Exception as e:                 # damaged files raise anything
         raise UserError(f"{path} cannot be read ({e!r}). Download or create it again.")
 
 
-def open_zip(path, archive, inside, classes):
-    z, start = zipfile.ZipFile(archive), inside.rstrip("/") + "/" if inside else ""
-    members = {name.replace("\\", "/"): name for name in z.namelist()}
-    names = [name.removeprefix(start) for name in members if name.startswith(start) and name != start]
-    return open_files(path, names, lambda name: io.BytesIO(z.read(members[start + name])), classes)
-
-
-def open_folder(path, classes):
-    names = list(list_folder(path))
-    files = {name: os.path.join(path, name) for name in names}
-    cifar = {posixpath.basename(name): file for name, file in files.items()
-             if re.fullmatch(CIFAR, posixpath.basename(name))}
-    idx = {re.sub(r"(?i)\.gz$", "", name): file for name, file in files.items() if re.fullmatch(IDX, name)}
-    if "batches.meta" in cifar: return open_cifar(path, {k: Path(file).read_bytes() for k, file in cifar.items()})
-    if idx: return open_arrays(path, {k: read_idx(file) for k, file in idx.items()}, classes)
-    return open_files(path, names, lambda name: open(files[name], "rb"), classes)
-
-
 # === images =================================================================================================
 
 def in_order(source, convert, workers=1, skip_bad=False):
-    """Yield (i, convert(sample i)) in order, from a pool of threads: Pillow decodes without Python's global lock.
-    A sample that fails raises UserError, or is printed and left out. Print the rate every five seconds."""
+    """Yield (i, convert(sample i)) in order, from a pool of threads: Pillow decodes without Python's lock. A
+    sample that fails raises UserError, or is printed and left out. Print the rate every five seconds."""
     def attempt(i):
         try: return convert(source.read(i))
         except Exception as e:             # image libraries raise anything
@@ -311,20 +303,20 @@ def in_order(source, convert, workers=1, skip_bad=False):
                 if time.time() - shown > 5:
                     shown, rate = time.time(), (i + 1) / (time.time() - begin)
                     left = (len(source) - i - 1) / rate
-                    print(f"{i + 1:,} of {len(source):,}, {rate:,.0f} per second, {left:,.0f} s left", flush=True)
+                    print(f"{i + 1:,} of {len(source):,}, {rate:,.0f} images/s, {left:,.0f} s left", flush=True)
 
 
 def without_bad(source, workers):
     """Decode all samples once -> the Source of those that can be decoded"""
-    decode = np.isnan if source.latents else lambda image: to_pixels(image, None, 3) is None
+    decode = np.isfinite if source.latents else lambda image: to_pixels(image, None, 3) is None
     good = [i for i, _ in in_order(source, decode, workers, skip_bad=True)]
     if not good: raise UserError(f"{source.path}: nothing can be decoded. Give another SOURCE.")
-    labels = None if source.labels is None else [source.labels[i] for i in good]
-    return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]), labels=labels)
+    if source.labels is not None: source = replace(source, labels=[source.labels[i] for i in good])
+    return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]))
 
 
 def survey(source, workers=1):
-    """Read the headers of all images -> {(width, height): name of the first such image}, whether all are grey"""
+    """Read the headers of all images -> {(width, height): name of one such image}, whether all are grey"""
     def header(image):
         turned = image.getexif().get(0x0112, 1) >= 5
         grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
@@ -339,15 +331,15 @@ def survey(source, workers=1):
 def image_batches(source, batch=64, rank=0, world=1):
     """Yield the images of a Source as uint8 arrays (n,H,W,C), as they are: without a crop and in their order.
 
-    C is 1 if all images are grey, else 3. Process `rank` of `world` yields batches rank, rank + world, ..., so that
+    C is 1 if all images are grey, else 3. Process `rank` of `world` yields batches rank, rank + world, ...;
     all processes together yield every image once. n is `batch`, and may be smaller in the last batch.
     Raises UserError for images of two sizes, a damaged image, or latents."""
     if source.latents: raise UserError(f"{source.path} holds latents, not images. Decode them first.")
     sizes, grey = survey(source)
     if len(sizes) > 1:
         (a, first), (b, second) = list(sizes.items())[:2]
-        raise UserError(f"{source.path}: {first} has {a[0]}x{a[1]} pixels, and {second} has {b[0]}x{b[1]}. Use images of "
-                        "one size.")
+        raise UserError(f"{source.path}: {first} has {a[0]}x{a[1]} pixels, and {second} has {b[0]}x{b[1]}. "
+                        "Use images of one size.")
     for start in range(rank * batch, len(source), world * batch):
         part = Source(source.path, source.names[start:start + batch], lambda i: source.read(start + i))
         yield np.stack([x for _, x in in_order(part, lambda image: to_pixels(image, None, 1 if grey else 3))])
@@ -355,9 +347,10 @@ def image_batches(source, batch=64, rank=0, world=1):
 
 def to_pixels(image, size, channels, background="white"):
     """PIL image of any mode -> uint8 (H,W,channels). size: side of ADM's crop, or None to keep the image."""
-    if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))       # JPEG scans
+    if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))    # large JPEG
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"): image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"): raise ValueError(f"pixels of mode {image.mode} have no fixed range")
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, background)
@@ -369,8 +362,8 @@ def to_pixels(image, size, channels, background="white"):
 
 
 def centre_crop(image, size):
-    """ADM's crop: halve with a box filter while twice the size remains, resize the shorter side with a bicubic
-    filter, crop the middle. PIL image -> PIL image of size x size"""
+    """ADM's crop: halve with a box filter while twice the size remains, resize the shorter side with a
+    bicubic filter, crop the middle. PIL image -> PIL image of size x size"""
     while min(image.size) >= 2 * size: image = image.resize([side // 2 for side in image.size], Image.BOX)
     scale = size / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
@@ -384,9 +377,9 @@ def index_labels(source):
     values, names = np.asarray(source.labels), source.class_names
     if values.dtype.kind == "S": values = np.char.decode(values, "utf-8")
     if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
-    if values.dtype.kind not in "buiU" or len(names) and not set(values) <= set(range(len(names))):
-        raise UserError(f"{source.path}: the labels, such as {values[0]} ({values.dtype}), are not classes. Choose with "
-                        "--labels KEY, or pass --classes none.")
+    if values.dtype.kind not in "buiU" or len(names) and not set(values.tolist()) <= set(range(len(names))):
+        raise UserError(f"{source.path}: labels such as {values[values.argmin()] if names else values[0]} "
+                        "are not classes. Choose with --labels KEY, or pass --classes none.")
     unique, y = np.unique(values, return_inverse=True)
     if values.dtype.kind == "U" and all(re.fullmatch(r"\d+", value) for value in unique):
         order = np.argsort([int(value) for value in unique], kind="stable")
@@ -402,8 +395,8 @@ class Autoencoder:
             from diffusers import AutoencoderKL
             self.vae = AutoencoderKL.from_pretrained(path).eval().to(self.device)
         except Exception as e:             # diffusers raises anything
-            raise UserError(f"--vae {path} cannot be loaded ({str(e).strip().splitlines()[0]}). Run `pip install "
-                            "diffusers`, and give a folder or a name such as stabilityai/sd-vae-ft-mse.")
+            raise UserError(f"--vae {path} cannot be loaded ({str(e).strip().splitlines()[0]}). Install diffusers "
+                            "with pip, and give a folder or a name such as stabilityai/sd-vae-ft-mse.")
 
     @torch.no_grad()
     def encode(self, images):
@@ -429,14 +422,13 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
         if encode: x = encode(x)
         with np.errstate(over="ignore"): stored = x.astype(dtype)
         if not np.isfinite(stored).all():
-            raise UserError(f"latents {batch[0][0]} to {batch[-1][0]} are not finite in {dtype}. Pass --fp32, or repair "
-                            "the source.")
+            raise UserError(f"latents {batch[0][0]} to {batch[-1][0]} are not finite in {dtype}. Pass --fp32.")
         totals["largest"] = max(totals["largest"], x.max())
         if C:
             totals["rounding"] = max(totals["rounding"], np.abs(stored - x).max())
             totals["count"] += x[:, 0].size
             totals["sum"] = totals["sum"] + x[:, :C].sum((0, 2, 3), dtype=np.float64)
-            squares = (x.astype(np.float64) ** 2).sum((0, 2, 3))       # of means and, if stored, of deviations
+            squares = (x.astype(np.float64) ** 2).sum((0, 2, 3))       # of the means and of the deviations
             totals["squares"] = totals["squares"] + squares.reshape(-1, C).sum(0)
         yield stored
 
@@ -451,7 +443,8 @@ def write_npz(path, shape, dtype, chunks, finish):
                 np.lib.format.write_array_header_1_0(f, header)
                 for chunk in chunks: f.write(chunk.tobytes())
             for name, array in finish().items():
-                with z.open(f"{name}.npy", "w") as f: np.lib.format.write_array(f, np.array(array), allow_pickle=False)
+                with z.open(f"{name}.npy", "w") as f:
+                    np.lib.format.write_array(f, np.array(array), allow_pickle=False)
     except BaseException:                  # also Ctrl-C
         part.unlink(missing_ok=True)
         raise
@@ -469,11 +462,11 @@ def check(path):
         classes = "no classes"
         if y is not None:
             names = [str(name) for name in arrays.get("class_names", range(y.max() + 1))]
-            if y.shape != x.shape[:1] or y.dtype != np.int64 or not np.array_equal(np.unique(y), range(len(names))):
-                raise ValueError(f"arr_1 is {y.dtype} {y.shape}, {y.min()} to {y.max()}, for {len(names)} class names")
+            if y.shape != x.shape[:1] or y.dtype != np.int64 or set(y.tolist()) != set(range(len(names))):
+                raise ValueError(f"arr_1 is {y.dtype} {y.shape}, {y.min()} to {y.max()}, K = {len(names)}")
             counts = [f"{name} {n:,}" for name, n in zip(names, np.bincount(y))]
             classes = f"{len(names):,} classes: " + ", ".join(counts[:20] + ["..."] * (len(counts) > 20))
-        print(f"{path}: {x.dtype} {x.shape}, {os.path.getsize(path) / 1e6:,.1f} MB, checksums are correct; {classes}")
+        print(f"{path}: {x.dtype} {x.shape}, {os.path.getsize(path):,} bytes, checksums correct\n{classes}")
         print(f"info: {json.loads(str(arrays.get('info', '{}')))}")
         return x, y, names
     except Exception as e:                 # damaged files raise anything
@@ -490,7 +483,7 @@ def contact_sheet(path, x, y, class_names, decode=None):
     else:
         members = [(class_names[k], np.flatnonzero(y == k)) for k in spread(len(class_names), lines)]
         rows = [(name[:40], indices[spread(len(indices), columns)]) for name, indices in members]
-    font = ImageFont.load_default(14)      # a font of Latin letters
+    font = ImageFont.load_default(14)      # has Latin letters only
     rows = [(name.encode("latin1", "replace").decode("latin1"), indices) for name, indices in rows]
     margin = 2 * gap + max(math.ceil(font.getlength(name)) for name, _ in rows)
     side = 128 if decode else min(128, x.shape[1] * max(1, 64 // x.shape[1]))
@@ -513,28 +506,28 @@ def arguments():
     p.add_argument("source", metavar="SOURCE", nargs="?", help="images in any form")
     p.add_argument("--data", metavar="NAME", default="", help=f"one of {', '.join(DATASETS)}, or a new name")
     p.add_argument("--size", type=int, help="side of the images of a custom dataset")
-    p.add_argument("--crop", choices=["center", "none"], help="ADM's centre crop (default), or none: no resizing")
-    p.add_argument("--classes", choices=["auto", "folders", "none"], default="auto", help="where labels come from")
+    p.add_argument("--crop", choices=["center", "none"], help="center (default): as ADM; none: no resizing")
+    p.add_argument("--classes", choices=["auto", "folders", "none"], default="auto", help="where labels are")
     p.add_argument("--images", metavar="KEY", help="array of an .npz, or column of a Hugging Face dataset")
     p.add_argument("--labels", metavar="KEY", help="the same for labels")
     p.add_argument("--grey", action="store_true", help="convert colour images to one channel")
     p.add_argument("--background", default="white", metavar="COLOR", help="colour behind transparent pixels")
     p.add_argument("--flip", action="store_true", help="add a mirrored copy of every image")
-    p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) that encodes images, and draws latents")
+    p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) that encodes images or draws latents")
     p.add_argument("--pixel-range", type=int, nargs=2, metavar=("LOW", "HIGH"),
-                   help="pixels that the autoencoder of a custom dataset expects: 0 1 as EDM2, or -1 1 as SiT")
+                   help="pixels of the autoencoder of a custom dataset: 0 1 as EDM2, or -1 1 as SiT")
     p.add_argument("--fp32", action="store_true", help="store latents in fp32, not in fp16")
-    p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be decoded (decodes twice)")
+    p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be decoded (slower)")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="threads that decode images")
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
     p.add_argument("--check", metavar="FILE", help="verify a prepared .npz and print what it contains")
     args = p.parse_args()
     if args.check: return args
     if not args.source or not re.fullmatch(r"(?!.*\.npz$)\w[\w.-]*", args.data):
-        raise UserError(f"SOURCE '{args.source or ''}' --data '{args.data}' is incomplete, or NAME is not plain. Give both, "
-                        "and a NAME without folder and suffix: prepare_data.py photos/ --data photos.")
+        raise UserError(f"SOURCE is '{args.source or ''}' and NAME is '{args.data}'. Give both, and a NAME "
+                        "without folder and suffix: prepare_data.py photos/ --data photos.")
     try: ImageColor.getrgb(args.background)
-    except ValueError: raise UserError(f"--background {args.background} is not a colour. Use a name, or #rrggbb.")
+    except ValueError: raise UserError(f"--background {args.background} is not a colour. Use #rrggbb.")
     if args.workers < 1: raise UserError(f"--workers is {args.workers}. Use 1 or more.")
     return args
 
@@ -543,20 +536,20 @@ def check_flags(args, row, source):
     """Refuse flags that have no effect, and a source that does not fit the dataset."""
     latents, K = source.latents or args.vae, 0 if source.labels is None else len(set(source.labels))
     for flags, reason in [("size crop grey pixel_range", row and f"with --data {args.data}, which fixes it"),
-                          ("fp32 pixel_range", not latents and "on pixels"), ("grey", latents and "on latents"),
-                          ("size crop flip", source.latents and "on latents"),
-                          ("images labels", source.skipped and "on files")]:
+                          ("fp32 pixel_range", not latents and "on pixels"),
+                          ("grey", latents and "on latents"), ("size crop flip", source.latents and "on latents")]:
         for flag in flags.split():
             if reason and getattr(args, flag):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
     if row and bool(latents) != ("latents" in row):
-        raise UserError(f"{args.data} holds {'latents' if 'latents' in row else 'pixels'}, unlike the images that would be "
-                        "stored. Encode images with --vae PATH, or choose another NAME.")
+        raise UserError(f"{args.data} holds {'latents' if 'latents' in row else 'pixels'}, unlike this source. "
+                        "Encode images with --vae PATH, or choose another NAME.")
     if row and row["classes"] not in (0, K):
-        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {row['classes']:,}. Choose another NAME.")
+        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {row['classes']:,}. Choose "
+                        "another NAME for a custom dataset.")
     if latents and not row and args.pixel_range not in ([0, 1], [-1, 1]):
-        raise UserError("Latents need the pixel range of their autoencoder. Pass --pixel-range 0 1 (as EDM2) or "
-                        "--pixel-range -1 1 (as SiT).")
+        raise UserError("Latents need the pixel range of their autoencoder. Pass --pixel-range 0 1 (as EDM2) "
+                        "or --pixel-range -1 1 (as SiT).")
 
 
 def image_shape(args, row, source):
@@ -568,62 +561,71 @@ def image_shape(args, row, source):
     size = args.size or shortest
     if size < 1 or size % multiple or set(sizes) != {(size, size)} and (args.crop == "none" or not args.size):
         usable = max(multiple, min(64, 2 ** int(math.log2(shortest))))
-        raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and {min(heights)} to "
-                        f"{max(heights)} high, and --size is {args.size}. Squares with a side divisible by {multiple} are "
-                        f"needed. Crop and resize the images with --size {usable}, or another such number.")
+        flag = f", and --size is {args.size}" if args.size else ""
+        raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and "
+                        f"{min(heights)} to {max(heights)} high{flag}. Squares with a side divisible by "
+                        f"{multiple} are needed. Crop and resize with --size {usable}, or another such number.")
     if shortest < size: print(f"images smaller than {size} pixels are enlarged")
     return size, 1 if args.grey or grey and not args.vae else 3
+
+
+def latent_shape(source):
+    """-> shape of the latents (C,H,W) or (2C,H,W), number of channels C"""
+    z = source.read(0)
+    if z.ndim != 3 or z.dtype.kind != "f":
+        raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W).")
+    half = len(z) // 2
+    moments = len(z) == 2 * half and (z[half:] > 0).all()              # standard deviations are positive
+    return z.shape, half if moments else len(z)
 
 
 def main():
     args = arguments()
     if args.check: return check(args.check)
     row, out = DATASETS.get(args.data), Path("data", f"{args.data}.npz")
-    if out.exists() and not args.overwrite: raise UserError(f"{out} exists. Choose another NAME, or pass --overwrite.")
+    if out.exists() and not args.overwrite: raise UserError(f"{out} exists. Pass --overwrite or another NAME.")
     warnings.filterwarnings("ignore", module="PIL")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)          # removes the temporary file, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # also removes the temporary file
     source = open_source(args.source, args.classes, args.images, args.labels)
     if args.skip_bad: source = without_bad(source, args.workers)
-    print(f"{args.source}: {len(source):,} {'latents' if source.latents else 'images'}; other files: {source.skipped}",
-          flush=True)
+    kind = "latents" if source.latents else "images"
+    print(f"{args.source}: {len(source):,} {kind}; other files: {source.skipped}", flush=True)
     check_flags(args, row, source)
     if row and not row["classes"] and source.labels is not None:
         source.labels = print(f"{args.data} has no classes; the labels are left out")
     y, class_names = (None, None) if source.labels is None else index_labels(source)
 
+    # what is stored: pixels (C is None), or latents of C channels
     pixel_range = row["latents"]["pixel_range"] if row and "latents" in row else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
     encode, C = autoencoder.encode if args.vae and not source.latents else None, None
-    info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source), "skipped": source.skipped}
+    info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source),
+            "skipped": source.skipped}
     if source.latents:
-        z = source.read(0)
-        if z.ndim != 3 or z.dtype.kind != "f":
-            raise UserError(f"{args.source}: {source.names[0]} is {z.dtype} {z.shape}. Latents are floats (C,H,W).")
-        shape, half = z.shape, len(z) // 2
-        C = half if len(z) == 2 * half and (z[half:] > 0).all() else len(z)            # deviations are positive
+        shape, C = latent_shape(source)
         convert = lambda z: np.broadcast_to(z, shape)
     else:
         size, channels = image_shape(args, row, source)
         info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
         convert = lambda image: to_pixels(image, size, channels, args.background)
-        shape = (size, size, channels)
-        if encode:
-            shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
-            C = shape[0] // 2
+        shape = size, size, channels
+    if encode:
+        shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
+        C = shape[0] // 2
     if row and C and (C, *shape[1:]) != tuple(row["shape"]):
-        raise UserError(f"{args.source}: these latents have the shape {(C, *shape[1:])}, and {args.data} needs "
-                        f"{row['shape']}. Choose another NAME.")
-
+        raise UserError(f"{args.source}: the latents are {(C, *shape[1:])}, and {args.data} needs {row['shape']}. "
+                        "Choose another NAME.")
     dtype = np.dtype(np.uint8 if not C else np.float32 if args.fp32 else np.float16)
     full_shape = len(source) * (1 + args.flip), *shape
+    if out.parent.is_file(): raise UserError(f"{out.parent} is a file. Rename it; a folder is needed.")
     out.parent.mkdir(exist_ok=True)
-    needed, free = math.prod(full_shape) * dtype.itemsize / 1e9, shutil.disk_usage(out.parent).free / 1e9
-    if needed > free: raise UserError(f"{out} needs {needed:,.1f} GB, and {free:,.1f} GB are free. Free some space.")
+    needed, free = math.prod(full_shape) * dtype.itemsize, shutil.disk_usage(out.parent).free
+    if needed > free: raise UserError(f"{out} needs {needed:,} bytes; {free:,} are free. Free some space.")
+
     totals = defaultdict(float)
-    samples = in_order(source, convert, args.workers)
     def finish():
         if not C and totals["largest"] < 32:
-            raise UserError(f"{args.source}: the largest pixel value is {totals['largest']}, so that all images are "
+            raise UserError(f"{args.source}: no pixel is larger than {totals['largest']}, so that all images are "
                             "nearly black. Scale the pixels to 0..255.")
         if C:
             mean = totals["sum"] / totals["count"]
@@ -633,9 +635,10 @@ def main():
             print(f"largest rounding error of a latent: {totals['rounding']:.2g}")
         arrays = {} if y is None else {"arr_1": np.repeat(y, 1 + args.flip), "class_names": class_names}
         return arrays | {"info": json.dumps(info)}
+    samples = in_order(source, convert, args.workers)
     write_npz(out, full_shape, dtype, stored_chunks(samples, args.flip, encode, C, dtype, totals), finish)
     prepared = check(out)
-    if C and not args.vae: return print("There is no contact sheet: latents are decoded only with --vae PATH.")
+    if C and not args.vae: return print("There is no contact sheet: pass --vae PATH to decode latents.")
     contact_sheet(out.with_suffix(".png"), *prepared, C and (lambda z: autoencoder.decode(z[:, :C])))
 
 

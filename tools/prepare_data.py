@@ -85,8 +85,8 @@ def open_files(path, files, classes):
     skipped = {suffix or "no suffix": len(names) for suffix, names in kinds.items()}
     if len(files) > len(visible): skipped["hidden"] = len(files) - len(visible)
     if bool(images) == bool(latents):
-        raise UserError(f"found {len(images):,} images, {len(latents):,} latents (.npy), other: {skipped}. Give "
-                        "either images or latents. Unpack archives, and convert other formats to PNG.")
+        raise UserError(f"found {len(images):,} images, {len(latents):,} latents (.npy), other: {skipped}. "
+                        "Give either images or latents. Unpack archives, and convert other formats to PNG.")
     names = images or latents
     labels = None if classes == "none" else file_labels(path, names, visible, kinds, files, classes)
     def read(i):
@@ -186,11 +186,12 @@ def npz_arrays(path):
 def choose(flag, wanted, candidates, described):
     """The key `wanted`, or else the only candidate, or the only one for training. None without candidates."""
     train = [key for key in candidates if "train" in key.lower()]
-    if not wanted and len(train) == 1 < len(candidates): print(f"{flag} {train[0]}, of {list(candidates)}")
+    if not wanted and len(train) == 1 < len(candidates):
+        print(f"using {train[0]} of {', '.join(candidates)}; {flag} chooses another")
     candidates = [wanted] if wanted else train or candidates
     if len(candidates) < 2 and set(candidates) <= set(described): return candidates[0] if candidates else None
-    without = ", or pass --classes none" if flag == "--labels" else ""
-    raise UserError(f"found {described}. Choose with {flag} KEY{without}.")
+    without = ", or pass --classes none" if "--labels" in flag else ""
+    raise UserError(f"found {described}. Choose with {flag}{without}.")
 
 
 def open_arrays(path, arrays, classes="auto", images=None, labels=None):
@@ -198,7 +199,7 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     [0, 1] or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
     class_names = [str(name) for name in arrays.pop("class_names", ())]
     shapes = {key: x.shape for key, x in arrays.items()}
-    key = choose("--images", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
+    key = choose("--images KEY", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
     x = arrays[key] if key else np.empty(0)
     last = x.ndim == 3 or x.ndim == 4 and x.shape[3] in ((1, 3, 4) if x.dtype == np.uint8 else (1, 3))
     first = x.ndim == 4 and x.shape[1] in (1, 3)
@@ -213,7 +214,7 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
         if first: image = image.transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
     fits = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and shapes[k][0] == len(x)]
-    label_key = choose("--labels", labels, fits if classes != "none" else [], shapes)
+    label_key = choose("--labels KEY", labels, fits if classes != "none" else [], shapes)
     y = arrays[label_key] if label_key else None
     if y is not None and y.shape[1:] == (1,): y = y[:, 0]
     if y is not None and (y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2)):
@@ -238,12 +239,12 @@ def open_hub(path, classes, images, labels):
     name, _, split = path.removeprefix("hf:").partition(":")
     saved = any(os.path.isfile(f"{name}/{file}.json") for file in ("dataset_dict", "state"))
     data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    if isinstance(data, dict): data = data[choose("hf:NAME:SPLIT, SPLIT =", split, list(data), list(data))]
+    if isinstance(data, dict): data = data[choose("hf:NAME:SPLIT", split, list(data), list(data))]
     kinds = {key: type(feature).__name__ for key, feature in data.features.items()}
-    images = choose("--images", images, [k for k in kinds if kinds[k] == "Image"], kinds)
+    images = choose("--images KEY", images, [k for k in kinds if kinds[k] == "Image"], kinds)
     if not images: raise UserError(f"no column of {kinds} holds images. Choose with --images KEY.")
     candidates = [k for k in kinds if kinds[k] == "ClassLabel" and classes != "none"]
-    labels = choose("--labels", labels, candidates, kinds)
+    labels = choose("--labels KEY", labels, candidates, kinds)
     return Source(path, [f"image {i}" for i in range(len(data))], lambda i: data[i][images],
                   list(data[labels]) if labels else None, getattr(data.features.get(labels), "names", ()))
 
@@ -275,7 +276,8 @@ def open_source(path, classes="auto", images=None, labels=None):
             files = {m.name: lambda m=m: tar.extractfile(m) for m in tar if m.isfile()}
         elif re.fullmatch(IDX, path):
             beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
-            files = {name: lambda name=name: open(name, "rb") for name in (path, beside) if os.path.isfile(name)}
+            existing = [name for name in {path, beside} if os.path.isfile(name)]
+            files = {name: lambda name=name: open(name, "rb") for name in existing}
         else: raise UserError("is not a folder, .zip, .npz, .npy, CIFAR-10 archive or idx file. Unpack it.")
         return open_files(path, files, classes)
     except UserError as e: raise UserError(f"{path}: {e}")
@@ -302,8 +304,8 @@ def in_order(source, convert, workers=1, skip_bad=False):
                 else: raise UserError(f"{result} Remove it, or pass --skip-bad.")
                 if time.time() - shown > 5:
                     shown, rate = time.time(), (i + 1) / (time.time() - begin)
-                    left = (len(source) - i - 1) / rate
-                    print(f"{i + 1:,} of {len(source):,}, {rate:,.0f} images/s, {left:,.0f} s left", flush=True)
+                    print(f"{i + 1:,} of {len(source):,}, {rate:,.0f} images/s, "
+                          f"{(len(source) - i - 1) / rate:,.0f} s left", flush=True)
 
 
 def without_bad(source, workers):
@@ -395,8 +397,9 @@ class Autoencoder:
             from diffusers import AutoencoderKL
             self.vae = AutoencoderKL.from_pretrained(path).eval().to(self.device)
         except Exception as e:             # diffusers raises anything
-            raise UserError(f"--vae {path} cannot be loaded ({str(e).strip().splitlines()[0]}). Install diffusers "
-                            "with pip, and give a folder or a name such as stabilityai/sd-vae-ft-mse.")
+            reason = (str(e).strip() or repr(e)).splitlines()[0]
+            raise UserError(f"--vae {path} cannot be loaded ({reason}). Run `pip install diffusers`, and "
+                            "give a folder or a name such as stabilityai/sd-vae-ft-mse.")
 
     @torch.no_grad()
     def encode(self, images):
@@ -422,7 +425,7 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
         if encode: x = encode(x)
         with np.errstate(over="ignore"): stored = x.astype(dtype)
         if not np.isfinite(stored).all():
-            raise UserError(f"latents {batch[0][0]} to {batch[-1][0]} are not finite in {dtype}. Pass --fp32.")
+            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. Pass --fp32.")
         totals["largest"] = max(totals["largest"], x.max())
         if C:
             totals["rounding"] = max(totals["rounding"], np.abs(stored - x).max())
@@ -474,21 +477,24 @@ def check(path):
 
 
 def contact_sheet(path, x, y, class_names, decode=None):
-    """A line of images for each of at most 20 classes. Without classes: images in equal distances."""
-    lines, columns, gap = (6, 4, 4) if decode else (20, 10, 4)
+    """Draw a line of images for each of at most 20 classes. Without classes: images in equal distances."""
+    height, width, gap = (6, 4, 4) if decode else (20, 10, 4)
     spread = lambda n, count: np.unique(np.linspace(0, n - 1, count).astype(int))
     if y is None:
-        chosen = spread(len(x), lines * columns)
-        rows = [("", chosen[i:i + columns]) for i in range(0, len(chosen), columns)]
+        chosen = spread(len(x), height * width)
+        lines = [("", chosen[i:i + width]) for i in range(0, len(chosen), width)]
     else:
-        members = [(class_names[k], np.flatnonzero(y == k)) for k in spread(len(class_names), lines)]
-        rows = [(name[:40], indices[spread(len(indices), columns)]) for name, indices in members]
-    font = ImageFont.load_default(14)      # has Latin letters only
-    rows = [(name.encode("latin1", "replace").decode("latin1"), indices) for name, indices in rows]
-    margin = 2 * gap + max(math.ceil(font.getlength(name)) for name, _ in rows)
+        lines = []
+        for k in spread(len(class_names), height):
+            name, members = class_names[k], np.flatnonzero(y == k)
+            if max(name) > "\xff": name = f"class {k}"     # the font has Latin letters only
+            if len(name) > 40: name = name[:37] + "..."
+            lines.append((name, members[spread(len(members), width)]))
+    font = ImageFont.load_default(14)
+    margin = 2 * gap + max(math.ceil(font.getlength(name)) for name, _ in lines)
     side = 128 if decode else min(128, x.shape[1] * max(1, 64 // x.shape[1]))
-    sheet = Image.new("RGB", (margin + columns * (side + gap), gap + len(rows) * (side + gap)), "white")
-    for r, (name, indices) in enumerate(rows):
+    sheet = Image.new("RGB", (margin + width * (side + gap), gap + len(lines) * (side + gap)), "white")
+    for r, (name, indices) in enumerate(lines):
         ImageDraw.Draw(sheet).text((gap, r * (side + gap) + side // 2 - 6), name, "black", font)
         images = np.stack([x[i] for i in indices])
         for c, image in enumerate(decode(images) if decode else images):
@@ -513,7 +519,7 @@ def arguments():
     p.add_argument("--grey", action="store_true", help="convert colour images to one channel")
     p.add_argument("--background", default="white", metavar="COLOR", help="colour behind transparent pixels")
     p.add_argument("--flip", action="store_true", help="add a mirrored copy of every image")
-    p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) that encodes images or draws latents")
+    p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers), to encode images or draw latents")
     p.add_argument("--pixel-range", type=int, nargs=2, metavar=("LOW", "HIGH"),
                    help="pixels of the autoencoder of a custom dataset: 0 1 as EDM2, or -1 1 as SiT")
     p.add_argument("--fp32", action="store_true", help="store latents in fp32, not in fp16")
@@ -532,29 +538,33 @@ def arguments():
     return args
 
 
-def check_flags(args, row, source):
+def check_flags(args, config, source):
     """Refuse flags that have no effect, and a source that does not fit the dataset."""
     latents, K = source.latents or args.vae, 0 if source.labels is None else len(set(source.labels))
-    for flags, reason in [("size crop grey pixel_range", row and f"with --data {args.data}, which fixes it"),
+    for flags, reason in [("size crop grey pixel_range", config and f"with --data {args.data}"),
                           ("fp32 pixel_range", not latents and "on pixels"),
-                          ("grey", latents and "on latents"), ("size crop flip", source.latents and "on latents")]:
+                          ("grey", latents and "on latents"),
+                          ("size crop flip", source.latents and "on latents")]:
         for flag in flags.split():
             if reason and getattr(args, flag):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
-    if row and bool(latents) != ("latents" in row):
-        raise UserError(f"{args.data} holds {'latents' if 'latents' in row else 'pixels'}, unlike this source. "
-                        "Encode images with --vae PATH, or choose another NAME.")
-    if row and row["classes"] not in (0, K):
-        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {row['classes']:,}. Choose "
+    if config and bool(latents) != ("latents" in config):
+        expected = "latents" if "latents" in config else "pixels"
+        raise UserError(f"{args.data} is a dataset of {expected}, unlike what would be stored. Encode images "
+                        "with --vae PATH, or choose another NAME.")
+    if config and config["classes"] not in (0, K):
+        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Choose "
                         "another NAME for a custom dataset.")
-    if latents and not row and args.pixel_range not in ([0, 1], [-1, 1]):
+    if latents and not config and args.pixel_range not in ([0, 1], [-1, 1]):
         raise UserError("Latents need the pixel range of their autoencoder. Pass --pixel-range 0 1 (as EDM2) "
                         "or --pixel-range -1 1 (as SiT).")
 
 
-def image_shape(args, row, source):
+def image_shape(args, config, source):
     """-> side and number of channels of the images that are stored or encoded"""
-    if row: return (8 * row["shape"][1], 3) if "latents" in row else (row["shape"][1], row["shape"][0])
+    if config:
+        channels, side, _ = config["shape"]
+        return (8 * side, 3) if "latents" in config else (side, channels)
     sizes, grey = survey(source, args.workers)
     widths, heights = zip(*sizes)
     shortest, multiple = min(widths + heights), 32 if args.vae else 4
@@ -564,7 +574,7 @@ def image_shape(args, row, source):
         flag = f", and --size is {args.size}" if args.size else ""
         raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and "
                         f"{min(heights)} to {max(heights)} high{flag}. Squares with a side divisible by "
-                        f"{multiple} are needed. Crop and resize with --size {usable}, or another such number.")
+                        f"{multiple} are needed. Crop and resize with --size, such as --size {usable}.")
     if shortest < size: print(f"images smaller than {size} pixels are enlarged")
     return size, 1 if args.grey or grey and not args.vae else 3
 
@@ -582,39 +592,40 @@ def latent_shape(source):
 def main():
     args = arguments()
     if args.check: return check(args.check)
-    row, out = DATASETS.get(args.data), Path("data", f"{args.data}.npz")
-    if out.exists() and not args.overwrite: raise UserError(f"{out} exists. Pass --overwrite or another NAME.")
+    config, out = DATASETS.get(args.data), Path("data", f"{args.data}.npz")
+    if out.exists() and not args.overwrite: raise UserError(f"{out} exists. Pass --overwrite to replace it.")
     warnings.filterwarnings("ignore", module="PIL")
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # also removes the temporary file
     source = open_source(args.source, args.classes, args.images, args.labels)
     if args.skip_bad: source = without_bad(source, args.workers)
     kind = "latents" if source.latents else "images"
     print(f"{args.source}: {len(source):,} {kind}; other files: {source.skipped}", flush=True)
-    check_flags(args, row, source)
-    if row and not row["classes"] and source.labels is not None:
-        source.labels = print(f"{args.data} has no classes; the labels are left out")
+    shape, C = latent_shape(source) if source.latents else (None, None)
+    check_flags(args, config, source)
+    if config and not config["classes"] and source.labels is not None:
+        print(f"{args.data} has no classes; the labels are left out")
+        source.labels = None
     y, class_names = (None, None) if source.labels is None else index_labels(source)
 
     # what is stored: pixels (C is None), or latents of C channels
-    pixel_range = row["latents"]["pixel_range"] if row and "latents" in row else args.pixel_range
+    pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
-    encode, C = autoencoder.encode if args.vae and not source.latents else None, None
+    encode = autoencoder.encode if args.vae and not source.latents else None
     info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source),
             "skipped": source.skipped}
-    if source.latents:
-        shape, C = latent_shape(source)
-        convert = lambda z: np.broadcast_to(z, shape)
-    else:
-        size, channels = image_shape(args, row, source)
+    convert = lambda z: np.broadcast_to(z, shape)
+    if not source.latents:
+        size, channels = image_shape(args, config, source)
         info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
         convert = lambda image: to_pixels(image, size, channels, args.background)
         shape = size, size, channels
     if encode:
+        info["encoder"] = args.vae
         shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
         C = shape[0] // 2
-    if row and C and (C, *shape[1:]) != tuple(row["shape"]):
-        raise UserError(f"{args.source}: the latents are {(C, *shape[1:])}, and {args.data} needs {row['shape']}. "
-                        "Choose another NAME.")
+    if config and C and (C, *shape[1:]) != tuple(config["shape"]):
+        raise UserError(f"{args.source}: the latents are {(C, *shape[1:])}, and {args.data} needs "
+                        f"{config['shape']}. Choose another NAME.")
     dtype = np.dtype(np.uint8 if not C else np.float32 if args.fp32 else np.float16)
     full_shape = len(source) * (1 + args.flip), *shape
     if out.parent.is_file(): raise UserError(f"{out.parent} is a file. Rename it; a folder is needed.")
@@ -625,18 +636,19 @@ def main():
     totals = defaultdict(float)
     def finish():
         if not C and totals["largest"] < 32:
-            raise UserError(f"{args.source}: no pixel is larger than {totals['largest']}, so that all images are "
-                            "nearly black. Scale the pixels to 0..255.")
+            raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
+                            "them to 0..255.")
         if C:
             mean = totals["sum"] / totals["count"]
             scale = 0.5 / np.sqrt(totals["squares"] / totals["count"] - mean ** 2)
             measured = {"mean": mean.tolist(), "scale": scale.tolist(), "pixel_range": pixel_range}
-            info["latents"] = {"vae": args.vae} | (row["latents"] if row else measured)
+            info["latents"] = {"vae": args.vae} | (config["latents"] if config else measured)
             print(f"largest rounding error of a latent: {totals['rounding']:.2g}")
         arrays = {} if y is None else {"arr_1": np.repeat(y, 1 + args.flip), "class_names": class_names}
         return arrays | {"info": json.dumps(info)}
-    samples = in_order(source, convert, args.workers)
+    samples, begin = in_order(source, convert, args.workers), time.time()
     write_npz(out, full_shape, dtype, stored_chunks(samples, args.flip, encode, C, dtype, totals), finish)
+    print(f"{len(source):,} {kind} in {time.time() - begin:,.1f} s")
     prepared = check(out)
     if C and not args.vae: return print("There is no contact sheet: pass --vae PATH to decode latents.")
     contact_sheet(out.with_suffix(".png"), *prepared, C and (lambda z: autoencoder.decode(z[:, :C])))

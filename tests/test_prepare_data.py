@@ -1,0 +1,489 @@
+"""tools/prepare_data.py: sources of every kind give the pixels and labels that were put in. Bad input is
+refused in one line and leaves no file."""
+import contextlib, gzip, io, json, os, pickle, stat, struct, sys, tarfile, tracemalloc, types, zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import model, prepare_data
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+LABELS = np.arange(12) % 3
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """prepare("folder", "--size", 8) -> code, out, err, and the arrays of data/n.npz after success"""
+    monkeypatch.chdir(tmp_path)
+    def call(*args):
+        args = [str(arg) for arg in args]
+        if not {"--data", "--check"} & set(args): args += ["--data", "n"]
+        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *args])
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try: model.run(prepare_data.main)
+            except SystemExit as e: code = e.code
+        arrays = {}
+        if code == 0 and "--check" not in args:
+            name = args[args.index("--data") + 1]
+            with np.load(f"data/{name}.npz", allow_pickle=False) as z: arrays = dict(z)
+            arrays["info"] = json.loads(str(arrays["info"]))
+        return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), **arrays)
+    return call
+
+
+def refused(done, *words):
+    """One line with all these words, exit code 2, no output file"""
+    assert done.code == 2 and len(done.err.strip().splitlines()) == 1, done.err
+    assert all(word in done.err for word in words), done.err
+    assert not list(Path("data").glob("*")) if Path("data").exists() else True
+
+
+def save(path, image, **options):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(path, **options)
+
+
+def class_tree(root="photos", names=("cat", "dog", "emu")):
+    for i, x in enumerate(PIXELS): save(f"{root}/{names[LABELS[i]]}/{i:02d}.png", x)
+    return root
+
+
+def png(x):
+    file = io.BytesIO()
+    Image.fromarray(x).save(file, "PNG")
+    return file.getvalue()
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+def test_class_folders_and_their_zip_are_the_same(prepare):
+    class_tree("wrap/photos")
+    for junk in ("._00.png", ".DS_Store", "Thumbs.db"): Path("wrap/photos/cat", junk).write_bytes(b"junk")
+    os.makedirs("wrap/photos/empty class")
+    os.makedirs("wrap/photos/.ipynb_checkpoints")
+    save("wrap/photos/.ipynb_checkpoints/00.png", PIXELS[0])
+    os.symlink("..", "wrap/photos/cat/cycle")
+    os.symlink("../cat/00.png", "wrap/photos/dog/99.png")
+    Path("wrap/photos/README.txt").write_text("not a table")
+    with zipfile.ZipFile("photos.zip", "w") as z:
+        for folder, _, files in os.walk("wrap"):
+            for name in files: z.write(f"{folder}/{name}")
+    folder, zipped = prepare("wrap", "--data", "a"), prepare("photos.zip", "--data", "b", "--workers", 3)
+    assert folder.code == zipped.code == 0, folder.err + zipped.err
+    for key in ("arr_0", "arr_1", "class_names"):
+        assert np.array_equal(getattr(folder, key), getattr(zipped, key))
+    assert folder.class_names.tolist() == ["cat", "dog", "emu"] and folder.arr_1.dtype == np.int64
+    order = [*np.flatnonzero(LABELS == 0), *np.flatnonzero(LABELS == 1), 0, *np.flatnonzero(LABELS == 2)]
+    assert np.array_equal(folder.arr_0, PIXELS[order])
+    assert "empty class" in folder.out and "cat 4, dog 5, emu 4" in folder.out
+    assert folder.info["skipped"] == zipped.info["skipped"] | {"hidden": folder.info["skipped"]["hidden"]}
+    assert folder.info["skipped"][".txt"] == 1
+    sheet = Image.open("data/a.png")
+    assert sheet.height > 3 * 64 and np.asarray(sheet)[:, -2:].min() == 255               # nothing is clipped
+
+
+def test_edm_zip_at_any_depth(prepare):
+    for wrap, labels in ("", LABELS), ("a/b/", LABELS), ("", None):
+        with zipfile.ZipFile("edm.zip", "w") as z:
+            names = [f"00000/img{i:08d}.png" for i in range(12)]
+            for name, x in zip(names, PIXELS): z.writestr(wrap + name, png(x))
+            listed = None
+            if labels is not None: listed = [[name, 7 * int(k)] for name, k in zip(names, labels)][::-1]
+            z.writestr(f"{wrap}dataset.json", json.dumps({"labels": listed}))
+        done = prepare("edm.zip", "--overwrite")
+        assert done.code == 0 and np.array_equal(done.arr_0, PIXELS), done.err
+        if listed is None: assert not hasattr(done, "arr_1") and "no classes" in done.out
+        else: assert np.array_equal(done.arr_1, LABELS) and done.class_names.tolist() == ["0", "7", "14"]
+
+
+def test_part_of_a_zip_and_windows_separators(prepare):
+    with zipfile.ZipFile("all.zip", "w") as z:
+        for i, x in enumerate(PIXELS):
+            for part in ("train", "val"):
+                info = zipfile.ZipInfo()
+                info.filename = f"set\\{part}\\{'ab'[i % 2]}\\{i:02d}.png"
+                z.writestr(info, png(x))
+    refused(prepare("all.zip"), "train, val", "--classes none", "all.zip/set/train")
+    assert prepare("all.zip/set/train/").arr_0.shape == (12, 16, 16, 3)
+    assert prepare("all.zip", "--classes", "folders", "--data", "f").class_names.tolist() == ["train", "val"]
+
+
+def cifar_folder(folder="cifar-10-batches-py"):
+    os.makedirs(folder)
+    x = PIXELS.repeat(2, 1).repeat(2, 2).transpose(0, 3, 1, 2).reshape(12, -1)
+    batches = {f"data_batch_{i}": {b"data": x[i::2], b"labels": LABELS[i::2].tolist()} for i in (0, 1)}
+    batches["test_batch"] = batches["data_batch_0"]
+    batches["batches.meta"] = {b"label_names": [b"cat", b"dog", b"emu"]}
+    for name, batch in batches.items(): Path(folder, name).write_bytes(pickle.dumps(batch, protocol=2))
+    return folder
+
+
+def test_cifar_archive_runs_no_code(prepare):
+    folder = cifar_folder()
+    with tarfile.open("cifar-10-python.tar.gz", "w:gz") as tar: tar.add(folder)
+    for source in (folder, "cifar-10-python.tar.gz", "."):
+        done = prepare(source, "--overwrite")
+        assert done.code == 0 and done.arr_0.shape == (12, 32, 32, 3), done.err
+        assert np.array_equal(done.arr_0[:, ::2, ::2], np.concatenate([PIXELS[::2], PIXELS[1::2]]))
+        assert np.array_equal(done.arr_1, np.concatenate([LABELS[::2], LABELS[1::2]]))
+    assert not hasattr(prepare(folder, "--data", "cifar10"), "arr_1")              # a dataset without classes
+    class Evil:
+        def __reduce__(self): return os.mkdir, ("evil",)
+    Path(folder, "data_batch_1").write_bytes(pickle.dumps(Evil()))
+    done = prepare(folder, "--overwrite")
+    assert done.code == 2 and "mkdir" in done.err and not Path("evil").exists()
+
+
+def test_mnist_files(prepare):
+    def write(path, x):
+        with (gzip.open if path.endswith("gz") else open)(path, "wb") as f:
+            f.write(struct.pack(f">HBB{x.ndim}I", 0, 8, x.ndim, *x.shape) + x.astype(np.uint8).tobytes())
+    os.makedirs("raw")
+    write("raw/train-images-idx3-ubyte.gz", PIXELS[..., 0])
+    write("raw/train-labels-idx1-ubyte.gz", LABELS)
+    write("raw/t10k-images.idx3-ubyte", PIXELS[:5, ..., 1])
+    write("raw/t10k-labels.idx1-ubyte", LABELS[:5])
+    done = prepare("raw")
+    assert "train-images" in done.out and (done.arr_1 == LABELS).all()
+    assert np.array_equal(done.arr_0, PIXELS[..., :1])
+    done = prepare("raw/t10k-images.idx3-ubyte", "--overwrite")
+    assert np.array_equal(done.arr_0, PIXELS[:5, ..., 1:2]) and (done.arr_1 == LABELS[:5]).all()
+
+
+UNIT = (PIXELS / 255).astype("f")
+
+@pytest.mark.parametrize("arrays, flags", [
+    ({"arr_0": PIXELS, "arr_1": LABELS}, []),
+    ({"x": PIXELS.transpose(0, 3, 1, 2), "y": LABELS[:, None]}, []),
+    ({"x_train": PIXELS, "x_test": PIXELS[:3], "y_train": LABELS, "y_test": LABELS[:3]}, []),
+    ({"x": PIXELS, "fine": LABELS, "coarse": LABELS // 2}, ["--labels", "fine"]),
+    ({"a": PIXELS, "b": PIXELS[::-1], "y": LABELS.astype(float) * 5 - 1}, ["--images", "a"]),
+    ({"x": UNIT, "y": LABELS}, []), ({"x": UNIT.transpose(0, 3, 1, 2) * 2 - 1, "y": LABELS}, [])])
+def test_arrays(prepare, arrays, flags):
+    for write in (np.savez, np.savez_compressed):
+        write("a.npz", **arrays)
+        done = prepare("a.npz", *flags, "--overwrite")
+        assert done.code == 0, done.err
+        assert np.array_equal(done.arr_0, PIXELS) and (done.arr_1 == LABELS).all()
+
+
+def test_hub(prepare, monkeypatch):
+    class Feature: names = ["cat", "dog", "emu"]
+    Picture, ClassLabel = (type(name, (Feature,), {}) for name in ("Image", "ClassLabel"))
+    class Rows:
+        features = {"picture": Picture(), "animal": ClassLabel()}
+        def __len__(self): return 12
+        def __getitem__(self, k):
+            return LABELS.tolist() if k == "animal" else {"picture": Image.fromarray(PIXELS[k])}
+    hub = types.ModuleType("datasets")
+    hub.load_dataset = lambda name: {"train": Rows(), "test": None}
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    for source in ("hf:owner/name", "hf:owner/name:train"):
+        done = prepare(source, "--overwrite")
+        assert done.code == 0, done.err
+        assert np.array_equal(done.arr_0, PIXELS) and (done.arr_1 == LABELS).all()
+        assert done.class_names.tolist() == ["cat", "dog", "emu"]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in prepare("hf:owner/name", "--overwrite").err
+
+
+# --- pixels -------------------------------------------------------------------------------------------------
+
+def test_centre_crop_is_adms():
+    """The middle of the longer side, halved by boxes while it is at least twice as large."""
+    x = RNG.integers(0, 256, (16, 48, 3), dtype=np.uint8)
+    assert np.array_equal(prepare_data.centre_crop(Image.fromarray(x), 16), x[:, 16:32])
+    boxes = x[:, 16:32].reshape(8, 2, 8, 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(prepare_data.centre_crop(Image.fromarray(x), 8)) - boxes).max() <= 1
+
+
+def modes():
+    rgb, grey = Image.fromarray(PIXELS[0]), Image.fromarray(PIXELS[0, ..., 0])
+    alpha = Image.fromarray(np.where(np.arange(256).reshape(16, 16) % 2, 255, 0).astype(np.uint8))
+    visible = np.asarray(alpha)[..., None] == 255
+    transparent = rgb.copy()
+    transparent.putalpha(alpha)
+    faint = grey.copy()
+    faint.putalpha(alpha)
+    palette = rgb.quantize(256)
+    turned = rgb.getexif()
+    turned[0x0112] = 6
+    yield "rgba", transparent, {}, np.where(visible, PIXELS[0], 255)
+    yield "la", faint, {}, np.where(visible, PIXELS[0, ..., :1], 255)
+    yield "palette", palette, {}, np.asarray(palette.convert("RGB"))
+    yield "hidden palette", palette, {"transparency": bytes(256)}, np.full((16, 16, 3), 255)
+    yield "grey16", Image.fromarray(PIXELS[0, ..., 0].astype(np.uint16) * 257), {}, PIXELS[0, ..., :1]
+    yield "1", alpha.convert("1"), {}, np.asarray(alpha)[..., None]
+    yield "grey", grey, {}, PIXELS[0, ..., :1]
+    yield "turned", rgb, {"exif": turned}, np.rot90(PIXELS[0], -1)
+
+
+@pytest.mark.parametrize("name, image, options, expected", list(modes()), ids=[case[0] for case in modes()])
+def test_modes(prepare, name, image, options, expected):
+    save("a/x.PNG", image, **options)
+    done = prepare("a")
+    assert done.code == 0 and np.array_equal(done.arr_0[0], expected), done.err
+
+
+def test_formats_background_grey_and_flip(prepare):
+    for kind in ("tif", "GIF", "jfif", "webp", "bmp", "jpeg"):
+        options = {"append_images": [Image.new("RGB", (16, 16))], "save_all": True} if kind == "GIF" else {}
+        if kind == "jfif": options["format"] = "JPEG"
+        save(f"a/x.{kind}", Image.new("RGB", (16, 16), "red"), **options)
+    save("a/cmyk.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=95)
+    save("a/clear.png", Image.new("RGBA", (16, 16)))
+    done = prepare("a", "--background", "red", "--flip")
+    assert len(done.arr_0) == 16 and np.abs(done.arr_0 - np.array([255, 0, 0.0])).max() < 4, done.err
+    assert prepare("a", "--grey", "--data", "g").arr_0.shape == (8, 16, 16, 1)
+    np.save("x.npy", PIXELS)
+    done = prepare("x.npy", "--flip", "--data", "f")
+    assert np.array_equal(done.arr_0[::2], PIXELS) and np.array_equal(done.arr_0[1::2], PIXELS[:, :, ::-1])
+    scan = Image.new("RGB", (9000, 8000), "red")
+    assert prepare_data.to_pixels(scan, 8, 3).tolist() == [[[255, 0, 0]] * 8] * 8
+
+
+def test_sizes(prepare):
+    save("a/x.png", np.zeros((24, 32, 3), np.uint8))
+    save("a/y.png", PIXELS[0])
+    refused(prepare("a"), "16 to 32", "16 to 24", "--size 16")
+    refused(prepare("a", "--size", 16, "--crop", "none"), "16 to 32")
+    refused(prepare("a", "--size", 10), "--size is 10", "divisible by 4")
+    done = prepare("a", "--size", 32)
+    assert done.arr_0.shape == (2, 32, 32, 3) and "enlarged" in done.out
+    assert done.info["size"] == 32 and done.info["crop"] == "center"
+
+
+def test_labels_have_no_gaps():
+    def index(labels, names=()): 
+        y, found = prepare_data.index_labels(prepare_data.Source("x", [], None, labels, names))
+        return y.tolist(), found
+    assert index([30, -2, 30, 7]) == ([2, 0, 2, 1], ["-2", "7", "30"])
+    assert index(["10", "9", "0"]) == ([2, 1, 0], ["0", "9", "10"])
+    assert index(["b", "a", "B"]) == ([2, 1, 0], ["B", "a", "b"])
+    assert index([2, 0], ["cat", "dog", "emu"]) == ([1, 0], ["cat", "emu"])
+    for bad in ([0.5, 1.0], [None, 1]):
+        with pytest.raises(model.UserError, match="are not classes"): index(bad)
+    with pytest.raises(model.UserError, match="-1"): index([-1, 0], ["cat", "dog"])
+
+
+# --- latents ------------------------------------------------------------------------------------------------
+
+MOMENTS = np.concatenate([RNG.normal(3, 5, (12, 4, 8, 8)), RNG.uniform(0.1, 1, (12, 4, 8, 8))], 1).astype("f")
+
+def edm2_zip():
+    with zipfile.ZipFile("edm2.zip", "w") as z:
+        for i, x in enumerate(MOMENTS):
+            file = io.BytesIO()
+            np.save(file, x)
+            z.writestr(f"00000/img-mean-std-{i:08d}.npy", file.getvalue())
+        names = [f"00000/img-mean-std-{i:08d}.npy" for i in range(12)]
+        z.writestr("dataset.json", json.dumps({"labels": [[name, int(k)] for name, k in zip(names, LABELS)]}))
+    return "edm2.zip"
+
+
+def test_latents_of_edm2(prepare, monkeypatch):
+    refused(prepare(edm2_zip()), "--pixel-range")
+    refused(prepare("edm2.zip", "--pixel-range", 0, 1, "--flip"), "--flip has no effect")
+    done = prepare("edm2.zip", "--pixel-range", 0, 1)
+    assert done.arr_0.dtype == np.float16 and np.array_equal(done.arr_0, MOMENTS.astype(np.float16)), done.err
+    assert (done.arr_1 == LABELS).all() and "rounding error" in done.out and not Path("data/n.png").exists()
+    z = MOMENTS[:, :4] + MOMENTS[:, 4:] * RNG.normal(size=(400, 1, 1, 1, 1))
+    assert np.allclose(done.info["latents"]["mean"], MOMENTS[:, :4].mean((0, 2, 3)), atol=1e-4)
+    assert np.allclose(done.info["latents"]["scale"], 0.5 / z.std((0, 1, 3, 4)), rtol=0.01)
+    done = prepare("edm2.zip", "--pixel-range", 0, 1, "--fp32", "--data", "full")
+    assert np.array_equal(done.arr_0, MOMENTS)
+    latents = {"vae": "v", "pixel_range": [-1, 1], "mean": [0.0] * 4, "scale": [0.2] * 4}
+    monkeypatch.setitem(model.DATASETS, "tiny", {"shape": (4, 8, 8), "classes": 3, "latents": latents})
+    assert prepare("edm2.zip", "--data", "tiny").info["latents"] == latents
+    np.savez("plain.npz", x=MOMENTS[:, :4], y=LABELS)
+    assert prepare("plain.npz", "--pixel-range", 0, 1, "--data", "plain").arr_0.shape == (12, 4, 8, 8)
+    np.savez("huge.npz", x=MOMENTS[:, :4] * 1e6)
+    assert "not finite" in prepare("huge.npz", "--pixel-range", 0, 1, "--data", "huge").err
+
+
+class StubVAE:
+    """A latent is the mean colour of 8x8 pixels and a constant fourth channel. The deviations are 0.5."""
+    @classmethod
+    def from_pretrained(cls, path): return cls()
+    def eval(self): return self
+    def to(self, device): return self
+    def encode(self, x):
+        z = torch.nn.functional.avg_pool2d(x, 8)
+        mean = torch.cat([z, torch.ones_like(z[:, :1])], 1)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.full_like(mean, 0.5)))
+    def decode(self, z):
+        return SimpleNamespace(sample=z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-1, 1)])
+def test_autoencoder(prepare, monkeypatch, low, high):
+    monkeypatch.setitem(sys.modules, "diffusers", SimpleNamespace(AutoencoderKL=StubVAE))
+    x = np.broadcast_to(PIXELS[:, :1, :1], (12, 32, 32, 3)).copy()                 # one colour for each image
+    x[:, :, :16] = 0
+    np.save("x.npy", x)
+    done = prepare("x.npy", "--vae", "stub", "--pixel-range", low, high, "--flip")
+    assert done.arr_0.shape == (24, 8, 4, 4) and done.arr_0.dtype == np.float16, done.err
+    colours = PIXELS[:, 0, 0] / 255 * (high - low) + low
+    assert np.abs(done.arr_0[::2, :3, 0, 3] - colours).max() < 1e-3
+    assert np.abs(done.arr_0[::2, :3, 0, 0] - low).max() < 1e-3
+    assert np.abs(done.arr_0[1::2, :3, 0, 0] - colours).max() < 1e-3                # mirrored before encoding
+    assert (done.arr_0[:, 4:] == 0.5).all() and done.info["latents"]["pixel_range"] == [low, high]
+    sheet = np.asarray(Image.open("data/n.png")).astype(int)
+    assert np.abs(sheet[4 + 64, 8 + 128 - 2] - PIXELS[0, 0, 0]).max() <= 2          # right side of image 0
+    refused_again = prepare("x.npy", "--vae", "stub", "--data", "m")
+    assert refused_again.code == 2 and "--pixel-range" in refused_again.err
+    latents = {"vae": "v", "pixel_range": [low, high], "mean": [0.0] * 4, "scale": [0.2] * 4}
+    monkeypatch.setitem(model.DATASETS, "tiny", {"shape": (4, 4, 4), "classes": 0, "latents": latents})
+    assert np.array_equal(prepare("x.npy", "--vae", "stub", "--data", "tiny").arr_0, done.arr_0[::2])
+    assert "--vae" in prepare("x.npy", "--data", "tiny", "--overwrite").err
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+def mixed_tree():
+    save("a/cat/1.png", PIXELS[0])
+    save("a/dog/1.png", PIXELS[1])
+    save("a/preview.png", PIXELS[2])
+
+def flat(*extra):
+    def make():
+        for i in range(4): save(f"a/{i}.png", PIXELS[i])
+        for name, content in extra: Path("a", name).write_bytes(content)
+    return make
+
+def parts(*names):
+    return lambda: [save(f"a/{name}/{i}.png", PIXELS[i]) for name in names for i in range(3)]
+
+def npz(**arrays):
+    return lambda: np.savez("a.npz", **arrays)
+
+REFUSED = [
+    (lambda: None, "a", ["does not exist"]),
+    (lambda: os.mkdir("a"), "a", ["0 images"]),
+    (lambda: save("a.png", PIXELS[0]), "a.png", ["is not a folder"]),
+    (lambda: Path("a.zip").write_bytes(b"PK junk"), "a.zip", ["cannot be read"]),
+    (flat(("9.png", b"<html>")), "a", ["9.png", "--skip-bad"]),
+    (flat(("9.png", png(PIXELS[0])[:300])), "a", ["9.png", "truncated"]),
+    (flat(("x.npy", b"")), "a", ["4 images, 1 latents"]),
+    (flat(("labels.csv", b"")), "a", ["labels.csv", "--classes none"]),
+    (flat(("dataset.json", b"{}")), "a", ["dataset.json", "labels", "--classes none"]),
+    (flat(("dataset.json", b'{"labels": [["0.png", 1]]}')), "a", ["1.png"]),
+    (flat(("dataset.json", json.dumps({"labels": [[f"{i}.png", 1] for i in range(5)]}).encode())), "a",
+     ["4.png does not exist"]),
+    (parts("train", "val"), "a", ["train, val", "a/train", "--classes none"]),
+    (parts("images", "masks"), "a", ["images, masks"]),
+    (parts("00000", "01000"), "a", ["00000, 01000", "--classes none"]),
+    (mixed_tree, "a", ["preview.png", "cat, dog"]),
+    (npz(x=PIXELS, z=PIXELS), "a.npz", ["--images KEY"]),
+    (npz(x=PIXELS, y=LABELS, z=LABELS), "a.npz", ["--labels KEY"]),
+    (npz(x=PIXELS, ids=np.arange(12).repeat(3)[:12] * 0.5), "a.npz", ["not classes"]),
+    (npz(x=PIXELS.astype(int)), "a.npz", ["int64"]),
+    (npz(x=UNIT - 0.5), "a.npz", ["[-0.5, 0.5]"]),
+    (npz(x=PIXELS // 16), "a.npz", ["15", "black"]),
+    (npz(x=np.array([{}])), "a.npz", ["allow_pickle"]),
+    (npz(x=PIXELS[:, :3]), "a.npz", ["(12, 3, 16, 3)"])]
+
+@pytest.mark.parametrize("make, source, words", REFUSED)
+def test_refused(prepare, make, source, words):
+    make()
+    refused(prepare(source), *words)
+
+
+def test_classes_none_accepts_every_layout(prepare):
+    for make in (flat(("labels.csv", b""), ("dataset.json", b"{}")), parts("train", "val"), mixed_tree):
+        make()
+        assert not hasattr(prepare("a", "--classes", "none", "--overwrite"), "arr_1")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "x/n.npz"], ["NAME"]), (["--fp32"], ["--fp32 has no effect"]),
+    (["--images", "x"], ["--images"]), (["--workers", "0"], ["--workers"]),
+    (["--background", "plaid"], ["plaid"]), (["--size", "-4"], ["-4"]),
+    (["--data", "cifar10", "--size", "32"], ["--size has no effect"]),
+    (["--data", "imagenet64"], ["0 classes"]), (["--data", "imagenet256"], ["--vae"]),
+    (["--vae", "none", "--pixel-range", "1", "0"], ["--pixel-range"])])
+def test_flags(prepare, flags, words):
+    flat()()
+    refused(prepare("a", *flags), *words)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+def test_the_output_appears_whole_or_not_at_all(prepare, monkeypatch):
+    flat(("9.png", b""))()
+    refused(prepare("a", "--size", 8), "9.png")
+    os.remove("a/9.png")
+    umask = os.umask(0o027)
+    try: assert prepare("a").code == 0
+    finally: os.umask(umask)
+    assert stat.S_IMODE(os.stat("data/n.npz").st_mode) == 0o640
+    before = Path("data/n.npz").read_bytes()
+    assert "--overwrite" in prepare("a").err
+    def interrupted(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(prepare_data, "to_pixels", interrupted)
+    assert prepare("a", "--overwrite").code == 130 and Path("data/n.npz").read_bytes() == before
+    assert sorted(os.listdir("data")) == ["n.npz", "n.png"]
+    monkeypatch.setattr(prepare_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    assert "Free some space" in prepare("a", "--overwrite").err
+
+
+def test_skip_bad_leaves_no_gap_in_the_labels(prepare):
+    class_tree("a")
+    for path in Path("a/dog").glob("*"): path.write_bytes(b"<html>")
+    done = prepare("a", "--skip-bad")
+    assert np.array_equal(done.arr_0, PIXELS[[0, 3, 6, 9, 2, 5, 8, 11]])
+    assert done.class_names.tolist() == ["cat", "emu"]
+    assert np.array_equal(done.arr_1, [0] * 4 + [1] * 4) and done.out.count("left out") == 4
+
+
+def test_check(prepare):
+    class_tree("a")
+    prepare("a")
+    done = prepare("--check", "data/n.npz")
+    assert done.code == 0 and "cat 4" in done.out and "(12, 16, 16, 3)" in done.out
+    assert prepare("--check", ROOT / "data/digits.npz").code == 0
+    content = bytearray(Path("data/n.npz").read_bytes())
+    content[2000] ^= 1
+    Path("bad.npz").write_bytes(content)
+    assert "checksum of arr_0" in prepare("--check", "bad.npz").err
+    np.savez("gap.npz", arr_0=PIXELS, arr_1=2 * LABELS)
+    assert "0 to 4" in prepare("--check", "gap.npz").err
+
+
+def test_memory_does_not_grow(prepare):
+    np.savez("a.npz", x=np.full((3000, 64, 64, 3), 99, np.uint8))                        # 37 MB
+    tracemalloc.start()
+    try:
+        done = prepare_data.open_source("a.npz")
+        chunks = prepare_data.stored_chunks(prepare_data.in_order(done, np.asarray), False, None, None,
+                                            np.dtype("u1"), prepare_data.defaultdict(float))
+        Path("data").mkdir()
+        prepare_data.write_npz(Path("data/n.npz"), (3000, 64, 64, 3), np.dtype("u1"), chunks, dict)
+        assert tracemalloc.get_traced_memory()[1] < 12e6
+    finally: tracemalloc.stop()
+    assert isinstance(prepare_data.npz_arrays("data/n.npz")["arr_0"], np.memmap)
+
+
+def test_image_batches(prepare):
+    class_tree("a")
+    source = prepare_data.open_source("a", classes="none")
+    whole = np.concatenate(list(prepare_data.image_batches(source, batch=5)))
+    assert len(source) == 12 and whole.shape == (12, 16, 16, 3)
+    parts = [list(prepare_data.image_batches(source, 5, rank, 2)) for rank in (0, 1)]
+    assert [len(x) for x in parts[0]] == [5, 2] and [len(x) for x in parts[1]] == [5]
+    assert np.array_equal(np.concatenate([parts[0][0], parts[1][0], parts[0][1]]), whole)
+    save("a/cat/large.png", np.zeros((24, 32, 3), np.uint8))
+    with pytest.raises(model.UserError, match="16x16.*large.png has 32x24"):
+        list(prepare_data.image_batches(prepare_data.open_source("a")))
+    np.savez("latents.npz", x=MOMENTS)
+    with pytest.raises(model.UserError, match="holds latents"):
+        list(prepare_data.image_batches(prepare_data.open_source("latents.npz")))

@@ -1,0 +1,658 @@
+"""Turn images in any form into data/NAME.npz, the one format that training reads.
+
+  reads   SOURCE: a folder, .zip or .zip/FOLDER of images, classes from sub-folders or dataset.json (EDM);
+          the same with latents (.npy, EDM2); CIFAR-10's python archive; MNIST's idx files; an .npz or .npy;
+          hf:NAME[:SPLIT], a dataset of the Hugging Face hub or a folder that the package `datasets` reads
+  writes  data/NAME.npz   arr_0: uint8 (N,H,W,C), or latents (N,C,H,W), or means and deviations (N,2C,H,W)
+                          arr_1: int64 (N,), labels 0..K-1, if there are classes; class_names (K,)
+                          info: JSON (source, size, crop, counts, date; for latents the autoencoder)
+          data/NAME.png   contact sheet; look at it before you train
+  run     python tools/prepare_data.py ILSVRC2012/train --data imagenet64 --workers 16
+          python tools/prepare_data.py cifar-10-python.tar.gz --data cifar10
+          python tools/prepare_data.py photos/ --data photos --size 64
+          python tools/prepare_data.py ILSVRC2012/train --data imagenet256 --vae stabilityai/sd-vae-ft-mse
+          python tools/prepare_data.py --check data/photos.npz
+
+A NAME of model.DATASETS fixes the size, crop, channels, number of classes, and for latents the pixel range of
+the autoencoder. Any other NAME is a custom dataset. Memory does not grow with the number of images.
+"""
+import argparse, datetime, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil, signal, struct
+import sys, tarfile, time, warnings, zipfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+
+import model
+from model import DATASETS, UserError, atomic_write
+
+PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .tga .avif .jp2".split()
+TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()         # files that may list labels
+HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$"
+# Folders with such names are parts of a dataset. FFHQ stores a thousand images in each of 00000/, 01000/, ...
+PART = r"(?i)(train|val|test|dev|images?|masks?|labels?)(ing|id|idation)?[-_]?(set|data|[ab]|\d+)?|\d{5,}"
+CIFAR = r"data_batch_\d|batches\.meta"
+IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
+Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, not refused
+
+
+@dataclass
+class Source:
+    """Samples in a fixed order."""
+    path: str
+    names: list                            # of the samples, for messages
+    read: object                           # read(i) -> PIL image, or float array (C,H,W) if `latents`
+    labels: object = None                  # an integer or string for each sample
+    class_names: object = ()               # names of integer labels
+    latents: bool = False
+    skipped: dict = field(default_factory=dict)            # number of files that are not read, by suffix
+
+    def __len__(self):
+        return len(self.names)
+
+
+# === folders and zip files ==================================================================================
+
+def list_folder(folder, prefix="", above=()):
+    """Yield the names of all files ("a/b.png") and folders ("a/") below a folder. Symbolic links are
+    followed, except to a folder that contains the link."""
+    real = os.path.realpath(folder)
+    if real in above: return
+    for entry in os.scandir(folder):
+        is_folder = os.path.isdir(entry.path)
+        yield prefix + entry.name + "/" * is_folder
+        if is_folder: yield from list_folder(entry.path, f"{prefix}{entry.name}/", (*above, real))
+
+
+def open_files(path, files, classes):
+    """Images, latents, idx files or CIFAR-10 batches. files: {name: function that opens the file}"""
+    cifar = {name: name.split("/")[-1] for name in files if re.fullmatch(CIFAR, name.split("/")[-1])}
+    idx = {re.sub(r"(?i)\.gz$", "", name): name for name in files if re.fullmatch(IDX, name)}
+    if cifar: return open_arrays(path, read_cifar({cifar[name]: files[name]() for name in cifar}), classes)
+    if idx: return open_arrays(path, {k: read_idx(files[name](), name) for k, name in idx.items()}, classes)
+
+    visible = sorted(name for name in files if not any(re.match(HIDDEN, part) for part in name.split("/")))
+    kinds = defaultdict(list)                              # suffix: names
+    for name in visible:
+        if not name.endswith("/"): kinds[posixpath.splitext(name)[1].lower()].append(name)
+    latents, images = kinds.pop(".npy", []), sorted(sum((kinds.pop(k, []) for k in PICTURES), []))
+    skipped = {suffix or "no suffix": len(names) for suffix, names in kinds.items()}
+    if len(files) > len(visible): skipped["hidden"] = len(files) - len(visible)
+    if bool(images) == bool(latents):
+        raise UserError(f"found {len(images):,} images, {len(latents):,} latents (.npy), other: {skipped}. "
+                        "Give either images or latents. Unpack archives, and convert other formats to PNG.")
+    names = images or latents
+    labels = None if classes == "none" else file_labels(path, names, visible, kinds, files, classes)
+    def read(i):
+        file = files[names[i]]()
+        return np.load(file, allow_pickle=False) if latents else Image.open(file)
+    return Source(path, names, read, labels, latents=bool(latents), skipped=skipped)
+
+
+def file_labels(path, images, visible, kinds, files, classes):
+    """Labels from EDM's dataset.json, or else from the first sub-folders -> list, or None without classes."""
+    tables = [name for suffix in TABLES for name in kinds.get(suffix, []) if "readme" not in name.lower()]
+    listing = next((name for name in tables if posixpath.basename(name) == "dataset.json"), None)
+    if listing and classes == "auto": return listed_labels(images, listing, files[listing])
+    root = posixpath.commonpath([posixpath.dirname(name) for name in images]) or "."  # skips wrapping folders
+    inner = [posixpath.relpath(name, root) for name in images]
+    folders = sorted({name.split("/")[0] for name in inner if "/" in name})
+    beside, parts = [name for name in inner if "/" not in name], [f for f in folders if re.fullmatch(PART, f)]
+    problem = None
+    if folders and beside: problem = f"{beside[0]} lies beside the class folders"
+    elif not folders and tables: problem = f"there are no class folders, and {tables[0]} is not read"
+    elif not folders and classes == "folders": problem = "there are no class folders"
+    elif classes == "auto" and len(parts) > 1: problem = "these folders look like parts, not like classes"
+    if problem:
+        example = posixpath.normpath(posixpath.join(path, root, *folders[:1]))
+        raise UserError(f"{problem} (folders: {', '.join(folders[:4]) or 'none'}). Sort the images into one "
+                        f"folder for each class, give one folder such as {example}, or pass --classes none "
+                        "(no classes) or --classes folders (these folders are classes).")
+    inside = {posixpath.relpath(name, root).split("/")[0] for name in visible if name.endswith("/")}
+    empty = sorted(inside - {*folders, ".", ".."})
+    if folders and empty: print(f"folders without images: {', '.join(empty)}")
+    return [name.split("/")[0] for name in inner] if folders else None
+
+
+def listed_labels(images, listing, opened):
+    """EDM's dataset.json: {"labels": [["00000/img00000000.png", 6], ...]}, or null for no classes."""
+    try:
+        with opened() as f: table = json.load(f)["labels"]
+        if table is None: return None
+        table = {name.replace("\\", "/"): label for name, label in table}
+        labels = [table.pop(posixpath.relpath(name, posixpath.dirname(listing) or ".")) for name in images]
+        if table: raise ValueError(f"{min(table)} does not exist")
+        if not {type(k) for k in labels} <= {int, str}: raise ValueError("a label is an integer or a string")
+        return labels
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{listing} is not {{"labels": [[name, class], ...]}} for these images ({e!r}). '
+                        "Correct it, or ignore it with --classes none or --classes folders.")
+
+
+# === arrays =================================================================================================
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Unpickle dictionaries, lists, bytes and numpy arrays. No other code is run."""
+    def find_class(self, module, name):
+        allowed = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        if module.startswith("numpy") and name in allowed: return allowed[name]
+        if (module, name) == ("_codecs", "encode"): return lambda text, encoding: text.encode("latin1")
+        raise ValueError(f"{module}.{name} is not run")
+
+
+def read_cifar(files):
+    """CIFAR-10's training batches, {name: open file} -> {key: array}"""
+    batches = {name: ArrayUnpickler(file, encoding="bytes").load() for name, file in sorted(files.items())}
+    names = [name.decode() for name in batches.pop("batches.meta")[b"label_names"]]
+    x = np.concatenate([batch[b"data"] for batch in batches.values()]).reshape(-1, 3, 32, 32)
+    y = np.concatenate([batch[b"labels"] for batch in batches.values()])
+    return {"images": x, "labels": y, "class_names": names}
+
+
+def read_idx(file, name):
+    """MNIST's format: two zero bytes, type 8 (uint8), number of dimensions, dimensions, values."""
+    data = (gzip.open(file) if name.lower().endswith(".gz") else file).read()
+    zeros, kind, dims = struct.unpack(">HBB", data[:4])
+    if (zeros, kind) != (0, 8): raise ValueError(f"{name} is not an idx file of bytes")
+    shape = struct.unpack(f">{dims}I", data[4:4 + 4 * dims])
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def npz_arrays(path):
+    """Verify the checksums of an .npz -> {key: array}. Uncompressed arrays are mapped from the disk."""
+    arrays = {}
+    with zipfile.ZipFile(path) as z, open(path, "rb") as raw, np.load(path, allow_pickle=False) as loaded:
+        if damaged := z.testzip(): raise ValueError(f"the checksum of {damaged} is wrong")
+        for member in z.infolist():
+            with z.open(member) as f:
+                read_header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")
+                (shape, fortran, dtype), header = read_header(f), f.tell()
+            key = member.filename.removesuffix(".npy")
+            if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
+                arrays[key] = loaded[key]
+                continue
+            raw.seek(member.header_offset + 26)            # lengths of the member's name and extra field
+            start = member.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4))) + header
+            arrays[key] = np.memmap(path, dtype, "r", start, shape)
+    return arrays
+
+
+def choose(flag, wanted, candidates, described):
+    """The key `wanted`, or else the only candidate, or the only one for training. None without candidates."""
+    train = [key for key in candidates if "train" in key.lower()]
+    if not wanted and len(train) == 1 < len(candidates):
+        print(f"using {train[0]} of {', '.join(candidates)}; {flag} chooses another")
+    candidates = [wanted] if wanted else train or candidates
+    if len(candidates) < 2 and set(candidates) <= set(described): return candidates[0] if candidates else None
+    without = ", or pass --classes none" if "--labels" in flag else ""
+    raise UserError(f"found {described}. Choose with {flag}{without}.")
+
+
+def open_arrays(path, arrays, classes="auto", images=None, labels=None):
+    """Images and labels among named arrays. Images: uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or floats in
+    [0, 1] or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
+    class_names = [str(name) for name in arrays.pop("class_names", ())]
+    shapes = {key: x.shape for key, x in arrays.items()}
+    key = choose("--images KEY", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
+    x = arrays[key] if key else np.empty(0)
+    last = x.ndim == 3 or x.ndim == 4 and x.shape[3] in ((1, 3, 4) if x.dtype == np.uint8 else (1, 3))
+    first = x.ndim == 4 and x.shape[1] in (1, 3)
+    latents = x.ndim == 4 and x.dtype.kind == "f" and not last and not first
+    if last + first + latents != 1 or not x.size or x.dtype != np.uint8 and x.dtype.kind != "f":
+        found = f"{key} is {x.dtype} {x.shape}" if key else f"no array of {shapes} holds images"
+        raise UserError(f"{found}. Store images as uint8 (N,H,W,C) with C = 1 or 3.")
+    scale, offset = (1, 0) if latents or x.dtype == np.uint8 else float_range(x)
+    def read(i):
+        if latents: return np.asarray(x[i])
+        image = x[i] if x.dtype == np.uint8 else np.round(x[i] * scale + offset).astype(np.uint8)
+        if first: image = image.transpose(1, 2, 0)
+        return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
+    fits = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and shapes[k][0] == len(x)]
+    label_key = choose("--labels KEY", labels, fits if classes != "none" else [], shapes)
+    y = arrays[label_key] if label_key else None
+    if y is not None and y.shape[1:] == (1,): y = y[:, 0]
+    if y is not None and (y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2)):
+        raise UserError(f"{label_key}, {y.dtype} {y.shape}, does not hold one class for each of {len(x):,} "
+                        "images. Choose with --labels KEY, or pass --classes none.")
+    return Source(path, [f"image {i}" for i in range(len(x))], read, y, class_names, latents)
+
+
+def float_range(x):
+    """-> scale and offset that map float pixels to 0..255"""
+    chunks = [x[i:i + 256] for i in range(0, len(x), 256)]
+    low, high = np.min([chunk.min() for chunk in chunks]), np.max([chunk.max() for chunk in chunks])
+    if 0 <= low < 0.1 and 0.9 < high <= 1: return 255, 0
+    if -1 <= low < -0.9 and 0.9 < high <= 1: return 127.5, 127.5
+    raise UserError(f"floats in [{low:.4g}, {high:.4g}] are not pixels in [0, 1] or [-1, 1]. Store uint8.")
+
+
+def open_hub(path, classes, images, labels):
+    """hf:NAME[:SPLIT] or hf:FOLDER[:SPLIT]"""
+    try: import datasets
+    except ImportError: raise UserError("the package datasets is missing. Run `pip install datasets`.")
+    name, _, split = path.removeprefix("hf:").partition(":")
+    saved = any(os.path.isfile(f"{name}/{file}.json") for file in ("dataset_dict", "state"))
+    data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    if isinstance(data, dict): data = data[choose("hf:NAME:SPLIT", split, list(data), list(data))]
+    kinds = {key: type(feature).__name__ for key, feature in data.features.items()}
+    images = choose("--images KEY", images, [k for k in kinds if kinds[k] == "Image"], kinds)
+    if not images: raise UserError(f"no column of {kinds} holds images. Choose with --images KEY.")
+    candidates = [k for k in kinds if kinds[k] == "ClassLabel" and classes != "none"]
+    labels = choose("--labels KEY", labels, candidates, kinds)
+    return Source(path, [f"image {i}" for i in range(len(data))], lambda i: data[i][images],
+                  list(data[labels]) if labels else None, getattr(data.features.get(labels), "names", ()))
+
+
+def open_source(path, classes="auto", images=None, labels=None):
+    """Open images or latents in any form, without decoding them.
+
+    path            as SOURCE in the docstring of this file
+    classes         "auto": the labels of the source; "folders": the first sub-folders; "none": no labels
+    images, labels  keys of arrays of an .npz, or columns of a Hugging Face dataset
+    -> Source with len(), names, labels and read(i). Raises UserError."""
+    archive, lower = re.match(r"(?i)(.+?\.zip)(?:/+(.*))?$", path), path.lower()
+    try:
+        if path.startswith("hf:"): return open_hub(path, classes, images, labels)
+        if lower.endswith(".npz"): return open_arrays(path, npz_arrays(path), classes, images, labels)
+        if images or labels: raise UserError("there are no keys to choose. Remove --images and --labels.")
+        if archive and os.path.isfile(archive[1]):
+            z, start = zipfile.ZipFile(archive[1]), archive[2].rstrip("/") + "/" if archive[2] else ""
+            members = {name.replace("\\", "/"): name for name in z.namelist()}
+            files = {name.removeprefix(start): lambda member=member: io.BytesIO(z.read(member))
+                     for name, member in members.items() if name.startswith(start) and name != start}
+        elif not os.path.exists(path): raise UserError("does not exist here. Download it, or correct SOURCE.")
+        elif os.path.isdir(path):
+            files = {name: lambda name=name: open(Path(path, name), "rb") for name in list_folder(path)}
+        elif lower.endswith(".npy"):
+            return open_arrays(path, {"images": np.load(path, mmap_mode="r", allow_pickle=False)})
+        elif "cifar" in lower:
+            tar = tarfile.open(path)
+            files = {m.name: lambda m=m: tar.extractfile(m) for m in tar if m.isfile()}
+        elif re.fullmatch(IDX, path):
+            beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
+            existing = [name for name in {path, beside} if os.path.isfile(name)]
+            files = {name: lambda name=name: open(name, "rb") for name in existing}
+        else: raise UserError("is not a folder, .zip, .npz, .npy, CIFAR-10 archive or idx file. Unpack it.")
+        return open_files(path, files, classes)
+    except UserError as e: raise UserError(f"{path}: {e}")
+    except Exception as e:                 # damaged files raise anything
+        raise UserError(f"{path} cannot be read ({e!r}). Download or create it again.")
+
+
+# === images =================================================================================================
+
+def in_order(source, convert, workers=1, skip_bad=False):
+    """Yield (i, convert(sample i)) in order, from a pool of threads: Pillow decodes without Python's lock. A
+    sample that fails raises UserError, or is printed and left out. Print the rate every five seconds."""
+    def attempt(i):
+        try: return convert(source.read(i))
+        except Exception as e:             # image libraries raise anything
+            return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
+    begin = shown = time.time()
+    with ThreadPoolExecutor(workers) as pool:
+        for start in range(0, len(source), 256):
+            indices = range(start, min(start + 256, len(source)))
+            for i, result in zip(indices, pool.map(attempt, indices)):
+                if not isinstance(result, UserError): yield i, result
+                elif skip_bad: print(f"left out: {result}")
+                else: raise UserError(f"{result} Remove it, or pass --skip-bad.")
+                if time.time() - shown > 5:
+                    shown, rate = time.time(), (i + 1) / (time.time() - begin)
+                    print(f"{i + 1:,} of {len(source):,}, {rate:,.0f} images/s, "
+                          f"{(len(source) - i - 1) / rate:,.0f} s left", flush=True)
+
+
+def without_bad(source, workers):
+    """Decode all samples once -> the Source of those that can be decoded"""
+    decode = np.isfinite if source.latents else lambda image: to_pixels(image, None, 3) is None
+    good = [i for i, _ in in_order(source, decode, workers, skip_bad=True)]
+    if not good: raise UserError(f"{source.path}: nothing can be decoded. Give another SOURCE.")
+    if source.labels is not None: source = replace(source, labels=[source.labels[i] for i in good])
+    return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]))
+
+
+def survey(source, workers=1):
+    """Read the headers of all images -> {(width, height): name of one such image}, whether all are grey"""
+    def header(image):
+        turned = image.getexif().get(0x0112, 1) >= 5
+        grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
+        return image.size[::-1] if turned else image.size, grey
+    sizes, all_grey = {}, True
+    for i, (size, grey) in in_order(source, header, workers):
+        sizes.setdefault(size, source.names[i])
+        all_grey = all_grey and grey
+    return sizes, all_grey
+
+
+def image_batches(source, batch=64, rank=0, world=1):
+    """Yield the images of a Source as uint8 arrays (n,H,W,C), as they are: without a crop and in their order.
+
+    C is 1 if all images are grey, else 3. Process `rank` of `world` yields batches rank, rank + world, ...;
+    all processes together yield every image once. n is `batch`, and may be smaller in the last batch.
+    Raises UserError for images of two sizes, a damaged image, or latents."""
+    if source.latents: raise UserError(f"{source.path} holds latents, not images. Decode them first.")
+    sizes, grey = survey(source)
+    if len(sizes) > 1:
+        (a, first), (b, second) = list(sizes.items())[:2]
+        raise UserError(f"{source.path}: {first} has {a[0]}x{a[1]} pixels, and {second} has {b[0]}x{b[1]}. "
+                        "Use images of one size.")
+    for start in range(rank * batch, len(source), world * batch):
+        part = Source(source.path, source.names[start:start + batch], lambda i: source.read(start + i))
+        yield np.stack([x for _, x in in_order(part, lambda image: to_pixels(image, None, 1 if grey else 3))])
+
+
+def to_pixels(image, size, channels, background="white"):
+    """PIL image of any mode -> uint8 (H,W,channels). size: side of ADM's crop, or None to keep the image."""
+    if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))    # large JPEG
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"): raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, background)
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size: image = centre_crop(image, size)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def centre_crop(image, size):
+    """ADM's crop: halve with a box filter while twice the size remains, resize the shorter side with a
+    bicubic filter, crop the middle. PIL image -> PIL image of size x size"""
+    while min(image.size) >= 2 * size: image = image.resize([side // 2 for side in image.size], Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = [(side - size) // 2 for side in image.size]
+    return image.crop((left, top, left + size, top + size))
+
+
+def index_labels(source):
+    """Labels of any values -> int64 (N,) in 0..K-1 without gaps, names of the K classes. Numbers are sorted
+    numerically, also in strings ("9" before "10"). Other strings are sorted alphabetically."""
+    values, names = np.asarray(source.labels), source.class_names
+    if values.dtype.kind == "S": values = np.char.decode(values, "utf-8")
+    if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
+    if values.dtype.kind not in "buiU" or len(names) and not set(values.tolist()) <= set(range(len(names))):
+        raise UserError(f"{source.path}: labels such as {values[values.argmin()] if names else values[0]} "
+                        "are not classes. Choose with --labels KEY, or pass --classes none.")
+    unique, y = np.unique(values, return_inverse=True)
+    if values.dtype.kind == "U" and all(re.fullmatch(r"\d+", value) for value in unique):
+        order = np.argsort([int(value) for value in unique], kind="stable")
+        unique, y = unique[order], np.argsort(order)[y]
+    return y.astype(np.int64), [str(names[k] if len(names) else k) for k in unique]
+
+
+class Autoencoder:
+    """diffusers' AutoencoderKL for pixels in [low, high]."""
+    def __init__(self, path, pixel_range):
+        (self.low, self.high), self.device = pixel_range, "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            from diffusers import AutoencoderKL
+            self.vae = AutoencoderKL.from_pretrained(path).eval().to(self.device)
+        except Exception as e:             # diffusers raises anything
+            reason = (str(e).strip() or repr(e)).splitlines()[0]
+            raise UserError(f"--vae {path} cannot be loaded ({reason}). Run `pip install diffusers`, and "
+                            "give a folder or a name such as stabilityai/sd-vae-ft-mse.")
+
+    @torch.no_grad()
+    def encode(self, images):
+        """uint8 (n,H,W,3) -> fp32 (n,2C,h,w), means and deviations of the latents, not scaled"""
+        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
+        z = self.vae.encode(x * (self.high - self.low) + self.low).latent_dist
+        return torch.cat([z.mean, z.std], 1).float().cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, z):
+        """(n,C,h,w) -> uint8 (n,H,W,3), truncated as in EDM2"""
+        x = self.vae.decode(torch.from_numpy(z).float().to(self.device)).sample
+        x = (x - self.low) / (self.high - self.low)
+        return (x.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# === output =================================================================================================
+
+def stored_chunks(samples, flip, encode, C, dtype, totals):
+    """Yield arrays (n, ...) in the form that is stored, and add up statistics of the pixels or latents."""
+    while batch := list(itertools.islice(samples, 16)):
+        x = np.stack([x for _, sample in batch for x in ([sample, sample[:, ::-1]] if flip else [sample])])
+        if encode: x = encode(x)
+        with np.errstate(over="ignore"): stored = x.astype(dtype)
+        if not np.isfinite(stored).all():
+            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. Pass --fp32.")
+        totals["largest"] = max(totals["largest"], x.max())
+        if C:
+            totals["rounding"] = max(totals["rounding"], np.abs(stored - x).max())
+            totals["count"] += x[:, 0].size
+            totals["sum"] = totals["sum"] + x[:, :C].sum((0, 2, 3), dtype=np.float64)
+            squares = (x.astype(np.float64) ** 2).sum((0, 2, 3))       # of the means and of the deviations
+            totals["squares"] = totals["squares"] + squares.reshape(-1, C).sum(0)
+        yield stored
+
+
+def write_npz(path, shape, dtype, chunks, finish):
+    """Stream the chunks to arr_0, then add the arrays {name: array} that finish() returns."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with atomic_write(path) as part, zipfile.ZipFile(part, "w") as z:
+            with z.open("arr_0.npy", "w", force_zip64=True) as f:
+                header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(f, header)
+                for chunk in chunks: f.write(chunk.tobytes())
+            for name, array in finish().items():
+                with z.open(f"{name}.npy", "w") as f:
+                    np.lib.format.write_array(f, np.array(array), allow_pickle=False)
+    except BaseException:                  # also Ctrl-C
+        part.unlink(missing_ok=True)
+        raise
+
+
+def check(path):
+    """Verify the checksums, shapes and labels of a prepared .npz, and print what it holds
+    -> arr_0, arr_1, class_names"""
+    try:
+        arrays = npz_arrays(path)
+        x, y, names = arrays["arr_0"], arrays.get("arr_1"), None
+        pixels = x.dtype == np.uint8 and x.shape[3:] in ((1,), (3,))
+        if x.ndim != 4 or not x.size or not pixels and x.dtype not in (np.float16, np.float32):
+            raise ValueError(f"arr_0 is {x.dtype} {x.shape}")
+        classes = "no classes"
+        if y is not None:
+            names = [str(name) for name in arrays.get("class_names", range(y.max() + 1))]
+            if y.shape != x.shape[:1] or y.dtype != np.int64 or set(y.tolist()) != set(range(len(names))):
+                raise ValueError(f"arr_1 is {y.dtype} {y.shape}, {y.min()} to {y.max()}, K = {len(names)}")
+            counts = [f"{name} {n:,}" for name, n in zip(names, np.bincount(y))]
+            classes = f"{len(names):,} classes: " + ", ".join(counts[:20] + ["..."] * (len(counts) > 20))
+        print(f"{path}: {x.dtype} {x.shape}, {os.path.getsize(path):,} bytes, checksums correct\n{classes}")
+        print(f"info: {json.loads(str(arrays.get('info', '{}')))}")
+        return x, y, names
+    except Exception as e:                 # damaged files raise anything
+        raise UserError(f"{path} is not a prepared dataset ({e!r}). Prepare it again.")
+
+
+def contact_sheet(path, x, y, class_names, decode=None):
+    """Draw a line of images for each of at most 20 classes. Without classes: images in equal distances."""
+    height, width, gap = (6, 4, 4) if decode else (20, 10, 4)
+    spread = lambda n, count: np.unique(np.linspace(0, n - 1, count).astype(int))
+    if y is None:
+        chosen = spread(len(x), height * width)
+        lines = [("", chosen[i:i + width]) for i in range(0, len(chosen), width)]
+    else:
+        lines = []
+        for k in spread(len(class_names), height):
+            name, members = class_names[k], np.flatnonzero(y == k)
+            if max(name) > "\xff": name = f"class {k}"     # the font has Latin letters only
+            if len(name) > 40: name = name[:37] + "..."
+            lines.append((name, members[spread(len(members), width)]))
+    font = ImageFont.load_default(14)
+    margin = 2 * gap + max(math.ceil(font.getlength(name)) for name, _ in lines)
+    side = 128 if decode else min(128, x.shape[1] * max(1, 64 // x.shape[1]))
+    sheet = Image.new("RGB", (margin + width * (side + gap), gap + len(lines) * (side + gap)), "white")
+    for r, (name, indices) in enumerate(lines):
+        ImageDraw.Draw(sheet).text((gap, r * (side + gap) + side // 2 - 6), name, "black", font)
+        images = np.stack([x[i] for i in indices])
+        for c, image in enumerate(decode(images) if decode else images):
+            tile = Image.fromarray(np.repeat(image, 3 // image.shape[2], 2))
+            tile = tile.resize((side, side), Image.NEAREST if side > tile.width else Image.BOX)
+            sheet.paste(tile, (margin + c * (side + gap), gap + r * (side + gap)))
+    with atomic_write(path) as part: sheet.save(part, "PNG")
+    print(f"{path}: contact sheet")
+
+
+# === command line ===========================================================================================
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help)
+    p.add_argument("source", metavar="SOURCE", nargs="?", help="images in any form")
+    p.add_argument("--data", metavar="NAME", default="", help=f"one of {', '.join(DATASETS)}, or a new name")
+    p.add_argument("--size", type=int, help="side of the images of a custom dataset")
+    p.add_argument("--crop", choices=["center", "none"], help="center (default): as ADM; none: no resizing")
+    p.add_argument("--classes", choices=["auto", "folders", "none"], default="auto", help="where labels are")
+    p.add_argument("--images", metavar="KEY", help="array of an .npz, or column of a Hugging Face dataset")
+    p.add_argument("--labels", metavar="KEY", help="the same for labels")
+    p.add_argument("--grey", action="store_true", help="convert colour images to one channel")
+    p.add_argument("--background", default="white", metavar="COLOR", help="colour behind transparent pixels")
+    p.add_argument("--flip", action="store_true", help="add a mirrored copy of every image")
+    p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers), to encode images or draw latents")
+    p.add_argument("--pixel-range", type=int, nargs=2, metavar=("LOW", "HIGH"),
+                   help="pixels of the autoencoder of a custom dataset: 0 1 as EDM2, or -1 1 as SiT")
+    p.add_argument("--fp32", action="store_true", help="store latents in fp32, not in fp16")
+    p.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be decoded (slower)")
+    p.add_argument("--workers", type=int, default=min(8, os.cpu_count()), help="threads that decode images")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    p.add_argument("--check", metavar="FILE", help="verify a prepared .npz and print what it contains")
+    args = p.parse_args()
+    if args.check: return args
+    if not args.source or not re.fullmatch(r"(?!.*\.npz$)\w[\w.-]*", args.data):
+        raise UserError(f"SOURCE is '{args.source or ''}' and NAME is '{args.data}'. Give both, and a NAME "
+                        "without folder and suffix: prepare_data.py photos/ --data photos.")
+    try: ImageColor.getrgb(args.background)
+    except ValueError: raise UserError(f"--background {args.background} is not a colour. Use #rrggbb.")
+    if args.workers < 1: raise UserError(f"--workers is {args.workers}. Use 1 or more.")
+    return args
+
+
+def check_flags(args, config, source):
+    """Refuse flags that have no effect, and a source that does not fit the dataset."""
+    latents, K = source.latents or args.vae, 0 if source.labels is None else len(set(source.labels))
+    for flags, reason in [("size crop grey pixel_range", config and f"with --data {args.data}"),
+                          ("fp32 pixel_range", not latents and "on pixels"),
+                          ("grey", latents and "on latents"),
+                          ("size crop flip", source.latents and "on latents")]:
+        for flag in flags.split():
+            if reason and getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
+    if config and bool(latents) != ("latents" in config):
+        expected = "latents" if "latents" in config else "pixels"
+        raise UserError(f"{args.data} is a dataset of {expected}, unlike what would be stored. Encode images "
+                        "with --vae PATH, or choose another NAME.")
+    if config and config["classes"] not in (0, K):
+        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Choose "
+                        "another NAME for a custom dataset.")
+    if latents and not config and args.pixel_range not in ([0, 1], [-1, 1]):
+        raise UserError("Latents need the pixel range of their autoencoder. Pass --pixel-range 0 1 (as EDM2) "
+                        "or --pixel-range -1 1 (as SiT).")
+
+
+def image_shape(args, config, source):
+    """-> side and number of channels of the images that are stored or encoded"""
+    if config:
+        channels, side, _ = config["shape"]
+        return (8 * side, 3) if "latents" in config else (side, channels)
+    sizes, grey = survey(source, args.workers)
+    widths, heights = zip(*sizes)
+    shortest, multiple = min(widths + heights), 32 if args.vae else 4
+    size = args.size or shortest
+    if size < 1 or size % multiple or set(sizes) != {(size, size)} and (args.crop == "none" or not args.size):
+        usable = max(multiple, min(64, 2 ** int(math.log2(shortest))))
+        flag = f", and --size is {args.size}" if args.size else ""
+        raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and "
+                        f"{min(heights)} to {max(heights)} high{flag}. Squares with a side divisible by "
+                        f"{multiple} are needed. Crop and resize with --size, such as --size {usable}.")
+    if shortest < size: print(f"images smaller than {size} pixels are enlarged")
+    return size, 1 if args.grey or grey and not args.vae else 3
+
+
+def latent_shape(source):
+    """-> shape of the latents (C,H,W) or (2C,H,W), number of channels C"""
+    z = source.read(0)
+    if z.ndim != 3 or z.dtype.kind != "f":
+        raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W).")
+    half = len(z) // 2
+    moments = len(z) == 2 * half and (z[half:] > 0).all()              # standard deviations are positive
+    return z.shape, half if moments else len(z)
+
+
+def main():
+    args = arguments()
+    if args.check: return check(args.check)
+    config, out = DATASETS.get(args.data), Path("data", f"{args.data}.npz")
+    if out.exists() and not args.overwrite: raise UserError(f"{out} exists. Pass --overwrite to replace it.")
+    warnings.filterwarnings("ignore", module="PIL")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)          # also removes the temporary file
+    source = open_source(args.source, args.classes, args.images, args.labels)
+    if args.skip_bad: source = without_bad(source, args.workers)
+    kind = "latents" if source.latents else "images"
+    print(f"{args.source}: {len(source):,} {kind}; other files: {source.skipped}", flush=True)
+    shape, C = latent_shape(source) if source.latents else (None, None)
+    check_flags(args, config, source)
+    if config and not config["classes"] and source.labels is not None:
+        print(f"{args.data} has no classes; the labels are left out")
+        source.labels = None
+    y, class_names = (None, None) if source.labels is None else index_labels(source)
+
+    # what is stored: pixels (C is None), or latents of C channels
+    pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
+    autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
+    encode = autoencoder.encode if args.vae and not source.latents else None
+    info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source),
+            "skipped": source.skipped}
+    convert = lambda z: np.broadcast_to(z, shape)
+    if not source.latents:
+        size, channels = image_shape(args, config, source)
+        info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
+        convert = lambda image: to_pixels(image, size, channels, args.background)
+        shape = size, size, channels
+    if encode:
+        info["encoder"] = args.vae
+        shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
+        C = shape[0] // 2
+    if config and C and (C, *shape[1:]) != tuple(config["shape"]):
+        raise UserError(f"{args.source}: the latents are {(C, *shape[1:])}, and {args.data} needs "
+                        f"{config['shape']}. Choose another NAME.")
+    dtype = np.dtype(np.uint8 if not C else np.float32 if args.fp32 else np.float16)
+    full_shape = len(source) * (1 + args.flip), *shape
+    if out.parent.is_file(): raise UserError(f"{out.parent} is a file. Rename it; a folder is needed.")
+    out.parent.mkdir(exist_ok=True)
+    needed, free = math.prod(full_shape) * dtype.itemsize, shutil.disk_usage(out.parent).free
+    if needed > free: raise UserError(f"{out} needs {needed:,} bytes; {free:,} are free. Free some space.")
+
+    totals = defaultdict(float)
+    def finish():
+        if not C and totals["largest"] < 32:
+            raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
+                            "them to 0..255.")
+        if C:
+            mean = totals["sum"] / totals["count"]
+            scale = 0.5 / np.sqrt(totals["squares"] / totals["count"] - mean ** 2)
+            measured = {"mean": mean.tolist(), "scale": scale.tolist(), "pixel_range": pixel_range}
+            info["latents"] = {"vae": args.vae} | (config["latents"] if config else measured)
+            print(f"largest rounding error of a latent: {totals['rounding']:.2g}")
+        arrays = {} if y is None else {"arr_1": np.repeat(y, 1 + args.flip), "class_names": class_names}
+        return arrays | {"info": json.dumps(info)}
+    samples, begin = in_order(source, convert, args.workers), time.time()
+    write_npz(out, full_shape, dtype, stored_chunks(samples, args.flip, encode, C, dtype, totals), finish)
+    print(f"{len(source):,} {kind} in {time.time() - begin:,.1f} s")
+    prepared = check(out)
+    if C and not args.vae: return print("There is no contact sheet: pass --vae PATH to decode latents.")
+    contact_sheet(out.with_suffix(".png"), *prepared, C and (lambda z: autoencoder.decode(z[:, :C])))
+
+
+if __name__ == "__main__":
+    model.run(main)

@@ -17,7 +17,7 @@ stand in the name, FID-10k, because the distance falls with their number.
 FD-pixels and is no FID: it serves small images, up to 3,072 values each, for which no Inception network means
 anything.
 """
-import argparse, hashlib, json, os
+import argparse, hashlib, json, os, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-import model, sample
+import model, sample, solve
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 WHERE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
@@ -39,13 +39,14 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians (1706.08500, eq. 6).
     mu (d,), cov (d,d) -> 0-dim float64. With A = R R^T, tr (A B)^(1/2) = tr (R^T B R)^(1/2): one symmetric
     eigenproblem, two where A is singular."""
-    mu_a, cov_a, mu_b, cov_b = (m.double() for m in (mu_a, cov_a, mu_b, cov_b))
+    mu_a, cov_a, mu_b, cov_b = (torch.as_tensor(m).double() for m in (mu_a, cov_a, mu_b, cov_b))
     root, singular = torch.linalg.cholesky_ex(cov_a)
     if singular:
         values, vectors = torch.linalg.eigh(cov_a)
         root = vectors * values.clamp(min=0).sqrt()
     cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    distance = (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return distance.clamp(min=0)                           # rounding error of equal Gaussians
 
 
 def sums(batches):
@@ -208,6 +209,20 @@ def read(path, rank, world):
         yield from prepare_data.image_batches(prepare_data.open_source(path), 64, rank, world)
 
 
+def progress(batches, total, rank, world):
+    """Pass batches on, and print rate and time left every ten seconds."""
+    started = last = time.time()
+    done = 0
+    for images in batches:
+        yield images
+        done += len(images) * world                        # the other ranks are about as fast
+        if rank == 0 and time.time() - last > 10:
+            last = time.time()
+            rate = done / (last - started)
+            print(f"{min(done, total):,} of {total:,} images  {rate:,.0f}/s  left {(total - done) / rate:,.0f} s",
+                  file=sys.stderr, flush=True)
+
+
 def is_images(path):
     return path.endswith((".npz", ".zip")) or os.path.isdir(path)
 
@@ -227,12 +242,29 @@ def reduced(n, total, outer, device):
 
 
 def read_statistics(path):
-    """mu and sigma of an .npz in EDM's or ADM's layout -> mean (d,), covariance (d,d); None if it has none"""
+    """mu and sigma of an .npz in EDM's or ADM's layout, or of EDM2's .pkl -> mean (d,), covariance (d,d),
+    both float64; None if it has none. Raises UserError for statistics of no Gaussian."""
     try:
-        with np.load(path, allow_pickle=False) as f:
-            return (torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])) if "mu" in f else None
+        if path.endswith(".pkl"):
+            from tools import prepare_data
+            with open(path, "rb") as f: found = prepare_data.read_pickle(f)
+            found = found.get("fid", found)
+        else:
+            with np.load(path, allow_pickle=False) as f: found = {k: f[k] for k in ("mu", "sigma") if k in f}
+        if not found: return None
+        mu, sigma = (torch.from_numpy(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
     except Exception as e:
-        raise model.UserError(f"{path} is damaged ({type(e).__name__}: {e}).")
+        raise model.UserError(f"{path} is damaged, or no mu and sigma are in it ({type(e).__name__}: {e}).")
+    if mu.dim() == 2 and sigma.dim() <= 1: mu, sigma = sigma, mu                   # swapped
+    mu = mu.flatten()
+    if sigma.shape != (len(mu), len(mu)):
+        raise model.UserError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; sigma has to be the "
+                              "covariance matrix of mu.")
+    if not (mu.isfinite().all() and sigma.isfinite().all()):
+        raise model.UserError(f"{path} has values that are not finite; compute the statistics again.")
+    if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or sigma.diagonal().min() < 0:
+        raise model.UserError(f"{path}: sigma is not symmetric with a diagonal >= 0, so no covariance.")
+    return mu, (sigma + sigma.T) / 2
 
 
 def save_statistics(path, n, mu, cov):
@@ -246,10 +278,11 @@ def reference(args, header, features, rank, world, device):
     the identity of its images and the sha256 of the feature network."""
     path = header["data_path"] if not args.ref else args.ref
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
-    if args.ref and not is_images(path): path = model.find_data(path, "--ref")[2]
+    if args.ref and not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"the images to compare with, {path}, do not exist; give --ref.")
     kept = None
+    if path.endswith(".pkl"): return path, None, *read_statistics(path)
     if path.endswith(".npz"):
         if found := read_statistics(path): return path, None, *found
         network = model.sha256(args.inception) if args.features == "inception" else "pixels"
@@ -278,6 +311,11 @@ def main():
     args = p.parse_args()
     if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")):
         raise model.UserError("--save-stats X.npz takes the statistics of one FILE, and ends in .npz.")
+    if args.features == "pixels": model.refuse_typed("--inception", because="--features is pixels")
+    if all(is_images(file) for file in args.files):
+        model.refuse_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance", "--guide",
+                           "--solver", because="it is for checkpoints, and FILE is a set of images")
+    if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")
     rank, world, device, _ = model.setup(0, args.precision)
     features = pixels
     if args.features == "inception":
@@ -300,9 +338,14 @@ def evaluate(file, args, features, rank, world, device):
             raise model.UserError(f"{file} was trained on latents, and a Frechet distance is between images; "
                                   "give --ref, images or their statistics.")
         vae, seeds = sample.open_vae(header, args.vae, device), args.seeds or range(args.n)
-        drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world)
+        drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world,
+                                args.solver)
         batches = (images for images, _ in drawn)
         what = {"file": file, "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
+        if header["stage"] in solve.TEACHERS: what["solver"] = args.solver or solve.default_solver(header)
+        if args.labels.isdigit() and rank == 0:
+            print(f"note: samples of class {args.labels} only; --ref should have images of that class only")
+        batches = progress(batches, len(seeds), rank, world)
     found = None
     if args.ref or not args.save_stats: found = reference(args, header, features, rank, world, device)
     n, mu, cov = reduced(*sums(features(x) for x in batches), device)

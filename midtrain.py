@@ -277,6 +277,10 @@ def flags():
     args = p.parse_args()
     if target == "mf" and args.distance != "l2":
         raise model.UserError(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
+    if args.distance != "lpips": model.refuse_typed("--lpips", because="the distance is not lpips")
+    if args.trajectories:
+        model.refuse_typed("--nfe", "--solver", because=f"{args.trajectories} has its own solver and NFE")
+    if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
@@ -293,7 +297,7 @@ def dry_run(args, kind):
     header = model.expected_header(args.init, args, kind, **args.network)
     teacher = model.expected_header(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
     solver = args.solver or (teacher and solve.default_solver(teacher))
-    N = args.nfe // 2 if solver == "heun" else args.nfe
+    N = len(solve.solver_times(teacher, args.nfe, solver)) - 1 if teacher else args.nfe
     trajectories = args.batch / (N if args.pairing == "cmt" else 1)                # of one step
     nfe = args.nfe * (1 if args.guidance == 1 else 2)
     reads = {args.init: args.made_by, args.teacher: args.teacher_by}
@@ -322,8 +326,11 @@ def main():
     teacher, teacher_header = model.load_predecessor(args.teacher, args.teacher_by, teachers, device=device)
     model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
+    if args.trajectories:                                                          # the header says what was used
+        made = model.read(args.trajectories, tensors=False)[1]
+        args.nfe, args.solver = made["nfe"], made["solver"]
     args.solver = args.solver or solve.default_solver(teacher_header)
-    solve.check_solver(args.solver, args.nfe, args.teacher, teacher_header)
+    solve.check_solver(args.solver, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
     dataset = model.DATASETS.get(args.recipe_name) or model.custom_dataset(shape, classes,
@@ -348,7 +355,7 @@ def main():
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
-    N = args.nfe // 2 if args.solver == "heun" else args.nfe                       # steps of a trajectory
+    N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
     batches = (stored_batches(teacher_header, args, step, rank, batch, device) if args.trajectories else
                solved_batches(teacher, teacher_header, N, args, step, rank, batch, device))
     while True:

@@ -15,7 +15,7 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, inspect, io, json, math, os, resource
+import argparse, contextlib, functools, gc, hashlib, inspect, io, json, math, os
 import shlex, signal, socket, struct, sys, time, traceback, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -744,7 +744,8 @@ def open_data(args):
         if data.array.dtype != np.uint8 and not data.latents:
             raise UserError(f"{data.path} has latents without their scale; prepare them with "
                             f"`{prepare_command(args.name)}`.")
-        return data, custom_dataset(data.shape, data.classes, data.latents, getattr(args, "width", None))
+        width = args.network.get("model_channels")
+        return data, custom_dataset(data.shape, data.classes, data.latents, width)
     if data.shape != tuple(dataset["shape"]) or (data.array.dtype == np.uint8) == ("latents" in dataset):
         raise UserError(f"{data} do not fit the recipe {args.recipe_name}, which is for "
                         f"{'latents' if 'latents' in dataset else 'images'} of "
@@ -774,10 +775,14 @@ def atomic_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         with open(part, "rb+") as f: os.fsync(f.fileno())
+        umask = os.umask(0)                                # safetensors gives 0600, whatever the umask
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)
         os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)         # the new name has to reach the disk, too
-        os.fsync(folder)
-        os.close(folder)
+        if os.name == "posix":                             # the new name has to reach the disk, too
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError): part.unlink()
         raise UserError(f"{path} could not be written ({e}); free some space or choose another --out, "
@@ -938,7 +943,7 @@ def save_grid(path, rows, names):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63))
 
 
 def batch_indices(n, seed, start, count):
@@ -1000,7 +1005,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     recipe_name, name, path = find_data(peek_flag("--data", "digits"))
     if recipe_name not in recipes:
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
-    recipe = {k: v for k, v in recipes[recipe_name].items() if k != "origin"}
+    recipe = {"beta1": 0.9} | {k: v for k, v in recipes[recipe_name].items() if k != "origin"}
     small = recipe_name in ("digits", "custom")
     gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and not small
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
@@ -1010,7 +1015,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
         p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
                        help="weights to start from")
     if recipe_name == "custom" and not reads:
-        p.add_argument("--width", type=positive, metavar="CHANNELS",
+        p.add_argument("--width", type=positive, action=SetNetwork, metavar="CHANNELS",
                        help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
     p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
                    help="result; NAME.resume.safetensors beside it continues")
@@ -1020,9 +1025,13 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     p.add_argument("--microbatch", type=positive, metavar="ROWS",
                    help="rows a GPU takes at once, to save memory (default: its whole share of the batch)")
     p.add_argument("--lr", type=not_negative, help="peak learning rate")
-    p.add_argument("--ema", type=float,
+    p.add_argument("--ema", type=fraction,
                    help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    for name_, (type_, help_) in HYPERPARAMETERS.items():
+        if name_ in recipe: p.add_argument(f"--{name_.replace('_', '-')}", dest=name_, type=type_, help=help_)
+    p.add_argument("--dropout", type=fraction, action=SetNetwork, metavar="P",
+                   help="of the network (default: the recipe's, else that of --init)")
+    p.add_argument("--seed", type=not_negative_int, default=0, help="of everything random")
     p.add_argument("--save-every", type=positive, metavar="STEPS",
                    help="steps between saves (default: a save every 10 minutes)")
     p.add_argument("--keep", action="store_true",
@@ -1036,8 +1045,16 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
                    help="print recipe, memory, compute and what is missing, and stop")
     p.add_argument("--world", type=positive, metavar="GPUS",
                    help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
+    if "--dry-run" not in sys.argv: refuse_typed("--world", because="it belongs to --dry-run")
     p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
     return p
+
+
+class SetNetwork(argparse.Action):
+    """A flag that sets a constructor argument of the network, on top of the recipe's `network`."""
+    def __call__(self, parser, namespace, value, option=None):
+        name = {"width": "model_channels"}.get(self.dest, self.dest)
+        namespace.network = namespace.network | {name: value}
 
 
 def checkpoint(text):
@@ -1048,16 +1065,57 @@ def checkpoint(text):
     return text
 
 
-def positive(text):
-    value = int(text)
-    if value < 1: raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return value
+def number(kind, low, high, what):
+    """A type for argparse: an int or float in [low, high), described by `what` in the error."""
+    def convert(text):
+        try: value = kind(text)
+        except ValueError: value = math.nan
+        if not low <= value < high: raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+    return convert
 
 
-def not_negative(text):
-    value = float(text)
-    if not 0 <= value < math.inf: raise argparse.ArgumentTypeError(f"{text} is not a number >= 0")
-    return value
+positive = number(int, 1, math.inf, "a positive integer")
+not_negative_int = number(int, 0, 2 ** 63, "an integer >= 0")
+not_negative = number(float, 0, math.inf, "a number >= 0")
+positive_float = number(float, sys.float_info.min, math.inf, "a number > 0")
+finite = number(float, -sys.float_info.max, math.inf, "a finite number")
+fraction = number(float, 0, 1, "a number in [0, 1)")
+fraction_or_1 = number(float, 0, math.nextafter(1, 2), "a number in [0, 1]")
+
+
+def decay(text):
+    return text if text in ("constant", "linear") else positive(text)
+
+
+def optimizer_name(text):
+    if text in ("Adam", "AdamW", "RAdam"): return text
+    raise argparse.ArgumentTypeError(f"{text} is not Adam, AdamW or RAdam")
+
+
+# The hyperparameters that some recipe has, as flags. Those of one stage only are defined in that stage.
+HYPERPARAMETERS = {
+    "optimizer": (optimizer_name, "Adam, AdamW or RAdam; eps 1e-8, weight decay 0"),
+    "beta1": (fraction, "of the optimizer"), "beta2": (fraction, "of the optimizer"),
+    "decay": (decay, "of the learning rate: constant, linear to 0, or 1/sqrt from this step on"),
+    "warmup": (not_negative_int, "images over which the learning rate rises linearly"),
+    "P_mean": (finite, "mean of ln t, or of logit t in flow time"),
+    "P_std": (positive_float, "standard deviation of ln t, or of logit t in flow time"),
+    "mid_t": (positive_float, "time of the second sampling step, stored in the result"),
+    "p": (not_negative, "exponent of the adaptive weight"),
+    "jumps": (number(int, 1, 4, "1, 2 or 3"), "how many of every four samples have r < t"),
+}
+
+
+def typed(flag):
+    """Does the command line contain `flag`?"""
+    return any(word == flag or word.startswith(f"{flag}=") for word in sys.argv[1:])
+
+
+def refuse_typed(*flags, because):
+    """Raise UserError where one of these flags was typed though it would have no effect."""
+    for flag in flags:
+        if typed(flag): raise UserError(f"{flag} would have no effect: {because}. Leave it out.")
 
 
 def setup(batch, precision="fp32"):
@@ -1120,8 +1178,9 @@ def optimizer(args, net):
     """--optimizer with its learning rate and betas. On a GPU Adam runs as one fused kernel; RAdam has
     none."""
     fused = args.optimizer != "RAdam" and next(net.parameters()).is_cuda
-    return getattr(torch.optim, args.optimizer)(net.parameters(), args.lr, betas=(0.9, args.beta2), eps=1e-8,
-                                                **{"fused" if fused else "foreach": True})
+    return getattr(torch.optim, args.optimizer)(
+        net.parameters(), args.lr, betas=(args.beta1, args.beta2), eps=1e-8, weight_decay=0.0,
+        **{"fused" if fused else "foreach": True})
 
 
 def reseed(*numbers):
@@ -1197,6 +1256,10 @@ def check_fit(init, header, source, shape, classes):
 # What may differ between a run and its continuation. A change of anything else would change the mathematics.
 FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
         "teacher", "teacher_by", "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe"}
+
+
+# What a continuation may change though it changes the last bits, and in mid-training the pools.
+HARDWARE = {"microbatch", "world", "precision"}
 
 
 def run_metadata(args, stage, unit, world, data=None, **files):
@@ -1334,10 +1397,26 @@ class SaveTimer:
         return True
 
 
+@torch.no_grad()
+def check_finite(ema, header, out):
+    """Raise Diverged unless the weights, and their output on one fixed batch, are finite. A save checks this
+    before it replaces a file."""
+    device = next(ema.parameters()).device
+    x = torch.randn(4, *image_shape(header), generator=torch.Generator().manual_seed(0)).to(device)
+    t = torch.linspace(header["t_min"], header["t_max"], 4, device=device)
+    if header["kind"] == "Denoiser": result = ema(x * (0.5 + t[:, None, None, None]), t)
+    else:                            result = ema(x, 0.5 * t, t)
+    if not torch.stack([result.isfinite().all(), *(p.isfinite().all() for p in ema.parameters())]).all():
+        saved = f"{out} keeps what was saved before" if os.path.exists(out) else "nothing was saved"
+        raise Diverged(f"the averaged weights or their output are not finite; {saved}. Try a smaller --lr, "
+                       "with another --out.")
+
+
 def save_run(args, step, net, ema, opt, header):
     """Write first NAME.resume.safetensors (weights, EMA, optimizer state, step), which a resumed run reads,
     then NAME.safetensors (EMA weights and header). With --keep NAME-STEP.safetensors before both."""
     started = time.monotonic()
+    check_finite(ema, header, args.out)
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
     for name, p in net.named_parameters():
@@ -1368,17 +1447,19 @@ def resume_run(out, net, ema, opt, header):
                   f"{sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
             settings = header["settings"]
             if settings["warmup"] > settings["steps"] * settings["batch"]:
-                print(f"warning: the learning rate warms up over {settings['warmup']:,} images, and the run ends "
-                      "before. Give more --steps.", flush=True)
+                print(f"warning: the learning rate warms up over {settings['warmup']:,} images, and the run "
+                      "ends before. Give more --steps, or a smaller --warmup.", flush=True)
         return 0
     state, old = read(path)
     was, now = old["settings"], header["settings"]
     free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
-    changed = [f"{k} was {was[k]}, is {now[k]}"            # a flag that one of the two lacks is new or gone
-               for k in sorted(was.keys() & now.keys() - free) if was[k] != now[k]]
-    if changed:
+    different = {k for k in was.keys() & now.keys() - free if was[k] != now[k]}    # one may lack a new flag
+    if changed := [f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
-                      "settings to continue it, another --out to keep both, or delete it to start over.")
+                        "settings to continue it, another --out to keep both, or delete it to start over.")
+    if different and rank == 0:
+        print(f"continuing with another {', '.join(sorted(different))}: the result is not bit for bit that "
+              "of an uninterrupted run.", flush=True)
     if now["steps"] < old["step"]:
         raise UserError(f"{path} is at step {old['step']:,} already; give more --steps, or another --out.")
     def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
@@ -1419,6 +1500,14 @@ class Stop:
         return bool(stop)
 
 
+def peak_memory():
+    """Bytes at the highest, of the GPU, else of this process; NaN on Windows."""
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    if os.name != "posix": return math.nan
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Log:
     """Rank 0: one line per --log-every steps and the same as JSON in NAME.jsonl beside the checkpoint: mean
     loss since the last line over all ranks, its parts, gradient norm, rate, time left, memory at its highest.
@@ -1444,17 +1533,16 @@ class Log:
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             if self.in_a_row == 10:
+                saved = "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
                 raise Diverged(f"the gradient was not finite for 10 steps in a row, the last one {step}; "
-                               "what was saved is good; try a smaller --lr or --precision fp32, with "
-                               "another --out.")
+                               f"{saved}. Try a smaller --lr or --precision fp32, with another --out.")
         if step % self.args.log_every and step not in (1, 2, 5, 10, self.args.steps): return
         nothing = loss.new_full((1 + len(parts),), math.nan)
         mean = torch.stack(self.losses).mean(0) / self.world if self.losses else nothing
         if self.world > 1: dist.all_reduce(mean)
         if self.rank == 0:
             seconds = (time.time() - self.clock) / (step - self.last)
-            gib = torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else (
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+            gib = peak_memory() / 2 ** 30
             found = dict(zip(["loss", *parts], mean.tolist()))
             line = {"step": step, self.unit: step * self.args.batch, **found, "grad": norm, "lr": lr,
                     f"{self.unit}/s": self.args.batch / seconds, "left": (self.args.steps - step) * seconds,
@@ -1476,6 +1564,8 @@ def run(main):
     several processes any exception ends this one at once, without waiting for the others: torchrun then ends
     them."""
     rank = int(os.environ.get("RANK", 0))
+    for stream in (sys.stdout, sys.stderr):                # a terminal may know ASCII only
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         main()
         if dist.is_initialized():

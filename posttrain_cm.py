@@ -40,12 +40,12 @@ RECIPES = {
     "cifar10":     PAPER | dict(q=4096),
     "ffhq64":      PAPER | dict(q=512),
     "afhqv2-64":   PAPER | dict(q=1024),
-    # The paper reports ECT and, better, ECD here; what q it gave ECT is unknown. These are ECT's own.
-    "imagenet64":  ECT | LARGE | dict(lr=1e-3, decay=2000, q=4, double=25_000, network=dict(
-                                      dropout=0.4, dropout_resolutions=(16, 8)), origin={
-        "ECT": "batch lr decay q double c weight P_mean P_std ema optimizer beta2 network", "code": "mid_t"}),
-    # The paper's teacher is edm2-img512-xxl-0939524-0.075.pkl, its guide edm2-img512-m-0268435-0.155.pkl:
-    # import both with pretrain.py's --out.
+    # The paper reports ECD here; its settings are unpublished. These are the ones of imagenet512, without a
+    # guide.
+    "imagenet64":  ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
+                                      network=dict(dropout=0.4, dropout_resolutions=(16, 8)), origin={
+        "paper": "loss", "ECT": "network", "code": "mid_t"}),
+    # The paper's teacher and guide, imported with --out, see `flags`.
     "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
                                       precision="tf32", network=dict(dropout=0.0), guidance=2.05,
                                       teacher="runs/imagenet512/guided.safetensors",
@@ -54,6 +54,11 @@ RECIPES = {
                  "solver teacher guide precision", "code": "mid_t guidance"}),
     "custom":      ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),
 }
+
+
+# The public files that imagenet512 needs beside those of model.DATASETS.
+PUBLIC_TEACHERS = {"runs/imagenet512/guided.safetensors": "edm2-img512-xxl-0939524-0.075.pkl",
+                   "runs/imagenet512/guide.safetensors": "edm2-img512-m-0268435-0.155.pkl"}
 
 
 # === the method =============================================================================================
@@ -115,7 +120,8 @@ def flags():
     """The command line -> args; args.made_by and args.teacher_by are commands that make missing files"""
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
     p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(stage+1))")
-    p.add_argument("--double", type=int, metavar="STEPS", help="steps a stage; 0: the gap stays fixed")
+    p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
+                   help="steps a stage; 0: the gap stays fixed")
     p.add_argument("--c", type=model.not_negative, help="of pseudo-Huber; 0: the plain l2 norm")
     p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or pre-training's")
     p.add_argument("--loss", choices=["ect", "ecd"], help="ect: x_r from data; ecd: from the teacher's ODE")
@@ -125,10 +131,14 @@ def flags():
                    help="diffusion model, for --loss ecd")
     solve.guidance_flags(p)
     args = p.parse_args()
+    if args.loss == "ect":
+        model.refuse_typed("--teacher", "--solver", "--guidance", "--guide",
+                           because="--loss ect has no teacher")
+    if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
     args.made_by, args.teacher_by = (f"python {stage} --data {args.data}"
                                      for stage in ("midtrain.py", "pretrain.py"))
-    if public := model.DATASETS.get(args.recipe_name, {}).get("public"):
-        args.teacher_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
+    public = PUBLIC_TEACHERS.get(args.teacher) or model.DATASETS.get(args.recipe_name, {}).get("public")
+    if public: args.teacher_by = solve.import_command(public, args.data, args.teacher)
     return args
 
 
@@ -137,7 +147,8 @@ def dry_run(args):
     reads, teacher, nfe = {args.path: model.prepare_command(args.name), args.init: args.made_by}, None, 0
     if args.loss == "ecd":
         reads[args.teacher] = args.teacher_by
-        if solve.guide_file(args): reads[args.guide] = "a worse model"
+        if guide := solve.guide_file(args): reads[guide] = solve.import_command(
+            PUBLIC_TEACHERS.get(guide, "FILE"), args.data, guide)
         nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
         teacher = model.expected_header(args.teacher, args, "Denoiser")
     model.dry_run(args, "images", header, 1, reads, teacher, nfe)

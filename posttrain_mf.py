@@ -42,7 +42,7 @@ RECIPES = {
                              network=dict(dropout=0.2), origin={
         "MeanFlow": "batch lr ema p decay warmup P_mean P_std jumps network optimizer beta2 c omega kappa"}),
     "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  beta2=0.95, decay="constant",
-                             omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), origin={
+                             c=1e-2, omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), origin={
         "MeanFlow": "batch lr ema beta2 decay omega kappa guide_times P_mean P_std jumps p c"}),
     "custom":      MF | dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999,   optimizer="RAdam"),
 }
@@ -91,6 +91,13 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     return torch.where(((y != null) & (low <= t) & (t <= high))[:, None, None, None], guided, v)
 
 
+def drop_labels(y, r_equals_t, share, null):
+    """Replace labels of samples with r = t by the null label, on average a `share` of all samples. Only the
+    velocity u(z, t, t) is needed without a label. y (B,), r_equals_t (B,) bool -> (B,)"""
+    probability = share * len(y) / r_equals_t.sum().clamp(min=1)
+    return torch.where(r_equals_t & (torch.rand(len(y), device=y.device) < probability), null, y)
+
+
 def two_times(n, jumps, mean, std, device):
     """logit t ~ N(mean, std^2), twice and sorted; the first `jumps` of every four samples keep r < t, in the
     others r = t. -> r, t (n,)"""
@@ -137,11 +144,18 @@ def flags():
                    metavar="FILE", help="flow-matching model, for --velocity teacher")
     p.add_argument("--derivative", choices=["jvp", "difference"], default="jvp",
                    help="along the trajectory: exact, or by central differences")
-    p.add_argument("--omega", type=float, help="guidance: weight of v")
-    p.add_argument("--kappa", type=float, help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
-    p.add_argument("--guide-times", type=float, nargs=2, metavar=("LOW", "HIGH"),
+    p.add_argument("--c", type=model.not_negative, help="constant of the adaptive weight")
+    p.add_argument("--omega", type=model.finite, help="guidance: weight of v")
+    p.add_argument("--kappa", type=model.finite,
+                   help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
+    p.add_argument("--guide-times", type=model.fraction_or_1, nargs=2, metavar=("LOW", "HIGH"),
                    help="guidance only for t in between")
     args = p.parse_args()
+    if args.velocity == "data": model.refuse_typed("--teacher", because="--velocity is data")
+    if (args.omega, args.kappa) == (1, 0):
+        model.refuse_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")
+    if args.guide_times[0] >= args.guide_times[1]:
+        raise model.UserError("--guide-times LOW HIGH: {} is not below {}.".format(*args.guide_times))
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
@@ -207,8 +221,8 @@ def main():
         model.reseed(args.seed, rank, step)
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
-        y = model.drop_labels(y, header)                                           # (b,)
         r, t = two_times(batch, args.jumps, args.P_mean, args.P_std, device)
+        y = drop_labels(y, r == t, header["label_dropout"], null)                  # (b,)
         v = torch.randn_like(x0) - x0                                              # eps - x_0
         z = x0 + t[:, None, None, None] * v
 

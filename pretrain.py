@@ -32,8 +32,8 @@ RECIPES = {
         "cifar10":     EDM | dict(steps=390_625, batch=512, lr=1e-3, ema=0.99929),
         "ffhq64":      EDM | dict(steps=781_250, lr=2e-4),
         "afhqv2-64":   EDM | dict(steps=781_250, lr=2e-4),
-        "imagenet64":  EDM2 | dict(steps=500_000, lr=1e-2,   decay=35_000, P_mean=-0.8, P_std=1.6),
-        "imagenet512": EDM2 | dict(steps=437_500, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),
+        "imagenet64":  EDM2 | dict(steps=524_288, lr=1e-2,   decay=35_000, P_mean=-0.8, P_std=1.6),
+        "imagenet512": EDM2 | dict(steps=458_752, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),
         "custom":      ADAM | OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),
     },
     # Nobody published a flow-matching teacher for CMT.

@@ -81,6 +81,9 @@ def open_vae(header, path, device):
 def to_images(x, header, vae):
     """What a model makes -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded, to the pixel range
     that the autoencoder encoded: EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
+    if not x.isfinite().all():
+        raise model.UserError("the model's samples are not finite: its training diverged, or the file is of "
+                              "another network. Nothing is written.")
     if vae:
         mean, scale = model.latent_scale(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in x / scale + mean])       # one by one: memory
@@ -91,14 +94,16 @@ def to_images(x, header, vae):
 
 @torch.no_grad()
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
-             rank=0, world=1):
+             rank=0, world=1, solver=None):
     """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order; every
     world-th block from `rank` on. net, header as from model.load, or a function instead of net, and its
-    device; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from open_vae."""
+    device; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from open_vae; solver of a
+    teacher's ODE, by default solve.default_solver's. Raises UserError, also for outputs that are not
+    finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
-    consistency = header["stage"] not in solve.TEACHERS
-    solver = None if consistency else solve.default_solver(header)
-    if solver == "heun" and steps % 2: solver = "euler"
+    consistency, labels = header["stage"] not in solve.TEACHERS, str(labels)
+    solver = None if consistency else solver or solve.default_solver(header)
+    if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels not in ("random", "balanced") and not (labels.isdigit() and int(labels) < max(1, K)):
         raise model.UserError(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
@@ -197,9 +202,13 @@ def open_model(text, args, device):
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
-    if args.guidance != 1 and header["stage"] not in solve.TEACHERS:
-        raise model.UserError(f"{path} is a consistency model, which --guidance is not for; "
-                              "guide its teacher.")
+    if header["stage"] not in solve.TEACHERS:
+        model.refuse_typed("--guidance", "--guide", "--solver",
+                           because=f"{path} is a consistency model; only its teacher has an ODE to guide and solve")
+    else:
+        solver = args.solver or solve.default_solver(header)
+        solve.check_solver(solver, path, header)
+        if solver != "jump": model.refuse_typed("--mid-t", because=f"{path} is sampled with {solver}")
     model.freeze(net, header, model.DTYPES[args.precision])
     return solve.guide_teacher(net, header, args, path), header, steps
 
@@ -213,7 +222,7 @@ def seed_range(text):
 
 
 def numbers(text):
-    return [float(t) for t in text.split(",")]
+    return [model.positive_float(t) for t in text.split(",")]
 
 
 @torch.no_grad()
@@ -238,6 +247,9 @@ def sampling_flags(p):
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="drawn from the seed, seed modulo classes, or one class")
+    p.add_argument("--solver", choices=solve.SOLVER_NAMES,
+                   help="of a teacher's ODE (default: dpm3 for denoisers, heun for flow matching, jump for Mean "
+                        "Flow); heun with an odd number of steps is EDM's sampler")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
                    help="times of the second step and of those after it (default: the file's)")
     p.add_argument("--precision", choices=model.DTYPES, default="fp32", help="of the network's backbone")
@@ -256,34 +268,37 @@ def main():
     p.add_argument("--out", metavar="X.npz",
                    help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
     args = p.parse_args()
+    if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")
+    if not args.real: model.refuse_typed("--data", because="it says where --real finds its images")
     one, seeds = len(args.files) == 1, args.seeds or range(args.n)
 
     rank, world, device, _ = model.setup(0, args.precision)
     rows, names, headers = [], [], []
     for text in args.files:
         net, header, steps = open_model(text, args, device)
-        out = Path(args.out or f"runs/{(headers or [header])[0]['data']}/samples.npz").with_suffix(".npz")
+        out = (args.out or f"runs/{(headers or [header])[0]['data']}/samples.npz").removesuffix(".npz")
         vae = open_vae(header, args.vae, device)
-        draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device)
+        draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device,
+                                      solver=args.solver)
         if one:
-            folder = out.with_suffix(".parts")
+            folder = Path(f"{out}.parts")
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
             key["sha256"] = model.sha256(path_of(text))
             parts = draw_parts(draw, seeds, folder, key, rank, world)
         if rank and not one: return
-        images, labels = (collect(parts, seeds, out, rank, world) if one else
+        images, labels = (collect(parts, seeds, Path(f"{out}.npz"), rank, world) if one else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
         rows.append(images[:20])
-        names.append(f"{header['stage']} {steps}")
+        solver = "" if header["stage"] not in solve.TEACHERS else args.solver or solve.default_solver(header)
+        names.append(f"{header['stage']} {steps}{' ' * bool(solver)}{solver}")
         headers.append(header)
     if args.real:
         path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]
         rows.insert(0, real_images(path, labels[:20], headers[0], vae))
         names.insert(0, "real")
-    model.save_grid(out.with_suffix(".png"), rows, names)
-    print(f"{', '.join(names)}: " + (f"{len(seeds):,} images in {out}, " if one else "")
-          + f"{out.with_suffix('.png')}")
+    model.save_grid(f"{out}.png", rows, names)
+    print(f"{', '.join(names)}: " + (f"{len(seeds):,} images in {out}.npz, " if one else "") + f"{out}.png")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def dpm_solver_pp(denoise, x, times, order=3):
     released, descend 3, 2, 1 at the end. times > 0, descending.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
+    if order not in (1, 2, 3): raise ValueError(f"order is {order}, not 1, 2 or 3")
+    if not (t[-1] > 0 and (t[:-1] > t[1:]).all()): raise ValueError("times have to fall and stay above 0")
     h = (t[:-1] / t[1:]).log()                              # h_i = ln(t_i / t_{i+1}), the step in lambda
     phi1_all, h, t = torch.expm1(-h).tolist(), h.tolist(), t.tolist()
     N, states, D = len(h), [x], []                          # D: newest first
@@ -136,19 +138,32 @@ def default_solver(header):
     return "jump" if header["network"].get("interval") else "heun"
 
 
+def solver_times(header, nfe, solver):
+    """The grid of `solver` for `nfe` network calls. Heun's steps take two calls, but one into t = 0: an odd
+    nfe ends there, for a denoiser with EDM's own sampler (2206.00364, algorithm 1). A flow-matching model's
+    grid always ends at 0, so that an even nfe makes one call less. -> (N+1,) float64"""
+    ends, denoiser = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser"
+    if solver.startswith("dpm"): return log_uniform_times(nfe, *ends)
+    if solver == "jump":         return uniform_times(nfe, *ends)
+    grid = karras_times if denoiser else uniform_times
+    if solver == "euler": return grid(nfe, *ends)
+    if denoiser and nfe % 2 and nfe > 1: return torch.cat([grid(nfe // 2, *ends), torch.zeros(1).double()])
+    return grid((nfe + 1) // 2, *ends)
+
+
 def solve_teacher(teacher, header, x, y, nfe, solver):
     """The PF-ODE of a model with `nfe` network calls in all, each solver on its own grid. teacher, header as
-    from model.load, x (B,C,H,W) at t_max, y (B,). -> states (N+1,B,C,H,W), times (N+1,) float64 to t_min"""
-    ends = header["t_max"], header["t_min"]
+    from model.load, x (B,C,H,W) at t_max, y (B,). -> states (N+1,B,C,H,W), times (N+1,) float64"""
+    times = solver_times(header, nfe, solver)
     if header["kind"] == "Denoiser":
-        denoise, grid = lambda x, t: teacher(x, t, y), karras_times
+        denoise = lambda x, t: teacher(x, t, y)
         velocity = lambda x, t: (x - denoise(x, t)) / t[:, None, None, None]
     else:
-        velocity, grid = lambda z, t: teacher(z, t, t, y), uniform_times
-    if solver == "jump":  return flow_map(lambda z, r, t: teacher(z, r, t, y), x, uniform_times(nfe, *ends))
-    if solver == "euler": return euler(velocity, x, grid(nfe, *ends))
-    if solver == "heun":  return heun(velocity, x, grid(nfe // 2, *ends))
-    return dpm_solver_pp(denoise, x, log_uniform_times(nfe, *ends), order=int(solver[3]))
+        velocity = lambda z, t: teacher(z, t, t, y)
+    if solver == "jump":  return flow_map(lambda z, r, t: teacher(z, r, t, y), x, times)
+    if solver == "euler": return euler(velocity, x, times)
+    if solver == "heun":  return heun(velocity, x, times)
+    return dpm_solver_pp(denoise, x, times, order=int(solver[3]))
 
 
 def solvers_of(header):
@@ -156,22 +171,24 @@ def solvers_of(header):
     return [s for s in SOLVERS[header["kind"]] if s != "jump" or header["network"].get("interval")]
 
 
-def check_solver(solver, nfe, teacher, header):
-    """Raises UserError where the solver does not go with the teacher or the number of network calls."""
+def check_solver(solver, teacher, header):
+    """Raises UserError where the solver does not go with the teacher."""
     if solver not in solvers_of(header):
         why = " without an embedding of t - r" if solver in SOLVERS[header["kind"]] else ""
         raise model.UserError(f"--solver {solver} does not fit {teacher}, a {header['kind']}{why}; "
                             f"choose one of {', '.join(solvers_of(header))}.")
-    if solver == "heun" and nfe % 2:
-        raise model.UserError(f"--nfe {nfe}: a Heun step takes two network calls; choose an even number.")
 
 
 def guidance_flags(p):
     """--guidance and --guide, for every script that calls a teacher."""
-    p.add_argument("--guidance", type=float, default=p.get_default("guidance") or 1.0, metavar="W",
+    p.add_argument("--guidance", type=model.finite, default=p.get_default("guidance") or 1.0, metavar="W",
                    help="of the teacher: guide + W (teacher - guide); 1: none")
     p.add_argument("--guide", default=p.get_default("guide"), metavar="FILE",
                    help="a worse model to guide by (default: the teacher with the null label)")
+
+
+def import_command(public, data, out):
+    return f"python tools/import_checkpoint.py {public} --data {data} --out {out}"
 
 
 def guide_file(args):
@@ -237,7 +254,7 @@ def main():
     made_by = f"python pretrain.py --data {args.data}"
     teacher, header = model.load_predecessor(args.teacher, made_by, TEACHERS, device=device)
     solver = args.solver or default_solver(header)
-    check_solver(solver, args.nfe, args.teacher, header)
+    check_solver(solver, args.teacher, header)
     teacher = guide_teacher(teacher, header, args, args.teacher)
     model.reseed(args.seed)
     x = header["t_max"] * torch.randn(args.n, *model.image_shape(header), device=device)

@@ -76,7 +76,7 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
         return lambda f, x0, eps, t, y: loss(f, x0, eps, t, y), (x0, eps, t, y)
     if stage == "midtrain":
         args.solver = args.solver or solve.default_solver(header)
-        N = args.nfe // 2 if args.solver == "heun" else args.nfe
+        N = len(solve.solver_times(header, args.nfe, args.solver)) - 1
         pairs = next(midtrain.solved_batches(teacher, header, N, args, 0, 0, batch, device))
         def loss(f, x_t, t, x_r, r, y):
             if args.target == "cm": return midtrain.cmt_loss(f, x_t, t, x_r, y, midtrain.huber)

@@ -433,7 +433,7 @@ def test_torchrun_with_two_ranks(chain, tmp_path, script):
     done = subprocess.run([str(c) for c in command], cwd=chain, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     # one log line a period, not one a rank
-    assert done.stdout.count("step ") == 3 and model.load(out)[1]["step"] == 5
+    assert done.stdout.count("\nstep ") == 4 and model.load(out)[1]["step"] == 5
 
 
 TINY = {"DDPMpp":   dict(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)),

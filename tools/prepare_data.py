@@ -315,8 +315,10 @@ def without_bad(source, workers):
     decode = np.isfinite if source.latents else lambda image: to_pixels(image, None, 3) is None
     good = [i for i, _ in in_order(source, decode, workers, skip_bad=True)]
     if not good: raise UserError(f"{source.path}: nothing can be decoded. Give another SOURCE.")
-    if source.labels is not None: source = replace(source, labels=[source.labels[i] for i in good])
-    return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]))
+    labels = None if source.labels is None else [source.labels[i] for i in good]
+    skipped = source.skipped | {"not decodable": len(source) - len(good)}
+    return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]),
+                   labels=labels, skipped=skipped)
 
 
 def survey(source, workers=1):
@@ -579,7 +581,6 @@ def image_shape(args, config, source):
         raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and "
                         f"{min(heights)} to {max(heights)} high{flag}. Squares with a side divisible by "
                         f"{multiple} are needed. Crop and resize with --size, such as --size {usable}.")
-    if shortest < size: print(f"images smaller than {size} pixels are enlarged")
     return size, 1 if args.grey or grey and not args.vae else 3
 
 
@@ -614,12 +615,16 @@ def main():
     # what is stored: pixels (C is None), or latents of C channels
     info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source),
             "skipped": source.skipped}
-    convert = lambda z: np.broadcast_to(z, shape)
     if not source.latents:
         size, channels = image_shape(args, config, source)
         info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
-        convert = lambda image: to_pixels(image, size, channels, args.background)
         shape = size, size, channels
+    enlarged = []                          # one item for each image that is smaller than the stored size
+    def convert(sample):
+        if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
+        if source.latents: return sample
+        if min(sample.size) < size: enlarged.append(1)
+        return to_pixels(sample, size, channels, args.background)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
     encode = autoencoder.encode if args.vae and not source.latents else None
@@ -639,6 +644,7 @@ def main():
 
     totals = defaultdict(float)
     def finish():
+        if enlarged: print(f"{len(enlarged):,} images are smaller than {size} pixels and were enlarged")
         if not C and totals["largest"] < 32:
             raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
                             "them to 0..255.")

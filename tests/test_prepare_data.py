@@ -270,7 +270,7 @@ def test_labels_have_no_gaps():
     assert index(["10", "9", "0"]) == ([2, 1, 0], ["0", "9", "10"])
     assert index(["b", "a", "B"]) == ([2, 1, 0], ["B", "a", "b"])
     assert index([2, 0], ["cat", "dog", "emu"]) == ([1, 0], ["cat", "emu"])
-    for bad in ([0.5, 1.0], [None, 1]):
+    for bad in ([0.5, 1.0], [None, 1], [[0, 1], [1, 0]]):
         with pytest.raises(model.UserError, match="are not classes"): index(bad)
     with pytest.raises(model.UserError, match="-1"): index([-1, 0], ["cat", "dog"])
 
@@ -363,6 +363,10 @@ def flat(*extra):
 def parts(*names):
     return lambda: [save(f"a/{name}/{i}.png", PIXELS[i]) for name in names for i in range(3)]
 
+def tar_of_images():
+    save("a/1.png", PIXELS[0])
+    with tarfile.open("cifar-images.tar", "w") as tar: tar.add("a")
+
 def npz(**arrays):
     return lambda: np.savez("a.npz", **arrays)
 
@@ -374,7 +378,8 @@ REFUSED = [
     (flat(("9.png", b"<html>")), "a", ["9.png", "--skip-bad"]),
     (flat(("9.png", png(PIXELS[0])[:300])), "a", ["9.png", "truncated"]),
     (flat(("x.npy", b"")), "a", ["4 images, 1 latents"]),
-    (flat(("labels.csv", b"")), "a", ["labels.csv", "--classes none"]),
+    (flat(("labels.csv", b""), ("LICENSE.txt", b"")), "a", ["labels.csv", "--classes none"]),
+    (tar_of_images, "cifar-images.tar", ["0 images", "Unpack"]),
     (flat(("dataset.json", b"{}")), "a", ["dataset.json", "labels", "--classes none"]),
     (flat(("dataset.json", b'{"labels": [["0.png", 1]]}')), "a", ["1.png"]),
     (flat(("dataset.json", json.dumps({"labels": [[f"{i}.png", 1] for i in range(5)]}).encode())), "a",

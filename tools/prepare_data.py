@@ -97,7 +97,8 @@ def open_files(path, files, classes):
 
 def file_labels(path, images, visible, kinds, files, classes):
     """Labels from EDM's dataset.json, or else from the first sub-folders -> list, or None without classes."""
-    tables = [name for suffix in TABLES for name in kinds.get(suffix, []) if "readme" not in name.lower()]
+    tables = [name for suffix in TABLES for name in kinds.get(suffix, [])
+              if not re.search("readme|licen[cs]e", name.lower())]
     listing = next((name for name in tables if posixpath.basename(name) == "dataset.json"), None)
     if listing and classes == "auto": return listed_labels(images, listing, files[listing])
     root = posixpath.commonpath([posixpath.dirname(name) for name in images]) or "."  # skips wrapping folders
@@ -273,7 +274,8 @@ def open_source(path, classes="auto", images=None, labels=None):
             return open_arrays(path, {"images": np.load(path, mmap_mode="r", allow_pickle=False)})
         elif "cifar" in lower:
             tar = tarfile.open(path)
-            files = {m.name: lambda m=m: tar.extractfile(m) for m in tar if m.isfile()}
+            files = {m.name: lambda m=m: tar.extractfile(m) for m in tar
+                     if re.fullmatch(CIFAR, posixpath.basename(m.name))}
         elif re.fullmatch(IDX, path):
             beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
             existing = [name for name in {path, beside} if os.path.isfile(name)]
@@ -313,8 +315,10 @@ def without_bad(source, workers):
     decode = np.isfinite if source.latents else lambda image: to_pixels(image, None, 3) is None
     good = [i for i, _ in in_order(source, decode, workers, skip_bad=True)]
     if not good: raise UserError(f"{source.path}: nothing can be decoded. Give another SOURCE.")
-    if source.labels is not None: source = replace(source, labels=[source.labels[i] for i in good])
-    return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]))
+    labels = None if source.labels is None else [source.labels[i] for i in good]
+    skipped = source.skipped | {"not decodable": len(source) - len(good)}
+    return replace(source, names=[source.names[i] for i in good], read=lambda i: source.read(good[i]),
+                   labels=labels, skipped=skipped)
 
 
 def survey(source, workers=1):
@@ -379,10 +383,11 @@ def index_labels(source):
     values, names = np.asarray(source.labels), source.class_names
     if values.dtype.kind == "S": values = np.char.decode(values, "utf-8")
     if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
-    if values.dtype.kind not in "buiU" or len(names) and not set(values.tolist()) <= set(range(len(names))):
-        raise UserError(f"{source.path}: labels such as {values[values.argmin()] if names else values[0]} "
-                        "are not classes. Choose with --labels KEY, or pass --classes none.")
-    unique, y = np.unique(values, return_inverse=True)
+    fits = values.ndim == 1 and values.dtype.kind in ("iu" if len(names) else "buiU")
+    unique, y = np.unique(values, return_inverse=True) if fits else (source.labels, None)
+    if not fits or len(names) and not 0 <= unique[0] <= unique[-1] < len(names):
+        raise UserError(f"{source.path}: labels such as {unique[0]} are not classes. Choose with --labels "
+                        "KEY, or pass --classes none.")
     if values.dtype.kind == "U" and all(re.fullmatch(r"\d+", value) for value in unique):
         order = np.argsort([int(value) for value in unique], kind="stable")
         unique, y = unique[order], np.argsort(order)[y]
@@ -538,9 +543,9 @@ def arguments():
     return args
 
 
-def check_flags(args, config, source):
+def check_flags(args, config, source, K):
     """Refuse flags that have no effect, and a source that does not fit the dataset."""
-    latents, K = source.latents or args.vae, 0 if source.labels is None else len(set(source.labels))
+    latents = source.latents or args.vae
     for flags, reason in [("size crop grey pixel_range", config and f"with --data {args.data}"),
                           ("fp32 pixel_range", not latents and "on pixels"),
                           ("grey", latents and "on latents"),
@@ -568,14 +573,14 @@ def image_shape(args, config, source):
     sizes, grey = survey(source, args.workers)
     widths, heights = zip(*sizes)
     shortest, multiple = min(widths + heights), 32 if args.vae else 4
-    size = args.size or shortest
-    if size < 1 or size % multiple or set(sizes) != {(size, size)} and (args.crop == "none" or not args.size):
+    size = shortest if args.size is None else args.size
+    cropped = args.size is not None and args.crop != "none"
+    if size < 1 or size % multiple or not cropped and set(sizes) != {(size, size)}:
         usable = max(multiple, min(64, 2 ** int(math.log2(shortest))))
-        flag = f", and --size is {args.size}" if args.size else ""
+        flag = "" if args.size is None else f", and --size is {args.size}"
         raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and "
                         f"{min(heights)} to {max(heights)} high{flag}. Squares with a side divisible by "
                         f"{multiple} are needed. Crop and resize with --size, such as --size {usable}.")
-    if shortest < size: print(f"images smaller than {size} pixels are enlarged")
     return size, 1 if args.grey or grey and not args.vae else 3
 
 
@@ -601,24 +606,28 @@ def main():
     kind = "latents" if source.latents else "images"
     print(f"{args.source}: {len(source):,} {kind}; other files: {source.skipped}", flush=True)
     shape, C = latent_shape(source) if source.latents else (None, None)
-    check_flags(args, config, source)
-    if config and not config["classes"] and source.labels is not None:
+    y, class_names = (None, []) if source.labels is None else index_labels(source)
+    check_flags(args, config, source, len(class_names))
+    if config and not config["classes"] and y is not None:
         print(f"{args.data} has no classes; the labels are left out")
-        source.labels = None
-    y, class_names = (None, None) if source.labels is None else index_labels(source)
+        y = None
 
     # what is stored: pixels (C is None), or latents of C channels
-    pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
-    autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
-    encode = autoencoder.encode if args.vae and not source.latents else None
     info = {"source": args.source, "date": str(datetime.date.today()), "samples": len(source),
             "skipped": source.skipped}
-    convert = lambda z: np.broadcast_to(z, shape)
     if not source.latents:
         size, channels = image_shape(args, config, source)
         info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
-        convert = lambda image: to_pixels(image, size, channels, args.background)
         shape = size, size, channels
+    enlarged = []                          # one item for each image that is smaller than the stored size
+    def convert(sample):
+        if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
+        if source.latents: return sample
+        if min(sample.size) < size: enlarged.append(1)
+        return to_pixels(sample, size, channels, args.background)
+    pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
+    autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
+    encode = autoencoder.encode if args.vae and not source.latents else None
     if encode:
         info["encoder"] = args.vae
         shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
@@ -635,6 +644,7 @@ def main():
 
     totals = defaultdict(float)
     def finish():
+        if enlarged: print(f"{len(enlarged):,} images are smaller than {size} pixels and were enlarged")
         if not C and totals["largest"] < 32:
             raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
                             "them to 0..255.")

@@ -206,7 +206,7 @@ def read(path, rank, world):
         for indices in torch.arange(len(data)).split(64)[rank::world]: yield data.array[indices.numpy()]
     else:
         from tools import prepare_data
-        yield from prepare_data.image_batches(prepare_data.open_source(path), 64, rank, world)
+        yield from prepare_data.image_batches(prepare_data.open_source(path, classes="none"), 64, rank, world)
 
 
 def progress(batches, total, rank, world):
@@ -219,7 +219,8 @@ def progress(batches, total, rank, world):
         if rank == 0 and time.time() - last > 10:
             last = time.time()
             rate = done / (last - started)
-            print(f"{min(done, total):,} of {total:,} images  {rate:,.0f}/s  left {(total - done) / rate:,.0f} s",
+            left = max(0, total - done) / rate
+            print(f"{min(done, total):,} of {total:,} images  {rate:,.0f} images/s  left {left:,.0f} s",
                   file=sys.stderr, flush=True)
 
 
@@ -247,7 +248,7 @@ def read_statistics(path):
     try:
         if path.endswith(".pkl"):
             from tools import prepare_data
-            with open(path, "rb") as f: found = prepare_data.read_pickle(f)
+            with open(path, "rb") as f: found = prepare_data.ArrayUnpickler(f).load()
             found = found.get("fid", found)
         else:
             with np.load(path, allow_pickle=False) as f: found = {k: f[k] for k in ("mu", "sigma") if k in f}
@@ -258,8 +259,8 @@ def read_statistics(path):
     if mu.dim() == 2 and sigma.dim() <= 1: mu, sigma = sigma, mu                   # swapped
     mu = mu.flatten()
     if sigma.shape != (len(mu), len(mu)):
-        raise model.UserError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; sigma has to be the "
-                              "covariance matrix of mu.")
+        raise model.UserError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; sigma has to "
+                              "be the covariance matrix of mu.")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise model.UserError(f"{path} has values that are not finite; compute the statistics again.")
     if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or sigma.diagonal().min() < 0:
@@ -278,7 +279,7 @@ def reference(args, header, features, rank, world, device):
     the identity of its images and the sha256 of the feature network."""
     path = header["data_path"] if not args.ref else args.ref
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
-    if args.ref and not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
+    if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"the images to compare with, {path}, do not exist; give --ref.")
     kept = None
@@ -313,8 +314,8 @@ def main():
         raise model.UserError("--save-stats X.npz takes the statistics of one FILE, and ends in .npz.")
     if args.features == "pixels": model.refuse_typed("--inception", because="--features is pixels")
     if all(is_images(file) for file in args.files):
-        model.refuse_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance", "--guide",
-                           "--solver", because="it is for checkpoints, and FILE is a set of images")
+        model.refuse_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
+                           "--guide", "--solver", because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")
     rank, world, device, _ = model.setup(0, args.precision)
     features = pixels

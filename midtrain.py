@@ -326,7 +326,7 @@ def main():
     teacher, teacher_header = model.load_predecessor(args.teacher, args.teacher_by, teachers, device=device)
     model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
-    if args.trajectories:                                                          # the header says what was used
+    if args.trajectories:                                                          # as the file was made
         made = model.read(args.trajectories, tensors=False)[1]
         args.nfe, args.solver = made["nfe"], made["solver"]
     args.solver = args.solver or solve.default_solver(teacher_header)

@@ -921,7 +921,7 @@ def pixel_range(header):
     """[0, 1] or [-1, 1], the pixels that a model's autoencoder encodes and decodes. Files from before this
     was stored: EDM2's [0, 1], the others' [-1, 1]."""
     default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]
-    return header["latents"].get("pixel_range", default)
+    return header["latents"].get("pixel_range") or default
 
 
 def save_grid(path, rows, names):

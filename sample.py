@@ -204,7 +204,7 @@ def open_model(text, args, device):
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if header["stage"] not in solve.TEACHERS:
         model.refuse_typed("--guidance", "--guide", "--solver",
-                           because=f"{path} is a consistency model; only its teacher has an ODE to guide and solve")
+                           because=f"{path} is a consistency model, and only its teacher has an ODE to solve")
     else:
         solver = args.solver or solve.default_solver(header)
         solve.check_solver(solver, path, header)
@@ -248,8 +248,8 @@ def sampling_flags(p):
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="drawn from the seed, seed modulo classes, or one class")
     p.add_argument("--solver", choices=solve.SOLVER_NAMES,
-                   help="of a teacher's ODE (default: dpm3 for denoisers, heun for flow matching, jump for Mean "
-                        "Flow); heun with an odd number of steps is EDM's sampler")
+                   help="of a teacher's ODE (default: dpm3 for denoisers, heun for flow matching, jump for "
+                        "Mean Flow); heun with an odd number of steps is EDM's sampler")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
                    help="times of the second step and of those after it (default: the file's)")
     p.add_argument("--precision", choices=model.DTYPES, default="fp32", help="of the network's backbone")

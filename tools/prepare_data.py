@@ -587,8 +587,9 @@ def image_shape(args, config, source):
 def latent_shape(source):
     """-> shape of the latents (C,H,W) or (2C,H,W), number of channels C"""
     z = source.read(0)
-    if z.ndim != 3 or z.dtype.kind != "f":
-        raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W).")
+    if z.ndim != 3 or z.dtype.kind != "f" or z.shape[1] != z.shape[2]:
+        raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W), "
+                        "H = W.")
     half = len(z) // 2
     moments = len(z) == 2 * half and (z[half:] > 0).all()              # standard deviations are positive
     return z.shape, half if moments else len(z)
@@ -601,6 +602,7 @@ def main():
     if out.exists() and not args.overwrite: raise UserError(f"{out} exists. Pass --overwrite to replace it.")
     warnings.filterwarnings("ignore", module="PIL")
     signal.signal(signal.SIGTERM, signal.default_int_handler)          # also removes the temporary file
+    if config and not config["classes"] and args.classes == "auto": args.classes = "none"
     source = open_source(args.source, args.classes, args.images, args.labels)
     if args.skip_bad: source = without_bad(source, args.workers)
     kind = "latents" if source.latents else "images"

@@ -90,8 +90,8 @@ def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
     """Mid-training of a Mean Flow model (2509.24526), one number per pair of states of one trajectory in flow
     time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) the labels solved with -> (B,)"""
     # L = E_{x_T} mean_{i<j} || u(x_{t_i}, t_j, t_i, y) - (x_{t_i} - x_{t_j}) / (t_i - t_j) ||^2
-    target = (x_t - x_r) / (t - r)[:, None, None, None]
-    return (u(x_t, r, t, y) - target).square().sum(dim=(1, 2, 3))
+    target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
+    return (u(x_t, r, t, y) - target).square().flatten(1).sum(1)
 
 
 def l2(a, b):
@@ -183,9 +183,30 @@ def load_lpips(files, header):
                             f"takes {where}.")
 
 
+def load_elatentlpips(header, device):
+    """--distance elatentlpips -> E-LatentLPIPS (2405.05967), the paper's distance of latents, for latents
+    scaled as the header says. The package downloads its weights, for the latents of Stable Diffusion 1.5,
+    into ckpt/. Not tried with these weights yet. Raises UserError."""
+    if "latents" not in header:
+        raise model.UserError("--distance elatentlpips is for latents; images have --distance lpips.")
+    try: from elatentlpips import ELatentLPIPS
+    except ImportError as e:
+        raise model.UserError(f"--distance elatentlpips needs `pip install elatentlpips` ({e}).")
+    net = ELatentLPIPS(encoder="sd15", augment="bg", verbose=False).to(device).requires_grad_(False)
+    def distance(a, b):
+        mean, scale = model.latent_scale(a, header)
+        return net(a / scale + mean, b / scale + mean, normalize=True).flatten()           # (B,1,1,1) -> (B,)
+    return distance
+
+
 # === the run ================================================================================================
 
 DISTANCES = {"huber": huber, "l2": l2}         # add your own: a function of two (B,C,H,W) that returns (B,)
+
+
+def load_distance(args, header, device):
+    if args.distance == "lpips": return load_lpips(args.lpips, header).to(device)
+    return load_elatentlpips(header, device) if args.distance == "elatentlpips" else DISTANCES[args.distance]
 
 
 def pool_size(batch, pairs_per_trajectory, at_least=128):
@@ -210,15 +231,21 @@ def solve_pool(teacher, header, count, args, device):
     return *student_time(states, times.to(device), header, args.target), y
 
 
-def read_trajectories(args, header, device):
-    """Read solve.py's file, which has to come from the same teacher and guidance.
-    -> states (N+1,n,C,H,W), times (N+1,), y (n,), in the student's time"""
-    tensors, made = model.read(args.trajectories)
+def check_trajectories(args):
+    """solve.py's file has to come from the same teacher and guidance. The header of the student will say with
+    which solver and NFE it was made."""
+    made = model.read(args.trajectories, tensors=False)[1]
     guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
     if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
         raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
                               f"{args.guidance:g} and that --guide; solve.py writes them.")
+    args.nfe, args.solver = made["nfe"], made["solver"]
+
+
+def read_trajectories(args, header, device):
+    """-> states (N+1,n,C,H,W), times (N+1,), y (n,) of solve.py's file, in the student's time"""
+    tensors = model.read(args.trajectories)[0]
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return *student_time(states.transpose(0, 1), times, header, args.target), y
 
@@ -266,9 +293,10 @@ def flags():
     if p.get_default("init") != "none":
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive, help="number of function evaluations of a trajectory")
-    p.add_argument("--solver", choices=solve.SOLVER_NAMES,
+    p.add_argument("--solver", choices=solve.SOLVERS,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
-    p.add_argument("--distance", choices=[*DISTANCES, "lpips"], help="of the loss; with --target mf only l2")
+    p.add_argument("--distance", choices=[*DISTANCES, "lpips", "elatentlpips"],
+                   help="of the loss; with --target mf only l2")
     p.add_argument("--lpips", nargs=2, metavar=("VGG.pth", "LIN.pth"), help="weights for --distance lpips")
     p.add_argument("--pairing", choices=["cmt", "kd", "slow"], default="cmt",
                    help="the paper's ablation. kd: only noise and endpoint; slow: a trajectory for each pair")
@@ -287,7 +315,7 @@ def flags():
     args.made_by = f"python pretrain.py --data {args.data}"
     if target == "mf": args.made_by += " --objective flow"
     elif public := model.DATASETS.get(args.recipe_name, {}).get("public"):
-        args.made_by = f"python tools/import_checkpoint.py {public} --data {args.data}"
+        args.made_by = model.import_command(public, args.data)
     args.teacher_by = p.get_default("teacher_by") or args.made_by
     if target == "mf": args.network = args.network | {"interval": True}
     return args
@@ -326,9 +354,7 @@ def main():
     teacher, teacher_header = model.load_predecessor(args.teacher, args.teacher_by, teachers, device=device)
     model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
-    if args.trajectories:                                                          # as the file was made
-        made = model.read(args.trajectories, tensors=False)[1]
-        args.nfe, args.solver = made["nfe"], made["solver"]
+    if args.trajectories: check_trajectories(args)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
@@ -340,7 +366,7 @@ def main():
     model.check_same_data(args.teacher, teacher_header, args, "--teacher")
     model.check_fit(args.init, header, args.teacher, shape, classes)
     model.check_fit(args.teacher, teacher_header, f"--data {args.data}", dataset["shape"], dataset["classes"])
-    distance = DISTANCES.get(args.distance) or load_lpips(args.lpips, header).to(device)
+    distance = load_distance(args, header, device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
     header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,

@@ -573,6 +573,8 @@ LATENTS = {
                      scale=[0.5 / deviation for deviation in (4.17, 4.62, 3.71, 3.28)]),
     "SiT":      dict(vae=VAE, pixel_range=[-1, 1], mean=[0.0] * 4, scale=[0.18215] * 4),
 }
+EDM_URL = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/"
+EDM2_URL = "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/"
 DDPMPP = {"class": "DDPMpp", "model_channels": 128, "num_blocks": 4, "attn_resolutions": (16,)}
 EDM2 = {"class": "EDM2UNet", "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (16, 8)}
 
@@ -583,22 +585,22 @@ DATASETS = {
                  "attn_resolutions": (4,), "dropout": 0.0}),
     "cifar10":     dict(shape=(3, 32, 32), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
         network=DDPMPP | {"channel_mult": (2, 2, 2), "dropout": 0.13},
-        public="edm-cifar10-32x32-uncond-vp.pkl"),
+        public=EDM_URL + "edm-cifar10-32x32-uncond-vp.pkl"),
     "ffhq64":      dict(shape=(3, 64, 64), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
         network=DDPMPP | {"channel_mult": (1, 2, 2, 2), "dropout": 0.05},
-        public="edm-ffhq-64x64-uncond-vp.pkl"),
+        public=EDM_URL + "edm-ffhq-64x64-uncond-vp.pkl"),
     "afhqv2-64":   dict(shape=(3, 64, 64), classes=0,    label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
         network=DDPMPP | {"channel_mult": (1, 2, 2, 2), "dropout": 0.25},
-        public="edm-afhqv2-64x64-uncond-vp.pkl"),
+        public=EDM_URL + "edm-afhqv2-64x64-uncond-vp.pkl"),
     "imagenet64":  dict(shape=(3, 64, 64), classes=1000, label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
         network=EDM2 | {"model_channels": 192, "dropout": 0.0},
-        public="edm2-img64-s-1073741-0.075.pkl"),
+        public=EDM2_URL + "edm2-img64-s-1073741-0.075.pkl"),
     "imagenet256": dict(shape=(4, 32, 32), classes=1000, label_dropout=0.1, noise_scale=1.0, time_scale=1.0,
         network={"class": "SiT", "patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16},
         latents=LATENTS["SiT"]),
     "imagenet512": dict(shape=(4, 64, 64), classes=1000, label_dropout=0.0, noise_scale=1.0, time_scale=16.0,
         network=EDM2 | {"model_channels": 448, "dropout": 0.1},
-        public="edm2-img512-xxl-0939524-0.070.pkl", latents=LATENTS["EDM2UNet"]),
+        public=EDM2_URL + "edm2-img512-xxl-0939524-0.070.pkl", latents=LATENTS["EDM2UNet"]),
 }
 
 
@@ -628,6 +630,12 @@ def find_data(data, flag="--data"):
         raise UserError(f"{flag} {data}: training reads prepared data. Prepare it with "
                         f"`{prepare_command(path.stem, data)}`, then give {flag} {path.stem}.")
     return path.stem if path.stem in DATASETS else "custom", path.stem, str(path)
+
+
+def import_command(url, name, out=None):
+    """The command that downloads a public checkpoint and imports it."""
+    command = f"curl -LO {url} && python tools/import_checkpoint.py {url.rpartition('/')[2]} --data {name}"
+    return command + (f" --out {out}" if out else "")
 
 
 def prepare_command(name, source="SOURCE"):
@@ -779,7 +787,7 @@ def atomic_write(path):
         os.umask(umask)
         os.chmod(part, 0o666 & ~umask)
         os.replace(part, path)
-        if os.name == "posix":                             # the new name has to reach the disk, too
+        if sys.platform != "win32":                        # the new name has to reach the disk, too
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -1503,7 +1511,7 @@ class Stop:
 def peak_memory():
     """Bytes at the highest, of the GPU, else of this process; NaN on Windows."""
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
-    if os.name != "posix": return math.nan
+    if sys.platform == "win32": return math.nan
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -57,8 +57,9 @@ RECIPES = {
 
 
 # The public files that imagenet512 needs beside those of model.DATASETS.
-PUBLIC_TEACHERS = {"runs/imagenet512/guided.safetensors": "edm2-img512-xxl-0939524-0.075.pkl",
-                   "runs/imagenet512/guide.safetensors": "edm2-img512-m-0268435-0.155.pkl"}
+PUBLIC_TEACHERS = {
+    "runs/imagenet512/guided.safetensors": model.EDM2_URL + "edm2-img512-xxl-0939524-0.075.pkl",
+    "runs/imagenet512/guide.safetensors": model.EDM2_URL + "edm2-img512-m-0268435-0.155.pkl"}
 
 
 # === the method =============================================================================================
@@ -70,16 +71,16 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask.
     devices = [x_t.device] if x_t.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        target = torch.where(r[:, None, None, None] > 0, f(x_r, r, y), x_r)
+        target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
     # e = f(x_t, t) - sg f(x_r, r),   w(t, r) (sqrt(||e||^2 + c^2) - c),   sg: no gradient
-    e = torch.linalg.vector_norm(f(x_t, t, y) - target, dim=(1, 2, 3))             # at 0: gradient 0
+    e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)        # at 0: gradient 0
     return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
 
 def ect_loss(f, x0, eps, t, r, y, weight, c):
     """Easy Consistency Tuning: x_t and x_r are a data sample with the same noise at two levels. x0, eps
     (B,C,H,W), the others as in `consistency_loss` -> (B,)"""
-    x_t, x_r = (x0 + s[:, None, None, None] * eps for s in (t, r))
+    x_t, x_r = (x0 + s.reshape(-1, *[1] * (x0.dim() - 1)) * eps for s in (t, r))
     return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
 
 
@@ -91,7 +92,7 @@ def ecd_loss(f, x_t, x_r, t, r, y, weight, c):
 def ode_step(D, x, t, r, y, solver="heun"):
     """One step of the PF-ODE from t to r, a time for each sample, "euler" or "heun" (2206.00364, algorithm
     1); into r = 0 Euler's. x (B,C,H,W), t, r (B,), y (B,) -> x_r (B,C,H,W), no graph"""
-    t_, r_ = t[:, None, None, None], r[:, None, None, None]
+    t_, r_ = (s.reshape(-1, *[1] * (x.dim() - 1)) for s in (t, r))
     with torch.no_grad():
         # dx/dt = (x - D(x, t)) / t
         slope = (x - D(x, t, y)) / t_
@@ -137,8 +138,10 @@ def flags():
     if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
     args.made_by, args.teacher_by = (f"python {stage} --data {args.data}"
                                      for stage in ("midtrain.py", "pretrain.py"))
-    public = PUBLIC_TEACHERS.get(args.teacher) or model.DATASETS.get(args.recipe_name, {}).get("public")
-    if public: args.teacher_by = solve.import_command(public, args.data, args.teacher)
+    public = model.DATASETS.get(args.recipe_name, {}).get("public")
+    if args.teacher in PUBLIC_TEACHERS:
+        args.teacher_by = model.import_command(PUBLIC_TEACHERS[args.teacher], args.data, args.teacher)
+    elif public: args.teacher_by = model.import_command(public, args.data)
     return args
 
 
@@ -147,8 +150,8 @@ def dry_run(args):
     reads, teacher, nfe = {args.path: model.prepare_command(args.name), args.init: args.made_by}, None, 0
     if args.loss == "ecd":
         reads[args.teacher] = args.teacher_by
-        if guide := solve.guide_file(args): reads[guide] = solve.import_command(
-            PUBLIC_TEACHERS.get(guide, "FILE"), args.data, guide)
+        if guide := solve.guide_file(args):
+            reads[guide] = model.import_command(PUBLIC_TEACHERS.get(guide, "URL"), args.data, guide)
         nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
         teacher = model.expected_header(args.teacher, args, "Denoiser")
     model.dry_run(args, "images", header, 1, reads, teacher, nfe)

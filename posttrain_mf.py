@@ -54,8 +54,8 @@ def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
     """Mean Flow (2505.13447, eq. 10 and 22), one number per sample. z, v (B,C,H,W), r <= t (B,), y (B,),
     dudt (B,C,H,W) the derivative of u along the path, or 0 where r = t -> (B,)"""
     # u_target = v - (t - r) du/dt,   ||u - sg u_target||^2 / sg(||u - u_target||^2 + c)^p,   sg: no gradient
-    target = (v - (t - r)[:, None, None, None] * dudt).detach()
-    e = (u(z, r, t, y) - target).square().sum(dim=(1, 2, 3))
+    target = (v - (t - r).reshape(-1, *[1] * (z.dim() - 1)) * dudt).detach()
+    e = (u(z, r, t, y) - target).square().flatten(1).sum(1)
     return e / (e.detach() + c) ** p
 
 
@@ -88,7 +88,8 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     with torch.no_grad():
         nulls = torch.full_like(y, null)
         guided = omega * v + kappa * u(z, t, t, y) + (1 - omega - kappa) * u(z, t, t, nulls)
-    return torch.where(((y != null) & (low <= t) & (t <= high))[:, None, None, None], guided, v)
+    inside = (y != null) & (low <= t) & (t <= high)
+    return torch.where(inside.reshape(-1, *[1] * (v.dim() - 1)), guided, v)
 
 
 def drop_labels(y, r_equals_t, share, null):

@@ -55,18 +55,18 @@ RECIPES = {
 def edm_loss(D, x0, eps, t, y, sigma_data=0.5):
     """EDM's denoising loss (2206.00364, eq. 2 with the weight of table 1), one number per sample.
     x0, eps (B,C,H,W), t (B,), y (B,) -> (B,)"""
-    x_t = x0 + t[:, None, None, None] * eps
+    x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     weight = (t ** 2 + sigma_data ** 2) / (t * sigma_data) ** 2
     # w(t) ||D(x_t, t) - x_0||^2 with w = 1 / c_out(t)^2: the raw network's error counts alike at every t
-    return weight * (D(x_t, t, y) - x0).square().sum(dim=(1, 2, 3))
+    return weight * (D(x_t, t, y) - x0).square().flatten(1).sum(1)
 
 
 def flow_loss(u, x0, eps, t, y):
     """Flow matching (2210.02747), one number per sample. x0, eps (B,C,H,W), t (B,), y (B,) -> (B,)"""
-    t_ = t[:, None, None, None]
+    t_ = t.reshape(-1, *[1] * (x0.dim() - 1))
     z = (1 - t_) * x0 + t_ * eps
     # ||u(z_t, t, t) - (eps - x_0)||^2
-    return (u(z, t, t, y) - (eps - x0)).square().sum(dim=(1, 2, 3))
+    return (u(z, t, t, y) - (eps - x0)).square().flatten(1).sum(1)
 
 
 # === the run ================================================================================================

@@ -124,6 +124,10 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         yield to_images(x[keep], header, vae), y.numpy()[keep]
 
 
+# What a row of the picture is called.
+LABELS = {"pretrain": "teacher", "pretrain_flow": "teacher", "midtrain_cm": "after mid-training",
+          "midtrain_mf": "after mid-training", "posttrain_cm": "after post-training",
+          "posttrain_mf": "after post-training"}
 PART = 1024                                                # images a part, a multiple of 64
 
 
@@ -247,7 +251,7 @@ def sampling_flags(p):
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="drawn from the seed, seed modulo classes, or one class")
-    p.add_argument("--solver", choices=solve.SOLVER_NAMES,
+    p.add_argument("--solver", choices=solve.SOLVERS,
                    help="of a teacher's ODE (default: dpm3 for denoisers, heun for flow matching, jump for "
                         "Mean Flow); heun with an odd number of steps is EDM's sampler")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
@@ -290,8 +294,9 @@ def main():
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
         rows.append(images[:20])
-        solver = "" if header["stage"] not in solve.TEACHERS else args.solver or solve.default_solver(header)
-        names.append(f"{header['stage']} {steps}{' ' * bool(solver)}{solver}")
+        names.append(f"{LABELS[header['stage']]}, {steps} NFE")
+        if rank == 0 and header["stage"] in solve.TEACHERS:
+            print(f"{text}: solver {args.solver or solve.default_solver(header)}")
         headers.append(header)
     if args.real:
         path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]

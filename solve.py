@@ -12,7 +12,7 @@ midtrain.py imports the solvers and makes its trajectories on the fly: those of 
 states of CIFAR-10, would be half a terabyte on disk. The file is for looking at, and for
 `midtrain.py --trajectories`.
 """
-import argparse, math
+import argparse, functools, math
 from pathlib import Path
 
 import torch
@@ -125,8 +125,19 @@ def without_label(teacher, null):
 
 
 # === the run ================================================================================================
-SOLVERS = {"Denoiser": ["dpm1", "dpm2", "dpm3", "euler", "heun"], "MeanVelocity": ["euler", "heun", "jump"]}
-SOLVER_NAMES = sorted({name for names in SOLVERS.values() for name in names})
+
+# --solver NAME: what the function takes, and the function. A new solver needs its name here, and where it
+# makes several calls a step, in CALLS_PER_STEP. "denoise" D(x, t), "velocity" dx/dt, "u" the average velocity
+# u(z, r, t).
+SOLVERS = {
+    "dpm1":  ("denoise",  functools.partial(dpm_solver_pp, order=1)),
+    "dpm2":  ("denoise",  functools.partial(dpm_solver_pp, order=2)),
+    "dpm3":  ("denoise",  functools.partial(dpm_solver_pp, order=3)),
+    "euler": ("velocity", euler),
+    "heun":  ("velocity", heun),
+    "jump":  ("u",        flow_map),
+}
+CALLS_PER_STEP = {"heun": 2}
 
 # A consistency model is a Denoiser, but no denoiser: it has no ODE to solve.
 TEACHERS = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
@@ -142,39 +153,38 @@ def solver_times(header, nfe, solver):
     """The grid of `solver` for `nfe` network calls. Heun's steps take two calls, but one into t = 0: an odd
     nfe ends there, for a denoiser with EDM's own sampler (2206.00364, algorithm 1). A flow-matching model's
     grid always ends at 0, so that an even nfe makes one call less. -> (N+1,) float64"""
-    ends, denoiser = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser"
-    if solver.startswith("dpm"): return log_uniform_times(nfe, *ends)
-    if solver == "jump":         return uniform_times(nfe, *ends)
+    ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
+    if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
     grid = karras_times if denoiser else uniform_times
-    if solver == "euler": return grid(nfe, *ends)
-    if denoiser and nfe % 2 and nfe > 1: return torch.cat([grid(nfe // 2, *ends), torch.zeros(1).double()])
-    return grid((nfe + 1) // 2, *ends)
+    if solver == "heun" and denoiser and nfe % 2:
+        above_0 = grid(nfe // 2, *ends) if nfe > 1 else torch.tensor([header["t_max"]]).double()
+        return torch.cat([above_0, torch.zeros(1).double()])
+    return grid(math.ceil(nfe / calls.get(solver, 1)), *ends)
 
 
 def solve_teacher(teacher, header, x, y, nfe, solver):
     """The PF-ODE of a model with `nfe` network calls in all, each solver on its own grid. teacher, header as
     from model.load, x (B,C,H,W) at t_max, y (B,). -> states (N+1,B,C,H,W), times (N+1,) float64"""
-    times = solver_times(header, nfe, solver)
+    takes, function = SOLVERS[solver]
     if header["kind"] == "Denoiser":
-        denoise = lambda x, t: teacher(x, t, y)
-        velocity = lambda x, t: (x - denoise(x, t)) / t[:, None, None, None]
+        model_as = {"denoise":  lambda x, t: teacher(x, t, y),
+                    "velocity": lambda x, t: (x - teacher(x, t, y)) / t[:, None, None, None]}
     else:
-        velocity = lambda z, t: teacher(z, t, t, y)
-    if solver == "jump":  return flow_map(lambda z, r, t: teacher(z, r, t, y), x, times)
-    if solver == "euler": return euler(velocity, x, times)
-    if solver == "heun":  return heun(velocity, x, times)
-    return dpm_solver_pp(denoise, x, times, order=int(solver[3]))
+        model_as = {"velocity": lambda z, t: teacher(z, t, t, y), "u": lambda z, r, t: teacher(z, r, t, y)}
+    return function(model_as[takes], x, solver_times(header, nfe, solver))
 
 
 def solvers_of(header):
-    """The solvers that go with a model: only one that knows t - r can jump."""
-    return [s for s in SOLVERS[header["kind"]] if s != "jump" or header["network"].get("interval")]
+    """The names of the solvers that go with a model. Only a network with an embedding of t - r is a u."""
+    takes = {"velocity"} | ({"denoise"} if header["kind"] == "Denoiser" else set())
+    if header["network"].get("interval"): takes.add("u")
+    return [name for name, (what, _) in SOLVERS.items() if what in takes]
 
 
 def check_solver(solver, teacher, header):
     """Raises UserError where the solver does not go with the teacher."""
     if solver not in solvers_of(header):
-        why = " without an embedding of t - r" if solver in SOLVERS[header["kind"]] else ""
+        why = " without an embedding of t - r" * (solver == "jump" and header["kind"] == "MeanVelocity")
         raise model.UserError(f"--solver {solver} does not fit {teacher}, a {header['kind']}{why}; "
                             f"choose one of {', '.join(solvers_of(header))}.")
 
@@ -185,10 +195,6 @@ def guidance_flags(p):
                    help="of the teacher: guide + W (teacher - guide); 1: none")
     p.add_argument("--guide", default=p.get_default("guide"), metavar="FILE",
                    help="a worse model to guide by (default: the teacher with the null label)")
-
-
-def import_command(public, data, out):
-    return f"python tools/import_checkpoint.py {public} --data {data} --out {out}"
 
 
 def guide_file(args):
@@ -241,7 +247,7 @@ def main():
                    help="a denoiser or a flow-time model")
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
                    help="result; its picture lies beside it")
-    p.add_argument("--solver", choices=SOLVER_NAMES,
+    p.add_argument("--solver", choices=SOLVERS,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow model "
                         "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
     p.add_argument("--nfe", type=model.positive, default=16, help="network calls a trajectory")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
 
 GiB = 2 ** 30
@@ -35,7 +35,7 @@ def script(minutes, *command, **env):
 
 
 def tests(device):
-    files = [f"tests/test_{name}.py" for name in ("runs", "midtrain", "posttrain_cm", "meanflow")]
+    files = [f"tests/test_{name}.py" for name in ("runs", "midtrain", "posttrain_cm", "posttrain_mf")]
     lines = script(3, "-m", "pytest", "-q", "-x", *files, CUDA_VISIBLE_DEVICES="0")
     yield {"what": "tests on CUDA", "result": lines[-1]}
 
@@ -167,12 +167,12 @@ def recipes(device):
 
 
 def bench(device):
-    for line in script(2, "tests/bench.py", "flops"): yield {"what": "bench", "result": line}
+    for line in script(2, "experiments/bench.py", "flops"): yield {"what": "bench", "result": line}
 
 
 def digits(device):
     started = time.time()
-    for line in script(4, "tests/demo.py")[-12:]: yield {"what": "digits demo", "result": line}
+    for line in script(4, "experiments/demo.py")[-12:]: yield {"what": "digits demo", "result": line}
     yield {"what": "digits demo", "result": f"{time.time() - started:.0f} s in all"}
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = str(ROOT), str(ROOT / "tools")
+sys.path[:0] = str(ROOT), str(ROOT / "tools"), str(ROOT / "experiments")
 
 
 def vectors(name):

@@ -15,7 +15,6 @@ def test_gpu_without_a_gpu_says_so():
 @pytest.mark.parametrize("command", [("pretrain",), ("midtrain",), ("posttrain_cm", "--loss", "ecd"),
                                      ("posttrain_mf",)])
 def test_gpu_takes_a_step_of_a_recipe(monkeypatch, command):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
     monkeypatch.setattr(sys, "argv", [])
     import gpu
     row = gpu.recipe_step(command, "digits", torch.device("cpu"))
@@ -23,7 +22,6 @@ def test_gpu_takes_a_step_of_a_recipe(monkeypatch, command):
 
 
 def test_gpu_reports_a_part_that_fails(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "experiments")
     import gpu
     def broken(device):
         yield {"what": "one", "result": "fine"}

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "experiments")]
 import choose, midtrain, model, posttrain_cm, pretrain, solve
 from conftest import mixture_denoiser
 

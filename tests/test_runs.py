@@ -220,11 +220,6 @@ def test_indivisible_batch(run, chain, tmp_path, monkeypatch):
     refused(run("posttrain_mf", "--derivative", "difference", "--precision", "bf16"), "bf16", "fp32")
 
 
-def test_heun_needs_an_even_number_of_calls(run, chain, monkeypatch):
-    monkeypatch.chdir(chain)
-    for script in ("midtrain", "solve"): refused(run(script, "--solver", "heun", "--nfe", 5), "even")
-
-
 def test_solver_and_teacher_have_to_match(run, chain, monkeypatch):
     monkeypatch.chdir(chain)
     flow, mf = "runs/digits/pretrain_flow.safetensors", "runs/digits/midtrain_mf.safetensors"
@@ -287,7 +282,7 @@ def test_consistency_distillation_and_guidance(run, chain, tmp_path, monkeypatch
     for a in (images, [w.numpy() for w in weights]):
         assert np.array_equal(a[0], a[1])
         assert not np.array_equal(a[0], a[2]) and not np.array_equal(a[2], a[3])
-    refused(run("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2), "guide its teacher")
+    refused(run("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2), "only its teacher")
     refused(run("midtrain", "--guidance", 2, "--guide", "nowhere.safetensors"), "nowhere", "import_checkpoint.py")
     flow = "runs/digits/pretrain_flow.safetensors"
     refused(run("midtrain", "--guidance", 2, "--guide", flow), "MeanVelocity", "Denoiser")

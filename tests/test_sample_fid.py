@@ -190,8 +190,8 @@ def test_interrupted_sampling_continues(run, here, tmp_path, monkeypatch):
     assert run(*command, "--labels", "3", "--out", tmp_path / "a.npz").code == 0          # takes none of them
     assert len(list(tmp_path.glob("a.parts/*"))) == 2
     drawn, generate = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda net, header, seeds, *a: drawn.append(seeds) or generate(
-        net, header, seeds, *a))
+    monkeypatch.setattr(sample, "generate", lambda net, header, seeds, *a, **k: drawn.append(seeds) or generate(
+        net, header, seeds, *a, **k))
     done = run(*command, "--out", tmp_path / "a.npz")
     assert done.code == 0 and [(s.start, s.stop) for s in drawn] == [(128, 192), (192, 200)]
     assert run(*command, "--out", tmp_path / "b.npz").code == 0
@@ -214,7 +214,7 @@ def test_bad_input_of_fid(run, here, tmp_path, inception):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "rgb.npz").read_bytes()[:200])
     bad(["cut.npz", "damaged"], "cut.npz", *pixels)
     (tmp_path / "empty").mkdir()
-    bad(["empty", "no images"], "empty", *pixels)
+    bad(["empty", "0 images"], "empty", *pixels)
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
     bad(["5 features", "192"], "rgb.npz", "--ref", tmp_path / "stats.npz", "--features", "pixels")
     bad([fid.INCEPTION, "github.com"], "rgb.npz", "--ref", "digits")

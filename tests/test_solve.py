@@ -4,7 +4,7 @@ import inspect, math
 import pytest
 import torch
 
-import solve
+import model, solve
 from conftest import mixture_denoiser, vectors
 
 
@@ -59,7 +59,7 @@ def test_observed_orders():
     assert abs(order(lambda N: solve.heun(velocity, x, solve.karras_times(N))[0][-1], v) - 2) < 0.15
 
 
-@pytest.mark.parametrize("solver", solve.SOLVERS["Denoiser"])
+@pytest.mark.parametrize("solver", ["dpm1", "dpm2", "dpm3", "euler", "heun"])
 def test_gaussian_closed_form_and_count_of_calls(solver):
     """Data N(0, s^2): D = s^2 x / (s^2 + t^2); the flow map scales by sqrt((s^2 + t_end^2) / (s^2 + t^2))."""
     s, x, calls = 0.5, 80 * torch.randn(16, 3, 1, 1, dtype=torch.float64), []
@@ -85,3 +85,18 @@ def test_guidance():
     assert torch.equal(solve.guided(D, weak, 1.0)(x, t, y), D(x, t, y))
     assert torch.allclose(solve.guided(D, weak, 0.0)(x, t, y), 11 * x)
     assert torch.allclose(solve.guided(D, weak, 2.0)(x, t, y), 2 * D(x, t, y) - 11 * x, atol=1e-5)
+
+
+def test_a_new_solver_needs_its_name_only(run, chain, tmp_path, monkeypatch):
+    """Heun's method under another name trains the same student."""
+    monkeypatch.chdir(chain)
+    monkeypatch.setitem(solve.SOLVERS, "mine", ("velocity", solve.heun))
+    monkeypatch.setitem(solve.CALLS_PER_STEP, "mine", 2)
+    for solver in "heun", "mine":
+        done = run("midtrain", "--steps", 2, "--batch", 8, "--nfe", 8, "--solver", solver,
+                   "--out", tmp_path / f"{solver}.safetensors")
+        assert done.code == 0, done.err
+    a, b = (model.read(tmp_path / f"{solver}.safetensors")[0] for solver in ("heun", "mine"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    done = run("midtrain", "--solver", "rk45")
+    assert done.code == 2 and "rk45" in done.err

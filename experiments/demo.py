@@ -3,69 +3,15 @@
 
 `make compare` and `make compare-mf` do it with several training seeds and with more baselines. The baselines,
 post-training straight from the diffusion weights, get the total compute of mid- and post-training together;
-of plain ECT's doubling intervals the best counts. All continue where they were interrupted. Compute is
-counted in network forwards per sample, a backward as two, a JVP as two (`make bench` measures it).
+of plain ECT's doubling intervals the best counts. All continue where they were interrupted. common.py says
+how compute is counted.
 """
-import argparse, json, statistics, subprocess, sys, time
+import argparse, statistics, time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model
-
-
-def command(script, *args):
-    line = [sys.executable, f"{script}.py", *map(str, args)]
-    print("$ python " + " ".join(line[1:]), flush=True)
-    started, lines = time.time(), []
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-        for text in process.stdout:
-            lines.append(text)
-            if script != "fid": print("  " + text, end="", flush=True)
-    if process.returncode: sys.exit(process.returncode)
-    print(f"  {time.time() - started:.0f} s", flush=True)
-    return lines
-
-
-def distances(files, n, ref="digits"):
-    """FD-pixels of each FILE:STEPS."""
-    lines = command("fid", *files, "--ref", ref, "--n", n, "--features", "pixels")
-    return [json.loads(line)["fd"] for line in lines if line.startswith("{")]
-
-
-def scores(path, n, ref="digits"):
-    """FD-pixels in one step and in two, remembered beside the file."""
-    memory = Path(path).with_suffix(".json")
-    if not memory.exists(): memory.write_text(json.dumps(distances([f"{path}:1", f"{path}:2"], n, ref)))
-    return json.loads(memory.read_text())
-
-
-def each(header):
-    """Network forwards that training on one image or pair takes, the teacher's included."""
-    s, stage = header["settings"], header["stage"]
-    guided = 2 if s.get("guidance", 1) != 1 else 1
-    if stage.startswith("midtrain"):                                 # student forward 1, backward 2
-        heun = s["solver"] == "heun"
-        calls = s["nfe"] - (heun and header["t_min"] == 0)           # Heun's last step, into 0, is Euler's
-        pairs = s["nfe"] // (2 if heun else 1) if s["pairing"] == "cmt" else 1
-        return 3 + guided * calls / pairs
-    if stage == "posttrain_cm":                                      # target 1, forward 1, backward 2
-        return 4 + (s["loss"] == "ecd") * guided * (2 if s["solver"] == "heun" else 1)
-    if stage == "posttrain_mf": return 3 + 2 * s["jumps"] / 4        # JVP 2 for the rows with r < t
-    return 3
-
-
-def compute(path):
-    """Network forwards of the run that made a file."""
-    header = model.read(path, tensors=False)[1]
-    return each(header) * header[header["unit"]]
-
-
-def steps_for(total, like):
-    """Steps of a run like the one that made the file `like`, for `total` network forwards."""
-    header = model.read(like, tensors=False)[1]
-    return round(total / each(header) / header["settings"]["batch"])
+from common import command, compute, distances, steps_for
 
 
 def halves():

@@ -2,13 +2,13 @@
 
 Every row is the recipe with one thing changed: mid-training, then post-training, then FD-pixels of 10,000
 samples in one and two steps after either. All start from one diffusion model, and train once for each seed.
-Compute is counted as in demo.py. Continues where it was interrupted; the table goes to docs/ablation.md.
+Compute is counted as in common.py. Continues where it was interrupted; the table goes to docs/ablation.md.
 """
 import statistics, sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from demo import command, compute, scores, steps_for
+from common import command, compute, scores, steps_for
 
 FOLDER, N = Path("runs/ablation"), 10_000
 TEACHER = FOLDER / "pretrain.safetensors"

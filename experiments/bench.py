@@ -2,13 +2,13 @@
 
 The sides of a ratio take turns, so that a slow minute of the machine meets both, and the median over the
 turns counts. Everything is warmed up, data are random, and whatever is said to be faster is compared with the
-plain way in the same run ("differs by": relative error). `python tests/bench.py steps frechet` runs parts;
-`compile`, which waits for the compiler for minutes, runs on a CPU only when it is named.
-"""
+plain way in the same run ("differs by": relative error). `python experiments/bench.py steps frechet` runs
+parts; `compile`, which waits for the compiler for minutes, runs on a CPU only when it is named. """
 import contextlib, copy, json, math, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,9 +205,9 @@ def solving(name, batch, device, turns):
     y = torch.zeros(batch, dtype=torch.int64, device=device)
     solvers = {"16 bare calls": lambda: [f(x, t, y) for _ in range(16)]} | {
         s: lambda s=s: solve.solve_teacher(f, model.fresh_header(row), x, y, 16, s)
-        for s in solve.SOLVERS["Denoiser"]}
+        for s in solve.solvers_of(model.fresh_header(row))}
     with torch.no_grad(): times = taking_turns(solvers, device, turns)
-    found = [f"{s} {ratio(times, s, '16 bare calls'):.3f}" for s in solve.SOLVERS["Denoiser"]]
+    found = [f"{s} {ratio(times, s, '16 bare calls'):.3f}" for s in solve.solvers_of(model.fresh_header(row))]
     print(f"{name}, batch {batch}, a solve of 16 calls over 16 bare calls: {', '.join(found)}", flush=True)
 
 
@@ -246,6 +246,42 @@ def survival(device):
     times = taking_turns({"plain": plain, "again": plain, "surviving": surviving}, device, 150, warm_up=10)
     print(f"a step that survives over a plain one: {ratio(times, 'surviving', 'plain'):.3f} "
           f"(a plain one over a plain one: {ratio(times, 'again', 'plain'):.3f})", flush=True)
+
+
+# --- reading data -------------------------------------------------------------------------------------------
+
+def reading(device):
+    """Images/s of 64x64 read by one process from a file that is not in the page cache, and the share of a
+    step that waits for the next batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.npz")
+        images = np.random.default_rng(0).integers(0, 256, (20_000, 64, 64, 3), dtype=np.uint8)
+        np.savez(path, arr_0=images)
+        rates = []
+        for _ in range(5):
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())
+                os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            data, order = model.Data(path), torch.randperm(20_000)[:12_800].split(128)
+            rates.append(12_800 / seconds(lambda: [data.batch(at) for at in order], device))
+        print(f"reading 64x64 images in random order, not cached: {statistics.median(rates):,.0f} images/s "
+              f"({min(rates):,.0f} to {max(rates):,.0f})", flush=True)
+        for name, batch, steps, path in [("digits", 64, 200, ROOT / "data/digits.npz"),
+                                         ("imagenet64", 2, 4, path)]:
+            net = model.build(model.fresh_header(model.DATASETS[name])).to(device).train()
+            args = SimpleNamespace(seed=0, batch=batch)
+            batches, waited, whole = model.read_batches(model.Data(path), args, 0, 0, batch, device), [], []
+            for _ in range(steps):
+                started = time.perf_counter()
+                x0, y = next(batches)
+                waited.append(time.perf_counter() - started)
+                x0 = model.to_float(x0)
+                pretrain.edm_loss(net, x0, torch.randn_like(x0), torch.ones(batch, device=device), y).mean().backward()
+                net.zero_grad()
+                if device.type == "cuda": torch.cuda.synchronize()
+                whole.append(time.perf_counter() - started)
+            print(f"{name}, batch {batch}: {sum(waited[1:]) / sum(whole[1:]):.2%} of a step waits for data",
+                  flush=True)
 
 
 # --- the Frechet distance -----------------------------------------------------------------------------------
@@ -338,6 +374,7 @@ def main():
              ("midtraining", lambda: mid_training("digits", 128, device, 5)),
              ("solving", lambda: solving("digits", 128, device, 7)),
              ("survival", lambda: survival(device)),
+             ("reading", lambda: reading(device)),
              ("frechet", frechet),
              ("scaling", scaling),
              ("compile", lambda: compiling("digits", 64, device, 20))]

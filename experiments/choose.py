@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model, solve
 from ablation import TEACHER, cell, chain
-from demo import command
+from common import command
 
 FOLDER, NS, ORDERS = Path("runs/choose"), (4, 6, 8, 12, 16, 24, 32), (1, 2, 3)
 

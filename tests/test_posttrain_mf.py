@@ -117,7 +117,7 @@ def test_edm_time_and_flow_time_are_one_process():
     assert relerr(jump, z) < 1e-12
 
 
-def test_meanflow_pairs_to_the_end_are_consistency_pairs():
+def test_posttrain_mf_pairs_to_the_end_are_consistency_pairs():
     """A u and the f it stands for: the two losses differ by the squared length of the jump."""
     times = solve.log_uniform_times(8)
     x = torch.randn(9, 5, 1, 8, 8, dtype=torch.float64) * times.reshape(-1, 1, 1, 1, 1)
@@ -151,7 +151,7 @@ def test_flow_loss_is_smallest_for_the_marginal_velocity():
     assert abs(per_sample) < 5 * terms.std() / math.sqrt(20_000)
 
 
-def test_meanflow_loss_is_zero_for_the_exact_average_velocity():
+def test_posttrain_mf_loss_is_zero_for_the_exact_average_velocity():
     z, r, t = sample()
     v = exact_v(z, t)
     dudt = posttrain_mf.derivative_jvp(exact_u, z, r, t, None, v)
@@ -163,7 +163,7 @@ def test_meanflow_loss_is_zero_for_the_exact_average_velocity():
     assert posttrain_mf.meanflow_loss(wrong, z, r, t, None, v, dudt, p=0.0).mean() > 0.1
 
 
-def test_meanflow_loss_weight_and_gradient():
+def test_posttrain_mf_loss_weight_and_gradient():
     z, r, t = sample()
     v, dudt = exact_v(z, t), torch.randn_like(z)
     for p in (0.75, 1.0):

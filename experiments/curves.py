@@ -2,9 +2,9 @@
 
 Every point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
 post-training straight from the diffusion weights at half the compute of that, at all of it and, for the first
-case, at twice. Compute is counted as in demo.py, after the teacher. `python tests/curves.py digits cm` draws
-one of the figures, docs/curves_DATA_BRANCH.png; an hour or two each, continued where they were interrupted.
-"""
+case, at twice. Compute is counted as in common.py, after the teacher. `python experiments/curves.py digits
+cm` draws one of the figures, docs/curves_DATA_BRANCH.png; an hour or two each, continued where they were
+interrupted. """
 import math, statistics, sys
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import midtrain, model, posttrain_cm, posttrain_mf, pretrain
-from demo import command, compute, scores, steps_for
+from common import command, compute, scores, steps_for
 from precision import shapes
 
 SEEDS, N = 3, 5_000
@@ -48,7 +48,7 @@ def points(data, branch, seed):
         found["with mid-training"].append((total, *scores(out, N, ref)))
     for times in base_compute:
         out, steps = file(f"base_{times}"), steps_for(times * total, like)
-        double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in demo.py
+        double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in common.py
         command(post, *flags, *of_base, *double, "--init", pre, "--steps", steps, "--out", out)
         found["without"].append((times * total, *scores(out, N, ref)))
     return found

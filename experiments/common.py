@@ -1,0 +1,61 @@
+"""What the experiments share: running the project's scripts, scoring their files, counting their compute."""
+import json, subprocess, sys, time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import model
+
+
+def command(script, *args):
+    """Run a script of the project, print what it prints -> its lines. Exits if it fails."""
+    line = [sys.executable, f"{script}.py", *map(str, args)]
+    print("$ python " + " ".join(line[1:]), flush=True)
+    started, lines = time.time(), []
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        for text in process.stdout:
+            lines.append(text)
+            if script != "fid": print("  " + text, end="", flush=True)
+    if process.returncode: sys.exit(process.returncode)
+    print(f"  {time.time() - started:.0f} s", flush=True)
+    return lines
+
+
+def distances(files, n, ref="digits"):
+    """FD-pixels of each FILE:STEPS."""
+    lines = command("fid", *files, "--ref", ref, "--n", n, "--features", "pixels")
+    return [json.loads(line)["fd"] for line in lines if line.startswith("{")]
+
+
+def scores(path, n, ref="digits"):
+    """FD-pixels in one step and in two, stored beside the file."""
+    memory = Path(path).with_suffix(".json")
+    if not memory.exists(): memory.write_text(json.dumps(distances([f"{path}:1", f"{path}:2"], n, ref)))
+    return json.loads(memory.read_text())
+
+
+def forwards_per_sample(header):
+    """Network forwards that training on one image or pair takes, including the teacher's. A backward counts
+    as two forwards, a JVP as two (`make bench` measures them)."""
+    s, stage = header["settings"], header["stage"]
+    guided = 2 if s.get("guidance", 1) != 1 else 1
+    if stage.startswith("midtrain"):                                 # student forward 1, backward 2
+        heun = s["solver"] == "heun"
+        calls = s["nfe"] - (heun and header["t_min"] == 0)           # Heun's last step, into 0, is Euler's
+        pairs = s["nfe"] // (2 if heun else 1) if s["pairing"] == "cmt" else 1
+        return 3 + guided * calls / pairs
+    if stage == "posttrain_cm":                                      # target 1, forward 1, backward 2
+        return 4 + (s["loss"] == "ecd") * guided * (2 if s["solver"] == "heun" else 1)
+    if stage == "posttrain_mf": return 3 + 2 * s["jumps"] / 4        # JVP 2 for the samples with r < t
+    return 3
+
+
+def compute(path):
+    """Network forwards of the run that made a file."""
+    header = model.read(path, tensors=False)[1]
+    return forwards_per_sample(header) * header[header["unit"]]
+
+
+def steps_for(total, like):
+    """Steps of a run like the one that made the file `like`, for `total` network forwards."""
+    header = model.read(like, tensors=False)[1]
+    return round(total / forwards_per_sample(header) / header["settings"]["batch"])

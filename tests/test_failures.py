@@ -1,0 +1,356 @@
+"""A failed run never looks like a good one, a flag never does nothing, and library functions are right or refuse."""
+import importlib, json, math, os, pickle, subprocess, sys, types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fid, midtrain, model, posttrain_cm, posttrain_mf, pretrain, sample, solve
+from conftest import ROOT, refused, vectors, write_npz
+from test_runs import SMALL, STAGES
+
+
+@pytest.fixture
+def here(chain, monkeypatch):
+    monkeypatch.chdir(chain)
+    return chain
+
+
+# --- divergence ---------------------------------------------------------------------------------------------
+
+def test_a_diverged_run_saves_nothing_and_says_so(run, here, tmp_path):
+    out = tmp_path / "a.safetensors"
+    done = run("pretrain", "--lr", 1e9, "--steps", 20, "--batch", 8, "--save-every", 5, "--out", out)
+    assert done.code == 3 and "not finite" in done.err and "nothing was saved" in done.err
+    assert not out.exists() and not Path(model.resume_file(out)).exists()
+
+
+def test_a_diverged_run_keeps_its_last_good_save(run, here, tmp_path, monkeypatch):
+    out, update_ema, calls = tmp_path / "a.safetensors", model.update_ema, []
+    def breaks(ema, net, decay):
+        update_ema(ema, net, decay)
+        calls.append(1)
+        if len(calls) == 4: next(ema.parameters()).data.fill_(math.inf)
+    monkeypatch.setattr(model, "update_ema", breaks)
+    done = run("midtrain", "--steps", 8, "--batch", 8, "--nfe", 4, "--save-every", 2, "--out", out)
+    assert done.code == 3 and "keeps what was saved before" in done.err
+    assert model.read(out)[1]["step"] == 2
+    assert all(v.isfinite().all() for v in model.read(model.resume_file(out))[0].values())
+
+
+@pytest.mark.parametrize("script", ["sample", "fid"])
+def test_samples_that_are_not_finite_are_refused(run, here, tmp_path, script):
+    weights, header = model.read("runs/digits/midtrain_cm.safetensors")
+    weights = {k: v * math.nan if v.is_floating_point() else v for k, v in weights.items()}
+    model.save(tmp_path / "nan.safetensors", weights, header)
+    flags = ["--features", "pixels", "--n", 8] if script == "fid" else ["--n", 8, "--out", tmp_path / "a.npz"]
+    refused(run(script, f"{tmp_path}/nan.safetensors:1", *flags), "not finite")
+    assert not (tmp_path / "a.npz").exists() and not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("command", [
+    ("pretrain", "--ema", "nan"), ("pretrain", "--ema", 1.5), ("pretrain", "--ema=-1"), ("pretrain", "--lr", "inf"),
+    ("midtrain", "--guidance", "nan"), ("posttrain_cm", "--double=-1"), ("posttrain_mf", "--omega", "inf"),
+    ("posttrain_mf", "--guide-times", 0.8, 0.2, "--omega", 0.5), ("posttrain_mf", "--guide-times", 0, 2),
+    ("pretrain", "--beta1", 1), ("pretrain", "--P-std", 0), ("pretrain", "--seed=-1"), ("pretrain", "--dropout", 1),
+    ("sample", "runs/digits/midtrain_cm.safetensors:2", "--mid-t", "nan"), ("pretrain", "--optimizer", "SGD")],
+    ids=lambda c: " ".join(map(str, c)))
+def test_impossible_numbers_are_refused(run, here, command):
+    done = run(*command)
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+
+
+# --- a flag never does nothing ------------------------------------------------------------------------------
+
+FILE = "--trajectories", "runs/digits/trajectories.safetensors"
+
+@pytest.mark.parametrize("command", [
+    ("midtrain", *FILE, "--nfe", 64), ("midtrain", *FILE, "--solver", "heun"), ("midtrain", "--guide", "x"),
+    ("midtrain", "--lpips", "a", "b"), ("posttrain_cm", "--guidance", 2), ("posttrain_cm", "--teacher", "x"),
+    ("posttrain_cm", "--solver", "euler"), ("posttrain_cm", "--loss", "ecd", "--guide", "x"),
+    ("posttrain_mf", "--teacher", "x"), ("posttrain_mf", "--guide-times", 0, 0.5), ("pretrain", "--world", 8),
+    ("sample", "runs/digits/pretrain.safetensors", "--mid-t", 0.5),
+    ("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2),
+    ("sample", "runs/digits/midtrain_cm.safetensors", "--solver", "heun"),
+    ("sample", "runs/digits/midtrain_cm.safetensors", "--n", 8, "--seeds", "0-7"),
+    ("sample", "runs/digits/midtrain_cm.safetensors", "--data", "digits"),
+    ("fid", "data/digits.npz", "--ref", "digits", "--features", "pixels", "--n", 8),
+    ("fid", "data/digits.npz", "--ref", "digits", "--features", "pixels", "--inception", "x")],
+    ids=lambda c: " ".join(map(str, c)))
+def test_a_flag_without_effect_is_refused(run, here, command):
+    refused(run(*command), "no effect", "Leave it out")
+
+
+def test_the_header_says_how_the_trajectories_were_made(run, here, tmp_path):
+    out = tmp_path / "a.safetensors"
+    assert run("midtrain", *FILE, *SMALL, "--out", out).code == 0
+    settings = model.read(out)[1]["settings"]
+    assert settings["nfe"] == 8 and settings["solver"] == "dpm3"
+
+
+def test_every_hyperparameter_is_a_flag(run, here, tmp_path):
+    out = tmp_path / "a.safetensors"
+    changes = dict(optimizer="AdamW", beta1=0.8, beta2=0.95, decay="constant", warmup=100, P_mean=-0.5, P_std=0.9,
+                   lr=1e-4, ema=0.9)
+    flags = [word for k, v in changes.items() for word in (f"--{k.replace('_', '-')}", v)]
+    assert run("pretrain", *flags, "--dropout", 0.3, *SMALL, "--out", out).code == 0
+    header = model.read(out)[1]
+    assert {k: header["settings"][k] for k in changes} == changes and header["network"]["dropout"] == 0.3
+    for stage, (script, *rest) in STAGES.items():
+        table = importlib.import_module(script).RECIPES
+        table = table.get({"--objective": "flow", "--target": "mf"}.get((*rest, "")[0]),
+                          table.get("edm") or table.get("cm") or table)
+        for data, recipe in table.items():
+            done = run(script, *rest, "--data", data if data != "custom" else "mine", "--help")
+            for k in recipe.keys() - {"origin", "network", "teacher_network", "teacher_by"}:
+                flag = {"loss": "--loss"}.get(k, f"--{k.replace('_', '-')}")
+                assert f"{flag} " in done.out, (stage, data, flag)
+
+
+# --- solvers and NFE ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["Denoiser", "MeanVelocity"])
+@pytest.mark.parametrize("nfe", [1, 2, 7, 13, 14, 15, 16, 35])
+def test_heun_makes_the_calls_it_is_given(kind, nfe):
+    """An even number with a flow model, whose last step goes into t = 0, is one call less."""
+    header = model.fresh_header(model.DATASETS["digits"], kind)
+    calls = []
+    def teacher(x, *times_and_y):
+        calls.append(times_and_y)
+        return torch.zeros_like(x)
+    solve.solve_teacher(teacher, header, torch.randn(2, 1, 8, 8), None, nfe, "heun")
+    assert len(calls) == (nfe - 1 if kind == "MeanVelocity" and nfe % 2 == 0 else nfe)
+
+
+def test_heun_with_35_calls_is_edms_sampler_of_18_steps():
+    v, _ = vectors("edm_heun")
+    header = model.fresh_header(model.DATASETS["cifar10"])
+    times = solve.solver_times(header, 35, "heun")
+    assert len(times) == 19 and times[-1] == 0 and times[0] == 80
+    assert torch.allclose(times[:-1], solve.karras_times(17)) and times[-2] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_sample_takes_a_solver_and_names_it(run, here, tmp_path, solver):
+    out = tmp_path / "model-v1.1"
+    done = run("sample", "runs/digits/pretrain.safetensors:5", "--n", 4, "--solver", solver, "--out", out)
+    assert done.code == 0 and f"pretrain.safetensors:5: solver {solver}" in done.out and "teacher, 5 NFE" in done.out, done.err
+    assert Path(f"{out}.npz").exists() and Path(f"{out}.png").exists()
+    default = run("sample", "runs/digits/pretrain_flow.safetensors:5", "--n", 4, "--out", tmp_path / "b")
+    assert "solver heun" in default.out
+
+
+# --- library functions --------------------------------------------------------------------------------------
+
+def test_losses_of_samples_of_any_shape_are_those_of_images():
+    """(B,D) and (B,T,D) give what the same numbers give as (B,D,1,1)."""
+    g = torch.Generator().manual_seed(0)
+    t, r = torch.tensor([0.5, 2.0, 9.0]), torch.tensor([0.4, 0.0, 3.0])
+    for shape in (3, 5), (3, 2, 4), (3, 1, 3, 3):
+        a, b = torch.randn(2, *shape, generator=g)
+        f = lambda x, t, y=None: torch.tanh(x) * t.reshape(-1, *[1] * (x.dim() - 1))
+        u = lambda z, r, t, y=None: f(z, t - 0.5 * r)
+        y = torch.tensor([0, 1, 3])
+        def losses(a, b):
+            yield pretrain.edm_loss(f, a, b, t, y)
+            yield pretrain.flow_loss(u, a, b, t, y)
+            yield midtrain.cmt_loss(f, a, t, b, y, midtrain.huber)
+            yield midtrain.cmt_meanflow_loss(u, a, b, r, t, y)
+            yield posttrain_cm.ect_loss(f, a, b, t, r, y, 1 / t, 0.06)
+            yield posttrain_cm.ecd_loss(f, a, posttrain_cm.ode_step(f, a, t, r, y), t, r, y, 1 / t, 0.0)
+            v = posttrain_mf.guided_velocity(u, a, t, y, b, 0.5, 0.2, 3)
+            yield posttrain_mf.meanflow_loss(u, a, r, t, y, v, b)
+        for flat, image in zip(losses(a, b), losses(*(x.reshape(3, -1, 1, 1) for x in (a, b)))):
+            assert flat.shape == (3,) and torch.allclose(flat, image, rtol=1e-5)
+
+
+def test_solver_arguments_that_make_no_sense_are_refused():
+    x, times = torch.randn(2, 3), solve.log_uniform_times(4)
+    for order in 0, 4, 5:
+        with pytest.raises(ValueError, match="order"): solve.dpm_solver_pp(lambda x, t: x, x, times, order=order)
+    for bad in (torch.tensor([1.0, 1.0, 0.5]), torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.5, 0.0])):
+        with pytest.raises(ValueError, match="times"): solve.dpm_solver_pp(lambda x, t: x, x, bad)
+
+
+def test_generate_takes_a_class_as_a_number_and_only_whole_ranges(here):
+    net, header = model.load("runs/digits/midtrain_cm.safetensors")
+    images, labels = next(sample.generate(net, header, range(4), 1, labels=3))
+    assert labels.tolist() == [3] * 4 and images.shape == (4, 8, 8, 1)
+    with pytest.raises(model.UserError, match="range"): next(sample.generate(net, header, range(0, 10, 2), 1))
+
+
+def test_frechet_distance_takes_numpy_and_is_never_negative():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 8))
+    mu, cov = x.mean(0), np.cov(x.T)
+    assert fid.frechet_distance(mu, cov, mu + 2, cov).item() == pytest.approx(32)
+    assert fid.frechet_distance(mu, cov, mu, cov) >= 0 and "-" not in f"{fid.frechet_distance(mu, cov, mu, cov):.4f}"
+
+
+# --- reference statistics -----------------------------------------------------------------------------------
+
+MU, SIGMA = np.full(64, 0.1), np.eye(64) + 0.01
+
+@pytest.mark.parametrize("arrays", [
+    dict(mu=MU, sigma=SIGMA), dict(mu=MU[None], sigma=SIGMA), dict(mu=SIGMA, sigma=MU),
+    dict(mu=MU.astype(np.float32), sigma=SIGMA.astype(np.float32)), "pkl"])
+def test_statistics_whose_meaning_is_clear(run, here, tmp_path, arrays):
+    path = tmp_path / "stats.npz"
+    if arrays == "pkl":                                    # as EDM2 publishes them
+        path = tmp_path / "img512.pkl"
+        path.write_bytes(pickle.dumps({"fid": dict(mu=MU, sigma=SIGMA), "fd_dinov2": dict(mu=MU, sigma=SIGMA)}))
+    else: np.savez(path, **arrays)
+    mu, sigma = fid.read_statistics(str(path))
+    assert torch.allclose(mu, torch.from_numpy(MU), rtol=1e-6) and mu.dtype == torch.float64
+    assert torch.allclose(sigma, torch.from_numpy(SIGMA), rtol=1e-6)
+    done = run("fid", "data/digits.npz", "--ref", path, "--features", "pixels")
+    assert done.code == 0 and json.loads(done.out.splitlines()[-1])["fd"] > 0, done.err
+
+
+class Evil:
+    def __reduce__(self): return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize("arrays, words", [
+    (dict(mu=MU * math.nan, sigma=SIGMA), "not finite"), (dict(mu=MU, sigma=SIGMA * math.inf), "not finite"),
+    (dict(mu=MU, sigma=SIGMA[:8]), "covariance"), (dict(mu=MU, sigma=np.triu(SIGMA)), "symmetric"),
+    (dict(mu=MU, sigma=-SIGMA), "symmetric"), (dict(mu=MU), "sigma"), ("evil", "damaged")])
+def test_statistics_that_are_none(run, here, tmp_path, arrays, words):
+    path = tmp_path / "stats.npz"
+    if arrays == "evil":
+        path = tmp_path / "stats.pkl"
+        path.write_bytes(pickle.dumps({"fid": Evil()}))
+    else: np.savez(path, **arrays)
+    refused(run("fid", "data/digits.npz", "--ref", path, "--features", "pixels"), words)
+    assert not Path("evil").exists()
+
+
+def test_statistics_are_kept_by_content_and_saved_on_demand(run, here, tmp_path):
+    def distance(ref):
+        done = run("fid", "data/digits.npz", "--ref", ref, "--features", "pixels")
+        assert done.code == 0, done.err
+        return json.loads(done.out.splitlines()[-1])["fd"]
+    ref = tmp_path / "ref.npz"
+    with np.load("data/digits.npz") as f: images = f["arr_0"]
+    np.savez(ref, arr_0=images)
+    assert distance(ref) == pytest.approx(0, abs=1e-6)
+    np.savez(ref, arr_0=255 - images)                      # other images under the same name
+    assert distance(ref) > 10
+    stats = tmp_path / "stats.npz"
+    done = run("fid", ref, "--features", "pixels", "--save-stats", stats)
+    assert done.code == 0 and distance(stats) == pytest.approx(distance(ref))
+
+
+# --- continuing on other hardware ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", ["pretrain", "midtrain_cm"])
+@pytest.mark.parametrize("change", [("--microbatch", 4), ("--precision", "bf16")])
+def test_a_run_continues_with_another_microbatch_or_precision(run, here, tmp_path, monkeypatch, stage, change):
+    script, *flags = STAGES[stage]
+    command = script, *flags, "--steps", 4, "--batch", 8, "--save-every", 2, "--out", tmp_path / "a.safetensors"
+    save_run = model.save_run
+    def save_and_die(*args):
+        save_run(*args)
+        raise model.UserError("out of memory")
+    monkeypatch.setattr(model, "save_run", save_and_die)
+    assert run(*command).code == 2
+    monkeypatch.setattr(model, "save_run", save_run)
+    done = run(*command, *change)
+    assert done.code == 0 and f"another {change[0][2:]}" in done.out and "not bit for bit" in done.out, done.err
+    assert model.read(tmp_path / "a.safetensors")[1]["step"] == 4
+
+
+# --- what comes next ----------------------------------------------------------------------------------------
+
+def test_a_dry_run_prints_the_commands_for_what_is_missing(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("midtrain", "--data", "imagenet64", "--dry-run")
+    assert ("curl -LO https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions/edm2-img64-s-1073741-0.075.pkl "
+            "&& python tools/import_checkpoint.py edm2-img64-s-1073741-0.075.pkl --data imagenet64") in done.out
+    done = run("posttrain_cm", "--data", "imagenet512", "--dry-run")
+    for words in ("edm2-img512-xxl-0939524-0.075.pkl --data imagenet512 --out runs/imagenet512/guided.safetensors",
+                  "edm2-img512-m-0268435-0.155.pkl --data imagenet512 --out runs/imagenet512/guide.safetensors",
+                  "python tools/prepare_data.py SOURCE --data imagenet512",
+                  "python midtrain.py --data imagenet512"):
+        assert words in done.out, done.out
+    refused(run("midtrain", "--data", "cifar10"), "curl -LO https://", "--data cifar10")
+
+
+def test_recipes():
+    assert pretrain.RECIPES["edm"]["imagenet64"]["steps"] * 2048 == 1024 * 2 ** 20
+    assert pretrain.RECIPES["edm"]["imagenet512"]["steps"] * 2048 == 896 * 2 ** 20
+    small, large = (posttrain_cm.RECIPES[k] for k in ("imagenet64", "imagenet512"))
+    assert small["loss"] == "ecd" and small["double"] == 0
+    assert all(small[k] == large[k] for k in ("q", "lr", "decay", "c", "weight", "P_mean", "P_std", "steps", "ema"))
+    assert posttrain_mf.RECIPES["imagenet256"]["c"] == 1e-2 and posttrain_mf.RECIPES["cifar10"]["c"] == 1e-3
+
+
+def test_dropped_labels_are_of_samples_with_r_equal_t():
+    """A share of 10 % of all samples, all of them with r = t. The count has a standard deviation of 0.3 %."""
+    torch.manual_seed(0)
+    y, equal = torch.zeros(10_000, dtype=torch.int64), torch.arange(10_000) % 4 > 0
+    dropped = posttrain_mf.drop_labels(y, equal, 0.1, 7) == 7
+    assert not (dropped & ~equal).any() and abs(dropped.float().mean() - 0.1) < 0.015
+
+
+# --- platforms ----------------------------------------------------------------------------------------------
+
+def test_import_and_save_without_posix(tmp_path):
+    """As on Windows: no module `resource`, folders cannot be opened."""
+    code = f"""
+import sys
+sys.modules["resource"] = None
+sys.path.insert(0, {str(ROOT)!r})
+import model, torch
+sys.platform = "win32"
+model.save({str(tmp_path / 'a.safetensors')!r}, {{"w": torch.ones(2)}}, {{}})
+print(model.peak_memory(), model.read({str(tmp_path / 'a.safetensors')!r})[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "nan" in done.stdout, done.stderr
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try: model.save(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {})
+    finally: os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_an_ascii_terminal_and_a_long_seed(here, tmp_path):
+    command = [sys.executable, str(ROOT / "pretrain.py"), *SMALL, "--seed", "20251125123456",
+               "--out", tmp_path / "café.safetensors"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "caf?.safetensors" in done.stdout, done.stderr
+
+
+# --- the paper's distance of latents ------------------------------------------------------------------------
+
+def test_elatentlpips(monkeypatch):
+    """The package gets the autoencoder's own latents, and gives one number per sample."""
+    header = model.fresh_header(model.DATASETS["imagenet512"])
+    monkeypatch.setitem(sys.modules, "elatentlpips", None)
+    with pytest.raises(model.UserError, match="pip install elatentlpips"):
+        midtrain.load_elatentlpips(header, "cpu")
+    seen = []
+    class ELatentLPIPS(torch.nn.Module):
+        def __init__(self, encoder, augment, verbose):
+            super().__init__()
+            assert encoder == "sd15"
+            self.conv = torch.nn.Conv2d(4, 2, 3)
+        def forward(self, a, b, normalize):
+            assert normalize
+            seen.append(a)
+            return (self.conv(a) - self.conv(b)).square().mean((1, 2, 3), keepdim=True)
+    monkeypatch.setitem(sys.modules, "elatentlpips", types.SimpleNamespace(ELatentLPIPS=ELatentLPIPS))
+    distance = midtrain.load_elatentlpips(header, "cpu")
+    z = torch.randn(3, 4, 64, 64)
+    mean, scale = model.latent_scale(z, header)
+    a = ((z - mean) * scale).requires_grad_()
+    d = distance(a, torch.zeros(3, 4, 64, 64))
+    d.sum().backward()
+    assert d.shape == (3,) and torch.allclose(seen[0], z, atol=1e-5) and a.grad.abs().sum() > 0
+    with pytest.raises(model.UserError, match="for latents"):
+        midtrain.load_elatentlpips(model.fresh_header(model.DATASETS["cifar10"]), "cpu")

@@ -1,21 +1,20 @@
 """Evaluation: the Frechet distance between two sets of images.
 
-  reads   FILE ...: images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint FILE[:STEPS] to draw
-          from; --ref: the name of prepared data, images, or statistics, an .npz with mu and sigma
-  prints  for each FILE a line, and then the same as JSON
-  writes  with --save-stats X.npz the statistics of FILE, mu and sigma in EDM's layout, to be a --ref later
+  reads   FILE ...: images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint FILE[:STEPS];
+          --ref: the name of prepared data, images, or statistics (an .npz with mu and sigma, or EDM2's .pkl)
+  prints  for each FILE one line, and then the same as JSON
+  writes  with --save-stats X.npz the statistics of FILE, mu and sigma in EDM's layout, for a later --ref
   run     torchrun --nproc_per_node=8 fid.py runs/cifar10/posttrain_cm.safetensors:2    # 50,000 samples
           python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
   expect  digits, FD-pixels of 10,000 samples: teacher 0.09, after mid-training 0.16, teacher in one step 3.6
 
-`--features inception` is FID as everyone quotes it (1706.08500): Inception-v3 with the weights of
-TensorFlow's release of 2015, images resized to 299x299 by TensorFlow 1's bilinear filter (torch-fidelity's
-convention), in fp32, statistics in float64. The weights are a file to fetch once. Fewer than 50,000 images
-stand in the name, FID-10k, because the distance falls with their number.
+`--features inception` is the published FID (1706.08500): Inception-v3 with TensorFlow's weights of 2015,
+images resized to 299x299 by TensorFlow 1's bilinear filter (torch-fidelity's convention), fp32 features,
+float64 statistics. The weights are one file to download. With N < 50,000 samples the result is labelled, for
+example, FID-10k: FID is biased upwards for small N.
 
-`--features pixels` compares the flattened images themselves, scaled to [-1, 1]. That number is called
-FD-pixels and is no FID: it serves small images, up to 3,072 values each, for which no Inception network means
-anything.
+`--features pixels` compares raw images in [-1, 1] of at most 3,072 values. The result is called FD-pixels; it
+is not FID. It is for images that are too small for Inception.
 """
 import argparse, hashlib, json, os, sys, time
 from pathlib import Path

@@ -1,24 +1,28 @@
-"""Stage 3, consistency mid-training (CMT): regress the states of the teacher's trajectories on where they go.
+"""Stage 3, consistency mid-training (CMT): map every state of a teacher trajectory to the trajectory's
+endpoint.
 
-  reads   runs/D/pretrain.safetensors        the teacher, and the student's first weights; no images
+  reads   runs/D/pretrain.safetensors        the teacher, and the first weights of the student; no images
           runs/D/pretrain_flow.safetensors   instead, with --target mf
   writes  runs/D/midtrain_cm.safetensors     EMA weights of a one- or two-step sampler, for posttrain_cm.py
-          runs/D/midtrain_mf.safetensors     with --target mf: of a sampler of any number of steps
+          runs/D/midtrain_mf.safetensors     with --target mf: of a sampler with any number of steps
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
-          python midtrain.py --target mf                               # four
-          torchrun --nproc_per_node=8 midtrain.py --data cifar10       # as long as the paper's, 38.4M pairs
-  cost    per pair: one forward of the teacher (two by Heun's method, flow matching's), one forward and one
-          backward of the student
-  expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33 (mf: squared, from
-          about 2.5 to about 0.35)
+          python midtrain.py --target mf                               # four minutes
+          torchrun --nproc_per_node=8 midtrain.py --data cifar10       # the length of the paper's run, 38.4M
+          pairs
+  cost    per pair: one forward of the teacher (Heun: two), one forward and one backward of the student
+  expect  digits: the loss falls from about 0.8 to about 0.33 (a distance in 64 dimensions); with --target mf
+  from
+          about 2.5 to about 0.35 (a squared distance)
 
---target cm   a consistency model: every state of a trajectory is regressed onto the trajectory's end.
---target mf   a Mean Flow model: the average velocity between every two states. All it takes is a trajectory,
-              so any model can be the teacher: flow matching, a small Mean Flow model in 8 jumps, or a
-              denoiser (--teacher runs/digits/pretrain.safetensors --init none), in converted times.
+--target cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
+--target mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states. Any model
+that
+              produces trajectories can be the teacher: flow matching, a small Mean Flow model with 8 jumps,
+              or a denoiser, whose trajectories are converted to flow time (--teacher
+              runs/digits/pretrain.safetensors --init none).
 
-The targets are fixed before the student sees them: it never learns from its own predictions. Times are the
-solver's, each pair of times is equally likely and has weight 1.
+The targets are fixed before training: the student never learns from its own predictions. All pairs of times
+are equally likely and have weight 1.
 """
 import copy, itertools, math
 
@@ -27,53 +31,51 @@ import torch.nn.functional as F
 
 import model, solve
 
-# batch counts (state, target) pairs, nfe network calls a trajectory; `network`: what differs from the network
-# of --init; mid_t: the noise level of the second of two sampling steps of a consistency model; decay: lr
-# falls to 0 ("linear"), stays ("constant") or falls as 1/sqrt from a step on. solver None: the teacher's own.
-# origin: whose numbers they are: the paper's, its released code's, ECT's (2406.14548), MeanFlow's
-# (2505.13447); all others are ours. The paper's distance is LPIPS-VGG for pixels and ELatentLPIPS for
-# latents, whose weights are not ours to give; ours, pseudo-Huber, needs no files. DISTANCES takes yours.
-CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, solver="dpm3", nfe=16,
-          distance="huber", network={}, mid_t=0.7757)
-BY_PAPER, BY_CODE = "steps batch lr decay warmup ema optimizer beta2 solver nfe", "network mid_t"
-PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999, network=dict(dropout=0.2), origin={
-    "paper": BY_PAPER, "code": BY_CODE, "ours, the paper's is lpips": "distance"})
-MF = dict(optimizer="RAdam", beta2=0.999, decay="linear", warmup=0, solver=None, nfe=16, distance="l2",
-          network={})
+# batch: pairs (state, target). nfe: function evaluations of a trajectory. network: constructor arguments that
+# differ from those of --init. mid_t: time of the second of two sampling steps. decay: the learning rate falls
+# linearly to 0, stays constant, or falls as 1/sqrt from a step on. solver None: the teacher's default.
+# Sources: the paper (2509.24526), its released code, ECT (2406.14548), MeanFlow (2505.13447). The paper uses
+# LPIPS as the distance, and ELatentLPIPS for latents. We cannot redistribute their weights, so the default is
+# pseudo-Huber.
+CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, solver="dpm3", nfe=16,  # paper
+          distance="huber",                                                                       # ours
+          network={}, mid_t=0.7757)                                                               # code
+PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                              # paper
+                  network=dict(dropout=0.2))                                                      # code
+MF = dict(optimizer="RAdam", beta2=0.999, decay="linear", warmup=0, solver=None, nfe=16, network={},  # ours
+          distance="l2")                                                                          # paper
 RECIPES = {
     "cm": {
-        "digits":      CM | dict(steps=1200,   batch=64, lr=3e-3, ema=0.99),
+        "digits":      CM | dict(steps=1200, batch=64, lr=3e-3, ema=0.99),                        # ours
         "cifar10":     PAPER,
         "ffhq64":      PAPER,
         "afhqv2-64":   PAPER,
-        "imagenet64":  CM | dict(steps=100_000, lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99, decay=2000,
-                                 network=dict(dropout=0.4, dropout_resolutions=(16, 8)), mid_t=1.526, origin={
-                                     "ECT": "batch lr decay ema optimizer beta2 network", "code": "mid_t",
-                                     "paper": "solver nfe"}),
-        "imagenet512": PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0), mid_t=1.526,
-                                    origin={"paper": BY_PAPER + " network", "code": "mid_t",
-                                            "ours, the paper's is ELatentLPIPS": "distance"}),
-        "custom":      CM | dict(steps=10_000, lr=1e-3, ema=0.999),
+        "imagenet64":  CM | dict(steps=100_000,                                                   # ours
+                                 lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99, decay=2000,   # ECT
+                                 network=dict(dropout=0.4, dropout_resolutions=(16, 8)),          # ECT
+                                 mid_t=1.526),                                                    # code
+        "imagenet512": PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0),   # paper
+                                    mid_t=1.526),                                                 # code
+        "custom":      CM | dict(steps=10_000, lr=1e-3, ema=0.999),                               # ours
     },
-    # The paper's mean-flow teacher is a Mean Flow SiT-B/4 in 8 jumps.
     "mf": {
-        "digits":      MF | dict(steps=2000,    batch=64,   lr=1.5e-3, ema=0.99),
-        "cifar10":     MF | dict(steps=100_000, batch=1024, lr=6e-4,   ema=0.99995, network=dict(dropout=0.2),
-                                 origin={"MeanFlow": "batch lr ema network", "paper": "distance"}),
-        "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4,   ema=0.9999, solver="jump", nfe=8,
-                                 origin={"MeanFlow": "batch lr ema", "paper": "solver nfe distance"},
+        "digits":      MF | dict(steps=2000, batch=64, lr=1.5e-3, ema=0.99),                      # ours
+        "cifar10":     MF | dict(steps=100_000,                                                   # ours
+                                 batch=1024, lr=6e-4, ema=0.99995, network=dict(dropout=0.2)),    # MeanFlow
+        "imagenet256": MF | dict(steps=400_000,                                                   # ours
+                                 batch=256, lr=1e-4, ema=0.9999,                                  # MeanFlow
+                                 # The teacher is a Mean Flow SiT-B/4 with 8 jumps.               # paper
+                                 solver="jump", nfe=8, init="none",
+                                 teacher="runs/imagenet256/teacher_mf.safetensors",
                                  teacher_network=dict(patch_size=4, hidden_size=768, depth=12, num_heads=12,
                                                       interval=True),
-                                 init="none", teacher="runs/imagenet256/teacher_mf.safetensors",
                                  teacher_by="python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
                                        "--guide-times 0 1 --init runs/imagenet256/pretrain_flow.safetensors "
                                        "--out runs/imagenet256/teacher_mf.safetensors"),
-        "custom":      MF | dict(steps=10_000,  batch=128,  lr=1e-3,   ema=0.999),
+        "custom":      MF | dict(steps=10_000, batch=128, lr=1e-3, ema=0.999),                    # ours
     },
 }
-
-
-FIRST_STAGE = {"cm": "pretrain", "mf": "pretrain_flow"}     # whose weights the student starts from
+FIRST_STAGE = {"cm": "pretrain", "mf": "pretrain_flow"}     # the stage whose weights the student starts from
 
 
 # === the method =============================================================================================

@@ -1,18 +1,18 @@
-"""What every stage must agree on, and the plumbing nobody wants to read five times.
+"""Networks, parameterisations, datasets, checkpoints, and the training code that all stages share.
 
-Notation, fixed here once. t = 0 is data. B batch, C channels, H W pixels, N solver steps, K classes.
+Notation. t = 0 is data. B batch, C channels, H W pixels, N solver steps, K classes.
 
              consistency branch: EDM's time (arXiv 2206.00364)    mean-flow branch: flow time (2505.13447)
   noising    x_t = x_0 + t eps,  t in [0.002, 80]                 z_t = (1 - t) x_0 + t eps,  t in [0, 1]
   PF-ODE     dx/dt = (x - D(x, t)) / t                            dz/dt = v(z, t)
   teacher    D(x, t) ~ E[x_0 | x_t]                               v(z, t) = u(z, t, t) ~ E[eps - x_0 | z_t]
-  student    f(x, t) ~ Psi_{t->0}(x), where the ODE ends at 0     u(z, r, t) ~ (z_t - z_r) / (t - r)
+  student    f(x, t) ~ Psi_{t->0}(x), the endpoint of the ODE     u(z, r, t) ~ (z_t - z_r) / (t - r)
   jump       Psi_{t->0}(x) = f(x, t)                              Psi_{t->r}(z) = z - (t - r) u(z, r, t)
   module     `Denoiser`, for teacher and student                  `MeanVelocity`, for teacher and student
 
 eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None means null for the whole batch.
 
-Sections: 1 networks, 2 parameterisation, 3 data sets, 4 checkpoints, 5 images, 6 running a stage.
+Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
 import argparse, contextlib, functools, gc, hashlib, inspect, io, json, math, os
@@ -32,19 +32,18 @@ from safetensors.torch import save_file
 
 
 class UserError(Exception):
-    """Bad input. The message says in one sentence what is wrong and how to mend it. `run` prints it and exits
-    with `code`."""
+    """Bad input. The message says what is wrong and what to do. `run` prints it and exits with `code`."""
     code = 2
 
 
 class Diverged(UserError):
-    """A training run that produces nothing but infinities and NaNs."""
+    """A training run whose gradients, weights or outputs are not finite."""
     code = 3
 
 
 # === 1. networks ============================================================================================
-# Layers cast their fp32 weights to the dtype of what flows through them. So one module runs in bf16, fp32 or
-# (for exact tests) float64, decided by its input alone, and there is no autocast, nor its cache, anywhere.
+# Each layer casts its weights to the dtype of its input: bf16, fp32, or float64 in exact tests. Autocast is
+# not used.
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -66,14 +65,14 @@ class Norm(nn.GroupNorm):
 
 
 def initialised(layer, gain=1.0):
-    """Xavier-uniform weights times `gain` (1e-5 closes a residual branch at the start), zero bias."""
+    """Xavier-uniform weights times `gain` (1e-5 starts a residual branch near zero), zero bias."""
     nn.init.xavier_uniform_(layer.weight, gain)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of a time, then two layers: SiT's, names included. t (B,) -> (B, dim) in t's dtype."""
+    """Sinusoidal embedding of a time and two layers, named as in SiT. t (B,) -> (B, dim) in t's dtype."""
     def __init__(self, dim, frequencies=128):
         super().__init__()
         self.frequencies = frequencies
@@ -89,7 +88,8 @@ class TimeEmbedding(nn.Module):
 
 
 def interval_embedding(dim):
-    """The embedding of t - r that turns v(z, t) into u(z, r, t): zero at first, so that then u = v."""
+    """The embedding of t - r that turns v(z, t) into u(z, r, t). Its output is zero at initialisation: u =
+    v."""
     embedding = TimeEmbedding(dim)
     nn.init.zeros_(embedding.mlp[2].weight)
     return embedding
@@ -275,8 +275,8 @@ def normalise_weights(net):
 
 
 class MPBlock(nn.Module):
-    """EDM2's block: residual branch, steered by the embedding, then self-attention. An encoder block
-    normalises its input pixel by pixel. `resample` is "down", "up" or None."""
+    """EDM2's block: a residual branch, modulated by the embedding, then self-attention. An encoder block
+    normalises its input at every pixel. `resample` is "down", "up" or None."""
     def __init__(self, c_in, c_out, emb_dim, encoder, attention=False, resample=None, channels_per_head=64,
                  dropout=0.0, res_balance=0.3, attn_balance=0.3, clip_act=256.0):
         super().__init__()
@@ -413,7 +413,7 @@ class SiTMLP(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """Transformer block whose norms and residual branches are steered by the embedding c (adaLN-Zero)."""
+    """Transformer block whose norms and residual branches are modulated by the embedding c (adaLN-Zero)."""
     def __init__(self, dim, heads, mlp_ratio):
         super().__init__()
         self.attn, self.mlp = SiTAttention(dim, heads), SiTMLP(dim, round(dim * mlp_ratio))
@@ -558,14 +558,13 @@ def flow_to_edm(z, t):
     return z / (1 - t).reshape(-1, *[1] * (z.dim() - 1)).to(z), t / (1 - t)
 
 
-# === 3. data sets ===========================================================================================
-# `network` is the architecture a stage builds when no input file brings its own: for digits ours, else the
-# paper's, with pre-training's dropout; `public` is a file for tools/import_checkpoint.py. label_dropout:
-# share of null labels.
-# noise_scale, of EDM's time: 4 is ours, for small networks (digits: a little better in every stage than 1,
-# one seed each). time_scale, of flow time: 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
-# latents: networks see (z - mean) * scale of the autoencoder's z, channel by channel. pixel_range: of the
-# pixels that the autoencoder sees. EDM2 encodes pixels in [0, 1], SiT and MeanFlow in [-1, 1].
+# === 3. datasets ============================================================================================
+# network: the architecture that a stage builds without an input file, the paper's except for digits, with the
+# dropout of pre-training. public: a checkpoint for tools/import_checkpoint.py. label_dropout: probability of
+# the null label. noise_scale: multiplies ln(t)/4; 4 is ours, for small networks (digits: a little better than
+# 1, one seed). time_scale: multiplies flow time; 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
+# latents: networks see (z - mean) * scale of the autoencoder's z, per channel. pixel_range: the pixels that
+# the autoencoder encodes. EDM2 uses [0, 1], SiT and MeanFlow [-1, 1].
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENTS = {
@@ -643,8 +642,8 @@ def prepare_command(name, source="SOURCE"):
 
 
 def npz_array(path, name):
-    """An array of an .npz: memory-mapped where it is stored uncompressed, as numpy.savez and prepare_data.py
-    store it, else loaded. Raises ValueError or KeyError for files that are something else."""
+    """An array of an .npz, memory-mapped if it is stored uncompressed, as numpy.savez and prepare_data.py do,
+    else loaded. Raises ValueError or KeyError for other files."""
     with zipfile.ZipFile(path) as z:
         member = z.getinfo(f"{name}.npy")
         with z.open(member) as f:
@@ -661,7 +660,7 @@ def npz_array(path, name):
         with np.load(path, allow_pickle=False) as f: return f[name]
     if head + math.prod(shape) * dtype.itemsize != member.file_size:
         raise ValueError(f"{name} is {shape}, but has {member.file_size:,} bytes")
-    with open(path, "rb") as f:                            # the array stands behind the member's local header
+    with open(path, "rb") as f:                            # the array follows the member's local header
         f.seek(member.header_offset + 26)
         name_and_extra = sum(struct.unpack("<HH", f.read(4)))
     return np.memmap(path, dtype, "r", member.header_offset + 30 + name_and_extra + head, shape)
@@ -727,8 +726,8 @@ class Data:
 
 
 def data_identity(path):
-    """What tells data from other data: size and CRC-32 of arr_0 and arr_1, from the zip directory, which
-    costs nothing to read, and for latents the autoencoder and its pixel range. -> a string. Raises
+    """Identifies the content of data: size and CRC-32 of arr_0 and arr_1, from the zip directory, which costs
+    nothing to read, and for latents the autoencoder and its pixel range. -> a string. Raises
     UserError"""
     try:
         with zipfile.ZipFile(path) as z:
@@ -775,8 +774,8 @@ def open_data(args):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """`with atomic_write(path) as part:` write to `part`; `path` appears whole or not at all (flush, rename).
-    Raises UserError where the disk does not take it; what was there before is then untouched."""
+    """`with atomic_write(path) as part:` writes to the file `part`, then renames it to `path`, so that `path`
+    is either complete or unchanged. Raises UserError if the file cannot be written."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -787,7 +786,7 @@ def atomic_write(path):
         os.umask(umask)
         os.chmod(part, 0o666 & ~umask)
         os.replace(part, path)
-        if sys.platform != "win32":                        # the new name has to reach the disk, too
+        if sys.platform != "win32":                        # also write the new name to the disk
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -798,7 +797,7 @@ def atomic_write(path):
 
 
 def checksum(tensors, header):
-    """CRC-32 of names, shapes, values and header: what a damaged file no longer agrees with."""
+    """CRC-32 of names, shapes, values and header. `read` compares it."""
     crc = zlib.crc32(json.dumps(header).encode())
     for k in sorted(tensors):
         crc = zlib.crc32(f"{k} {tuple(tensors[k].shape)}".encode(), crc)
@@ -810,7 +809,7 @@ def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises UserError as `atomic_write` does."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = json.dumps(header | {"crc32": checksum(tensors, header)})
-    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # more keys are shuffled
+    with atomic_write(path) as part: save_file(tensors, part, {"config": config})    # more keys get shuffled
 
 
 def read(path, tensors=True):
@@ -840,8 +839,8 @@ def build(header):
 
 
 def build_for(header, tensors):
-    """The model of a header, on the meta device: it takes no memory but that of the `tensors` it is to be
-    given. Raises ValueError where it is of more blocks than they could fill."""
+    """The model of a header on the meta device, where it takes no memory, to be filled with `tensors`. Raises
+    ValueError if it has more blocks than there are tensors."""
     n = header["network"]
     if n.get("num_blocks", 0) * len(n.get("channel_mult", ())) + n.get("depth", 0) > len(tensors):
         raise ValueError("its arguments describe more blocks than tensors")
@@ -869,15 +868,16 @@ def load(path, device="cpu", **network):
     return model.to(device).eval(), header
 
 
-def fresh_header(row, kind="Denoiser", **network):
-    """The header of a network that no file describes yet, from its DATASETS row, with `network` on top."""
-    C, H, _ = row["shape"]
-    shape = {"img_resolution": H, "img_channels": C, "label_dim": row["classes"]}
-    network = shape | row["network"] | network
-    header = {"kind": kind, "network": network, "label_dropout": row["label_dropout"]}
-    if "latents" in row: header["latents"] = row["latents"]
-    if kind == "MeanVelocity": return header | {"time_scale": row["time_scale"], "t_min": 0.0, "t_max": 1.0}
-    return header | {"sigma_data": 0.5, "noise_scale": row["noise_scale"], "t_min": 0.002, "t_max": 80.0}
+def fresh_header(dataset, kind="Denoiser", **network):
+    """The header of a new network for a dataset config. `network` replaces constructor arguments."""
+    C, H, _ = dataset["shape"]
+    shape = {"img_resolution": H, "img_channels": C, "label_dim": dataset["classes"]}
+    network = shape | dataset["network"] | network
+    header = {"kind": kind, "network": network, "label_dropout": dataset["label_dropout"]}
+    if "latents" in dataset: header["latents"] = dataset["latents"]
+    if kind == "MeanVelocity":
+        return header | {"time_scale": dataset["time_scale"], "t_min": 0.0, "t_max": 1.0}
+    return header | {"sigma_data": 0.5, "noise_scale": dataset["noise_scale"], "t_min": 0.002, "t_max": 80.0}
 
 
 # What each stage's file holds.
@@ -933,8 +933,8 @@ def pixel_range(header):
 
 
 def save_grid(path, rows, names):
-    """A picture: each of `rows` uint8 (n,H,H,C), C 1 or 3, is one line with its name before it, small images
-    enlarged."""
+    """Save a picture with one line of images for each of `rows` uint8 (n,H,H,C), C 1 or 3, and its name at
+    the left. Small images are enlarged."""
     from PIL import Image, ImageDraw, ImageFont
     n, H = len(rows[0]), max(row.shape[1] for row in rows)
     side, gap = max(1, 48 // H) * H, 4
@@ -955,10 +955,10 @@ def epoch_order(n, seed, epoch):
 
 
 def batch_indices(n, seed, start, count):
-    """Positions start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..."
+    """Indices start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..."
     -> (count,) int64. A function of its arguments alone, so a resumed run sees the same images."""
-    at = torch.arange(start, start + count)
-    return torch.cat([epoch_order(n, seed, e)[at[at // n == e] % n]
+    positions = torch.arange(start, start + count)
+    return torch.cat([epoch_order(n, seed, e)[positions[positions // n == e] % n]
                       for e in range(start // n, (start + count - 1) // n + 1)])
 
 
@@ -977,13 +977,13 @@ def read_batches(data, args, step, rank, batch, device):
 
 
 def drop_labels(y, header):
-    """Each label becomes the null label with the probability the teacher was trained with."""
+    """Replace each label by the null label with the header's probability label_dropout. y (B,) -> (B,)"""
     return torch.where(torch.rand(len(y), device=y.device) < header["label_dropout"],
                        header["network"]["label_dim"], y)
 
 
 def random_labels(n, header, device):
-    """Uniform labels, a share of them null. All null (0) where there are no classes. -> (n,) int64"""
+    """Uniform labels with label dropout. Without classes all are null (0). -> (n,) int64"""
     return drop_labels(torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device), header)
 
 
@@ -994,26 +994,26 @@ DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Docstrings as they are, and the default behind every flag that has one."""
+    """Prints docstrings unchanged, and the default of every flag that has one."""
     def _get_help_string(self, action):
         if action.default is None or action.default is False: return action.help
         return super()._get_help_string(action)
 
 
 def peek_flag(flag, default, choices=None):
-    """What the command line says for `flag`, looked up first because the defaults of others depend on it."""
+    """The value of `flag` on the command line, read before the others because their defaults depend on it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument(flag, dest="value", default=default, choices=choices)
     return first.parse_known_args()[0].value
 
 
 def parser(doc, recipes, reads, writes, precision=None, compile=True):
-    """The flags all training stages share. --data picks the row of `recipes` whose numbers are the defaults,
-    before --help is printed; `reads` (None for the first stage) and `writes` name files in runs/D/."""
+    """The flags that all training stages share. --data picks the entry of `recipes` that holds the defaults,
+    also those that --help prints. `reads` (None for the first stage) and `writes` name files in runs/D/."""
     recipe_name, name, path = find_data(peek_flag("--data", "digits"))
     if recipe_name not in recipes:
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
-    recipe = {"beta1": 0.9} | {k: v for k, v in recipes[recipe_name].items() if k != "origin"}
+    recipe = {"beta1": 0.9} | recipes[recipe_name]
     small = recipe_name in ("digits", "custom")
     gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and not small
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
@@ -1027,11 +1027,12 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
                        help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
     p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
                    help="result; NAME.resume.safetensors beside it continues")
-    p.add_argument("--steps", type=positive, help="optimiser steps in all")
+    p.add_argument("--steps", type=positive, help="optimizer steps in total")
     p.add_argument("--batch", type=positive,
-                   help="global batch: what one loss averages over, on all ranks together")
-    p.add_argument("--microbatch", type=positive, metavar="ROWS",
-                   help="rows a GPU takes at once, to save memory (default: its whole share of the batch)")
+                   help="global batch: number of terms in the mean of one loss, over all ranks")
+    p.add_argument("--microbatch", type=positive, metavar="N",
+                   help="samples per forward and backward pass of a GPU, to save memory (default: its share "
+                        "of the batch)")
     p.add_argument("--lr", type=not_negative, help="peak learning rate")
     p.add_argument("--ema", type=fraction,
                    help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
@@ -1039,14 +1040,14 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
         if name_ in recipe: p.add_argument(f"--{name_.replace('_', '-')}", dest=name_, type=type_, help=help_)
     p.add_argument("--dropout", type=fraction, action=SetNetwork, metavar="P",
                    help="of the network (default: the recipe's, else that of --init)")
-    p.add_argument("--seed", type=not_negative_int, default=0, help="of everything random")
+    p.add_argument("--seed", type=not_negative_int, default=0, help="of all random numbers")
     p.add_argument("--save-every", type=positive, metavar="STEPS",
                    help="steps between saves (default: a save every 10 minutes)")
     p.add_argument("--keep", action="store_true",
-                   help="let every save also leave NAME-STEP.safetensors; with --save-every")
+                   help="also keep NAME-STEP.safetensors of every save; with --save-every")
     p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
     p.add_argument("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
-                   help="of the network's backbone; all else is fp32, or TF32 with tf32")
+                   help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
                    default=compile and torch.cuda.is_available() and recipe_name != "digits")  # too small
     p.add_argument("--dry-run", action="store_true",
@@ -1198,13 +1199,13 @@ def reseed(*numbers):
 
 
 def microbatches(ddp, size, *tensors):
-    """Slices of `size` rows (None: all) of a rank's tensors, for one backward each; DDP averages over the
-    ranks in the last."""
-    rows = len(tensors[0])
-    for start in range(0, rows, size or rows):
-        last = start + (size or rows) >= rows or not hasattr(ddp, "no_sync")
+    """Yield slices of `size` samples (None: all) of a rank's tensors, for one backward each. DDP averages the
+    gradients over the ranks in the last backward."""
+    total = len(tensors[0])
+    for start in range(0, total, size or total):
+        last = start + (size or total) >= total or not hasattr(ddp, "no_sync")
         with contextlib.nullcontext() if last else ddp.no_sync():
-            yield [x[start:start + (size or rows)] for x in tensors]
+            yield [x[start:start + (size or total)] for x in tensors]
 
 
 def learning_rate(args, step):
@@ -1242,11 +1243,11 @@ def load_predecessor(path, made_by, stages=None, **kwargs):
     return model, header
 
 
-def first_weights(init, made_by, row, kind, device, **network):
-    """--init FILE|none -> (model, header): the file's, which has to be of that kind, or a new one as the
-    DATASETS row describes it. `network`: constructor arguments that replace either's."""
+def first_weights(init, made_by, dataset, kind, device, **network):
+    """--init FILE|none -> (model, header): the file's, which has to be of that kind, or a new one for
+    the dataset config. `network`: constructor arguments that replace either's."""
     if init == "none":
-        header = fresh_header(row, kind, **network)
+        header = fresh_header(dataset, kind, **network)
         return build(header).to(device), header
     stages = [s for s, k in KIND.items() if k == kind]
     try: return load_predecessor(init, made_by, stages, device=device, **network)
@@ -1261,12 +1262,12 @@ def check_fit(init, header, source, shape, classes):
                       f"and {classes}; they have to agree.")
 
 
-# What may differ between a run and its continuation. A change of anything else would change the mathematics.
+# What may differ between a run and its continuation without changing the result.
 FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
         "teacher", "teacher_by", "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe"}
 
 
-# What a continuation may change though it changes the last bits, and in mid-training the pools.
+# What a continued run may also change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision"}
 
 
@@ -1309,9 +1310,9 @@ def expected_header(init, args, kind, **network):
     return fresh_header(dataset, kind, **network)
 
 
-def cost(header, precision, rows):
-    """Of one network in training, estimated on the meta device. -> parameters, FLOPs of one row's forward,
-    bytes kept for the backward of `rows` rows"""
+def cost(header, precision, samples):
+    """Estimate of a network in training, on the meta device. -> parameters, FLOPs of the forward pass of one
+    sample, bytes of activations kept for the backward pass of `samples`"""
     from torch.utils.flop_counter import FlopCounterMode
     kept = []
     with torch.device("meta"):
@@ -1330,7 +1331,7 @@ def cost(header, precision, rows):
                 out = net(torch.ones(n, *image_shape(header)), *times, torch.zeros(n, dtype=torch.int64))
             kept.append(sum(seen.values()))
     count = sum(p.numel() for p in net.parameters())
-    return count, counter.get_total_flops() / n, kept[0] + (rows - 1) * (kept[1] - kept[0])
+    return count, counter.get_total_flops() / n, kept[0] + (samples - 1) * (kept[1] - kept[0])
 
 
 def memory_parts(parameters, activations, teacher_parameters=0, teacher_dtype=torch.float32):
@@ -1342,33 +1343,33 @@ def memory_parts(parameters, activations, teacher_parameters=0, teacher_dtype=to
 
 def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=0, notes=(),
             teacher_dtype=torch.float32):
-    """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: those a
-    row without gradient; reads: {path: what makes it}; teacher: its header, of teacher_forwards a row."""
+    """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: passes
+    per sample without gradient; reads: {path: what makes it}; teacher: its header, with teacher_forwards per
+    sample."""
     small = args.recipe_name in ("digits", "custom")
     world = args.world or int(os.environ.get("WORLD_SIZE", 1 if small else 8))
     if args.batch % world:
         raise UserError(f"--batch {args.batch} cannot be split evenly over {world} processes.")
-    rows = args.batch // world
+    samples = args.batch // world
     print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
-    origin = {k: who for who, names in args.recipe.get("origin", {}).items() for k in names.split()}
     for k, v in args.recipe.items():
-        if k in ("origin", "precision", "teacher_by", "teacher_network", "init", "teacher", "guide"): continue
+        if k in ("precision", "teacher_by", "teacher_network", "init", "teacher", "guide"): continue
         value = getattr(args, k)
         if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         if k == "warmup": shown += f" {unit}"
-        print(f"  {k:<12}{shown:<23} {origin.get(k, 'ours') if getattr(args, k) == v else 'command line'}")
+        print(f"  {k:<12}{shown}" + ("" if getattr(args, k) == v else "  (command line)"))
     print(f"  {'precision':<12}{args.precision}")
     for path, made_by in reads.items():
         if path != "none" and not os.path.exists(path): print(f"missing   {path}: {made_by}")
     if not header: return print("The network follows from the images, which are missing.")
 
-    P, flops, kept = cost(header, args.precision, args.microbatch or rows)
+    P, flops, kept = cost(header, args.precision, args.microbatch or samples)
     Q, teacher_flops = cost(teacher, args.precision, 1)[:2] if teacher else (0, 0)
     each = (3 + forwards) * flops + teacher_forwards * teacher_flops
     print(f"network   {header['network']['class']}, {P:,} parameters"
           + (f"; teacher {teacher['network']['class']}, {Q:,}" if teacher else ""))
-    print(f"batch     {rows:,} {unit} a GPU and step" + "".join(f", {n}" for n in notes))
+    print(f"batch     {samples:,} {unit} a GPU and step" + "".join(f", {n}" for n in notes))
     parts = memory_parts(P, kept, Q, teacher_dtype)
     print(f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
           + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))

@@ -1,60 +1,57 @@
-"""Stage 4a, post-training as a consistency model: Easy Consistency Tuning or Distillation on real images.
+"""Stage 4a, post-training of a consistency model on real images: Easy Consistency Tuning (ECT) or
+Distillation (ECD).
 
   reads   runs/D/midtrain_cm.safetensors and the images of --data; with --loss ecd also
           runs/D/pretrain.safetensors, the teacher
-  writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py draws from them in one or two steps
+  writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py samples from them in one or two steps
   run     python posttrain_cm.py                                      # digits, half a minute on two CPU cores
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
-  cost    per image: two forwards and one backward; ecd: and one (euler) or two forwards of the teacher
-  expect  digits: a loss of about 3; it need not fall, its target moves with the network
+  cost    per image: two forwards and one backward; with --loss ecd also one (euler) or two forwards of the
+  teacher expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
---loss ect   f(x_t, t) is pulled towards f(x_r, r) at a nearer point of the same straight noising line;
---loss ecd   x_r lies where the teacher's ODE leads from x_t: no variance, but the teacher's errors.
+--loss ect   f(x_t, t) is trained on f(x_r, r), where x_r is the same image with less of the same noise.
+--loss ecd   x_r is x_t after one step of the teacher's ODE. The target is deterministic, but it inherits the
+             teacher's error.
 
-The baseline this project is about, ECT straight from the diffusion model with its doubling schedule:
+The baseline is ECT from the diffusion model, with its doubling schedule:
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
 The backbone runs in fp32 here, on every device: for large q the difference f(x_t) - f(x_r) is smaller than
-the rounding error of bf16. imagenet512 runs in TF32, as the authors' code does. """
+the rounding error of bf16. imagenet512 runs in TF32, as the authors' code does.
+"""
 import copy, math
 
 import torch
 
 import model, solve
 
-# double = 0 keeps the gap fixed, right after mid-training, else it is divided by q every `double` steps; c of
-# pseudo-Huber, 0 is the plain l2 norm; weight: "gap" 1/(t-r), "denoising" as in pre-training; decay: lr falls
-# to 0 ("linear"), stays ("constant") or falls as 1/sqrt from a step on; `network`: what differs from the
-# network of --init; mid_t: the noise level of the second of two sampling steps; solver: of ecd's step.
-# origin: whose numbers they are: the paper's, its released code's, ECT's (2406.14548); all others are ours.
-ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, double=0, c=0.0, weight="gap",
-           P_mean=-1.1, P_std=2.0, network={}, mid_t=0.821, loss="ect", solver="heun")
-PAPER = ECT | dict(steps=100_000, lr=1e-4, ema=0.9999, network=dict(dropout=0.2), origin={
-    "paper": "steps batch lr decay warmup ema q double weight optimizer beta2 loss", "ECT": "P_mean P_std c",
-    "code": "network mid_t"})
-LARGE = dict(steps=100_000, c=0.06, weight="denoising", P_mean=-0.8, P_std=1.6, ema=0.9999, optimizer="Adam",
-             beta2=0.99, mid_t=1.526)
+# q: the gap is t - r = t n(t) / q^(stage+1). double: steps of a stage; 0 keeps stage 0, as after
+# mid-training. c: of pseudo-Huber, 0 for the plain l2 norm. weight: "gap" 1/(t-r), "denoising" as in
+# pre-training. P_mean, P_std: of ln t. decay: the learning rate falls linearly to 0 or stays constant.
+# network: constructor arguments that differ from those of --init. mid_t: time of the second of two sampling
+# steps. solver: of ECD's step. Sources: the paper (2509.24526), its released code, ECT (2406.14548).
+ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0,                   # paper
+           double=0, weight="gap", loss="ect",                                                    # paper
+           P_mean=-1.1, P_std=2.0, c=0.0,                                                         # ECT
+           mid_t=0.821, network={}, solver="heun")                                                # code
+PAPER = ECT | dict(steps=100_000, lr=1e-4, ema=0.9999,                                            # paper
+                   network=dict(dropout=0.2))                                                     # code
+ECD = ECT | dict(steps=125_000, lr=1e-6, decay="constant", optimizer="Adam", beta2=0.99, ema=0.9999,  # paper
+                 q=1024, loss="ecd", c=0.06, weight="denoising", P_mean=-0.8, P_std=1.6,          # paper
+                 mid_t=1.526)                                                                     # code
 RECIPES = {
-    "digits":      ECT | dict(steps=300,    batch=64, lr=1e-4, ema=0.99,  q=256),
-    "cifar10":     PAPER | dict(q=4096),
-    "ffhq64":      PAPER | dict(q=512),
-    "afhqv2-64":   PAPER | dict(q=1024),
-    # The paper reports ECD here; its settings are unpublished. These are the ones of imagenet512, without a
-    # guide.
-    "imagenet64":  ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
-                                      network=dict(dropout=0.4, dropout_resolutions=(16, 8)), origin={
-        "paper": "loss", "ECT": "network", "code": "mid_t"}),
-    # The paper's teacher and guide, imported with --out, see `flags`.
-    "imagenet512": ECT | LARGE | dict(steps=125_000, lr=1e-6, decay="constant", q=1024, loss="ecd",
-                                      precision="tf32", network=dict(dropout=0.0), guidance=2.05,
-                                      teacher="runs/imagenet512/guided.safetensors",
-                                      guide="runs/imagenet512/guide.safetensors", origin={
-        "paper": "steps batch lr decay q double c weight P_mean P_std ema optimizer beta2 network loss "
-                 "solver teacher guide precision", "code": "mid_t guidance"}),
-    "custom":      ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),
+    "digits":      ECT | dict(steps=300, batch=64, lr=1e-4, ema=0.99, q=256),                     # ours
+    "cifar10":     PAPER | dict(q=4096),                                                          # paper
+    "ffhq64":      PAPER | dict(q=512),                                                           # paper
+    "afhqv2-64":   PAPER | dict(q=1024),                                                          # paper
+    # The paper reports ECD here, but not its settings. Ours are those of imagenet512 without guidance.
+    "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours, ECT
+    "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # paper
+                              guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
+                              guide="runs/imagenet512/guide.safetensors"),
+    "custom":      ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),                           # ours
 }
-
 
 # The public files that imagenet512 needs beside those of model.DATASETS.
 PUBLIC_TEACHERS = {

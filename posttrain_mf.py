@@ -1,23 +1,26 @@
-"""Stage 4b, post-training as a Mean Flow model: the average velocity's own equation, on real images.
+"""Stage 4b, post-training of a Mean Flow model on real images, by the MeanFlow identity.
 
-  (t - r) u(z_t, r, t) = int_r^t v dtau;  differentiate by t along the path:  u = v - (t - r) du/dt
+  (t - r) u(z_t, r, t) = int_r^t v dtau.  The derivative by t along the trajectory gives  u = v - (t - r)
+  du/dt.
 
   reads   runs/D/midtrain_mf.safetensors and the images of --data
-  writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py draws from them in any number of steps
+  writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
   run     python posttrain_mf.py                                        # digits, two minutes on two CPU cores
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
-  cost    per image: one forward and one backward; for the share of each batch with r < t also the derivative
-          along the path, a JVP or two forwards; with guidance two forwards more, with --velocity teacher one
-  expect  digits: a loss of about 23, most of it the variance of eps - x_0; the other recipes' is divided by
-          itself and stays near 1: look at the samples
+  cost    per image: one forward and one backward. The samples with r < t also need the derivative, which is a
+  JVP
+          or two forwards. Guidance needs two forwards more, --velocity teacher one
+  expect  digits: a loss of about 23, most of it the variance of eps - x_0. With adaptive weighting (p = 1)
+  the loss
+          stays near 1: look at samples instead
 
-Baselines: Mean Flow straight from the flow-matching weights, and from scratch:
+Two baselines: MeanFlow from the flow-matching weights, and from scratch.
      python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 3986 --lr 6e-4 \
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
-On a GPU the body runs in bf16, which the exact derivative survives (`make precision`), but fp32 with
---derivative difference.
+On a GPU the backbone runs in bf16, which is precise enough for the exact derivative (`make precision`). With
+--derivative difference it runs in fp32.
 """
 import copy, math
 
@@ -28,23 +31,24 @@ from torch.overrides import TorchFunctionMode
 
 import model
 
-# warmup: in images; decay: lr falls to 0 ("linear") or stays ("constant"); logit t, logit r ~ N(P_mean,
-# P_std^2); jumps: how many of four samples have r < t; p, c: of the adaptive weight (p = 1 on digits: one
-# step better, two worse, one seed); omega, kappa, guide_times: guidance baked in, none with 1 and 0;
-# `network`: what differs from the network of --init. RAdam starts gently, Adam disturbs what is good already.
-# origin: whose numbers they are: MeanFlow's (2505.13447); all others are ours, the paper's are unknown.
-MF = dict(optimizer="Adam", beta2=0.999, decay="linear", warmup=0, P_mean=-0.4, P_std=1.0, jumps=1, p=1.0,
-          c=1e-3, omega=1.0, kappa=0.0, guide_times=(0.0, 1.0), network={})
+# jumps: how many of every four samples have r < t. logit t and logit r ~ N(P_mean, P_std^2). p, c: of the
+# adaptive weight (digits: p = 1 improves one step and degrades two, one seed). omega, kappa, guide_times:
+# guidance in the target, none with 1 and 0. warmup: images over which the learning rate rises. network:
+# constructor arguments that differ from those of --init. RAdam's built-in warm-up avoids damaging the
+# mid-trained weights. Sources: MeanFlow (2505.13447); the paper's own settings are unknown.
+MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, jumps=1, p=1.0, c=1e-3,          # MeanFlow
+          omega=1.0, kappa=0.0, guide_times=(0.0, 1.0),                                           # MeanFlow
+          decay="linear", warmup=0, network={})                                                   # ours
 RECIPES = {
-    "digits":      MF | dict(steps=1200,    batch=64,   lr=2e-4, ema=0.99,    p=0.0, optimizer="RAdam"),
-    "cifar10":     MF | dict(steps=200_000, batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",
-                             warmup=10**7, P_mean=-2.0, P_std=2.0, jumps=3,
-                             network=dict(dropout=0.2), origin={
-        "MeanFlow": "batch lr ema p decay warmup P_mean P_std jumps network optimizer beta2 c omega kappa"}),
-    "imagenet256": MF | dict(steps=400_000, batch=256,  lr=1e-4, ema=0.9999,  beta2=0.95, decay="constant",
-                             c=1e-2, omega=0.2, kappa=0.92, guide_times=(0.0, 0.75), origin={
-        "MeanFlow": "batch lr ema beta2 decay omega kappa guide_times P_mean P_std jumps p c"}),
-    "custom":      MF | dict(steps=10_000,  batch=128,  lr=3e-4, ema=0.999,   optimizer="RAdam"),
+    "digits":      MF | dict(steps=1200, batch=64, lr=2e-4, ema=0.99, p=0.0, optimizer="RAdam"),  # ours
+    "cifar10":     MF | dict(steps=200_000,                                                       # ours
+                             batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",          # MeanFlow
+                             warmup=10**7, P_mean=-2.0, P_std=2.0, jumps=3,                       # MeanFlow
+                             network=dict(dropout=0.2)),                                          # MeanFlow
+    "imagenet256": MF | dict(steps=400_000,                                                       # ours
+                             batch=256, lr=1e-4, ema=0.9999, beta2=0.95, decay="constant", c=1e-2,  # MeanFlow
+                             omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),                     # MeanFlow
+    "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, optimizer="RAdam"),     # ours
 }
 
 
@@ -52,7 +56,7 @@ RECIPES = {
 
 def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
     """Mean Flow (2505.13447, eq. 10 and 22), one number per sample. z, v (B,C,H,W), r <= t (B,), y (B,),
-    dudt (B,C,H,W) the derivative of u along the path, or 0 where r = t -> (B,)"""
+    dudt (B,C,H,W) the derivative of u along the trajectory, or 0 if r = t -> (B,)"""
     # u_target = v - (t - r) du/dt,   ||u - sg u_target||^2 / sg(||u - u_target||^2 + c)^p,   sg: no gradient
     target = (v - (t - r).reshape(-1, *[1] * (z.dim() - 1)) * dudt).detach()
     e = (u(z, r, t, y) - target).square().flatten(1).sum(1)
@@ -60,8 +64,8 @@ def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
 
 
 def derivative_jvp(u, z, r, t, y, v):
-    """d/dt u(z_t, r, t) along the path dz/dt = v, exactly, by forward-mode differentiation. z, v (B,C,H,W),
-    r, t, y (B,) -> (B,C,H,W), no graph. Puts the RNG state back: the loss has the same dropout masks."""
+    """d/dt u(z_t, r, t) along dz/dt = v, exactly, by forward-mode differentiation (a JVP). z, v (B,C,H,W), r,
+    t, y (B,) -> (B,C,H,W), no graph. Restores the RNG state, so that the loss has the same dropout masks."""
     # v du/dz + 0 du/dr + 1 du/dt.  Fused attention has no forward mode: the math path.
     devices, forward = [z.device] if z.is_cuda else [], torch.autograd.forward_ad
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -71,7 +75,7 @@ def derivative_jvp(u, z, r, t, y, v):
 
 
 def derivative_difference(u, z, r, t, y, v, step=0.005):
-    """The same by a central difference, two forwards. For bodies in fp32."""
+    """The same by a central difference, with two forwards. It needs an fp32 backbone."""
     # ( u(z + d v, r, t + d) - u(z - d v, r, t - d) ) / 2d
     devices = [z.device] if z.is_cuda else []
     with torch.no_grad():
@@ -81,8 +85,8 @@ def derivative_difference(u, z, r, t, y, v, step=0.005):
 
 
 def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
-    """Guidance baked into the target (2505.13447, eq. 20): v where y is null or t is not in [low, high], else
-    v_g. z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), no graph"""
+    """Guidance in the target (2505.13447, eq. 20): v_g, but v where y is null or t is not in [low, high].
+    z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), no graph"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
     if (omega, kappa) == (1.0, 0.0): return v
     with torch.no_grad():
@@ -100,19 +104,20 @@ def drop_labels(y, r_equals_t, share, null):
 
 
 def two_times(n, jumps, mean, std, device):
-    """logit t ~ N(mean, std^2), twice and sorted; the first `jumps` of every four samples keep r < t, in the
-    others r = t. -> r, t (n,)"""
+    """Two draws of logit t ~ N(mean, std^2), sorted. The first `jumps` of every four samples keep r < t, the
+    others get r = t. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
     return torch.where(torch.arange(n, device=device) % 4 < jumps, r, t), t
 
 
-# === forward mode at half the price ========================================================================
+# === a faster forward mode =================================================================================
 
 class FixedWeights(TorchFunctionMode):
-    """`with FixedWeights():` torch's layers take forward-mode derivatives by their input alone. Its own rules
-    give the same, but also multiply by the weights' tangents, zeros, and take a normalisation apart (`make
-    bench` has both). Layers whose weights do have a tangent keep torch's rules."""
+    """`with FixedWeights():` the layers of torch take forward-mode derivatives by their input only. torch's
+    own rules give the same result, but also multiply by the tangents of the weights, which are zero, and
+    split a normalisation into many operations (`make bench` compares). Layers whose weights have a tangent
+    keep torch's rules."""
     def __torch_function__(self, function, types, args=(), kwargs={}):
         rule = {F.linear: self.linear, F.conv2d: self.linear, F.group_norm: self.normalise}.get(function)
         if not rule: return function(*args, **kwargs)

@@ -1,13 +1,15 @@
-"""Stage 1, pre-training: a diffusion model D(x, t) ~ E[x_0 | x_t], the teacher of everything after it.
+"""Stage 1, pre-training: a diffusion model D(x, t) ~ E[x_0 | x_t], or a flow-matching model, as the teacher.
 
   reads   the images of --data
-  writes  runs/D/pretrain.safetensors        (EMA weights; midtrain.py solves their ODE and starts from them)
+  writes  runs/D/pretrain.safetensors        EMA weights; midtrain.py solves their ODE and starts from them
           runs/D/pretrain_flow.safetensors   with --objective flow: v(z, t) for the mean-flow branch
   run     python pretrain.py                                           # digits, two minutes on two CPU cores
           python pretrain.py --objective flow
           torchrun --nproc_per_node=8 pretrain.py --data cifar10       # EDM's recipe, 200M images
   cost    per image: one forward and one backward
   expect  digits: the loss, summed over 64 pixels, falls from about 72 to about 26 (flow: to about 22)
+
+You rarely need this stage: tools/import_checkpoint.py imports public checkpoints.
 """
 import copy, math
 
@@ -15,37 +17,37 @@ import torch
 
 import model
 
-# warmup: in images; decay: lr falls to 0 ("linear"), stays ("constant"), or falls as 1/sqrt from a step on.
-# EDM: ln t ~ N(P_mean, P_std^2); flow: logit t is. `network`: what differs from the row of model.DATASETS.
-# origin: whose numbers they are: EDM (2206.00364, table 7), EDM2 (2312.02696), MeanFlow (2505.13447); all
-# others are ours. EDM's and EDM2's augmentation is not built.
-ADAM, OURS = dict(optimizer="Adam", beta2=0.999, network={}), dict(decay="linear", P_mean=-1.2, P_std=1.2)
-EDM = ADAM | dict(batch=256, decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2, P_std=1.2,
-                  origin={"EDM": "steps batch lr decay warmup ema P_mean P_std optimizer beta2"})
-EDM2 = ADAM | dict(batch=2048, warmup=10**7, ema=0.9999, beta2=0.99,
-                   origin={"EDM2": "steps batch lr decay P_mean P_std"})
-MF = ADAM | dict(decay="constant", P_mean=0.0, P_std=1.0,
-                 origin={"MeanFlow": "batch lr decay warmup ema"})
+# warmup: images over which the learning rate rises. decay: the learning rate falls linearly to 0, stays
+# constant, or falls as 1/sqrt from a step on. P_mean, P_std: of ln t (edm), of logit t (flow). network:
+# constructor arguments that differ from model.DATASETS. Sources: EDM (2206.00364, table 7), EDM2
+# (2312.02696), MeanFlow (2505.13447). The augmentation of EDM is not built.
+ADAM = dict(optimizer="Adam", beta2=0.999, network={})
+OURS = ADAM | dict(decay="linear", P_mean=-1.2, P_std=1.2)                                        # ours
+EDM = ADAM | dict(batch=256, decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2, P_std=1.2) # EDM
+EDM2 = ADAM | dict(batch=2048,                                                                    # EDM2
+                   warmup=10**7, ema=0.9999, beta2=0.99)                                          # ours
+FLOW = ADAM | dict(decay="constant", P_mean=0.0, P_std=1.0)                                       # ours
 RECIPES = {
     "edm": {
-        "digits":      ADAM | OURS | dict(steps=1600,   batch=64,  lr=2e-3, warmup=0,      ema=0.99),
-        "cifar10":     EDM | dict(steps=390_625, batch=512, lr=1e-3, ema=0.99929),
-        "ffhq64":      EDM | dict(steps=781_250, lr=2e-4),
-        "afhqv2-64":   EDM | dict(steps=781_250, lr=2e-4),
-        "imagenet64":  EDM2 | dict(steps=524_288, lr=1e-2,   decay=35_000, P_mean=-0.8, P_std=1.6),
-        "imagenet512": EDM2 | dict(steps=458_752, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),
-        "custom":      ADAM | OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),
+        "digits":      OURS | dict(steps=1600, batch=64, lr=2e-3, warmup=0, ema=0.99),            # ours
+        "cifar10":     EDM | dict(steps=390_625, batch=512, lr=1e-3, ema=0.99929),                # EDM
+        "ffhq64":      EDM | dict(steps=781_250, lr=2e-4),                                        # EDM
+        "afhqv2-64":   EDM | dict(steps=781_250, lr=2e-4),                                        # EDM
+        "imagenet64":  EDM2 | dict(steps=524_288, lr=1e-2, decay=35_000, P_mean=-0.8, P_std=1.6), # EDM2
+        "imagenet512": EDM2 | dict(steps=458_752, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),  # EDM2
+        "custom":      OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),   # ours
     },
     # Nobody published a flow-matching teacher for CMT.
     "flow": {
-        "digits":      MF | dict(steps=1600, batch=64, lr=2e-3, decay="linear", warmup=0, ema=0.99,
-                                 origin={}),
-        "cifar10":     MF | dict(steps=200_000, batch=1024, lr=6e-4, warmup=10**7, ema=0.99995),
-        "imagenet256": MF | dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999, network={
-                                 "patch_size": 4, "hidden_size": 768, "depth": 12, "num_heads": 12},
-                                 origin=MF["origin"] | {"paper": "network"}),
-        "custom":      MF | dict(steps=20_000, batch=128, lr=1e-3, decay="linear", warmup=12_800, ema=0.999,
-                                 origin={}),
+        "digits":      FLOW | dict(steps=1600, batch=64, lr=2e-3, decay="linear", warmup=0, ema=0.99),  # ours
+        "cifar10":     FLOW | dict(steps=200_000,                                                 # ours
+                                   batch=1024, lr=6e-4, warmup=10**7, ema=0.99995),               # MeanFlow
+        "imagenet256": FLOW | dict(steps=400_000,                                                 # ours
+                                   batch=256, lr=1e-4, warmup=0, ema=0.9999,                      # MeanFlow
+                                   network={"patch_size": 4, "hidden_size": 768, "depth": 12,     # paper
+                                            "num_heads": 12}),
+        "custom":      FLOW | dict(steps=20_000, batch=128, lr=1e-3, decay="linear", warmup=12_800,  # ours
+                                   ema=0.999),
     },
 }
 
@@ -57,7 +59,7 @@ def edm_loss(D, x0, eps, t, y, sigma_data=0.5):
     x0, eps (B,C,H,W), t (B,), y (B,) -> (B,)"""
     x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     weight = (t ** 2 + sigma_data ** 2) / (t * sigma_data) ** 2
-    # w(t) ||D(x_t, t) - x_0||^2 with w = 1 / c_out(t)^2: the raw network's error counts alike at every t
+    # w(t) ||D(x_t, t) - x_0||^2 with w = 1 / c_out(t)^2: the error of the raw network has weight 1 at every t
     return weight * (D(x_t, t, y) - x0).square().flatten(1).sum(1)
 
 

@@ -1,17 +1,17 @@
-"""Sampling: images from any checkpoint, in one step or several; the teachers' ODEs in N solver steps.
+"""Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of network calls
+  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE)
   writes  runs/D/samples.png     the first 20 images, one row per FILE:STEPS, the same seeds in each column
-          runs/D/samples.npz     where one FILE is given: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
+          runs/D/samples.npz     with one FILE only: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
   run     python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
-  cost    STEPS network calls an image
+  cost    STEPS network calls per image
 
-Image k, its label and its noise are a function of seed k alone, whatever --n. Convolutions on batches of
-other sizes differ in their last bits, so seeds are always drawn in blocks of 64 (block = seed // 64), and
-cut afterwards: any number of processes makes the same images. They are kept in parts of 1,024 until all are
-there; the same command continues an interrupted run. (torchrun takes --n for one of its own: use --seeds.)
+Image k, its label and its noise are a function of seed k alone. Convolutions on batches of other sizes differ
+in the last bits, so seeds are always sampled in blocks of 64 (block = seed // 64) and cut afterwards. Any
+number of processes gives the same images. Images are written in parts of 1,024; the same command continues an
+interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
 """
 import argparse, contextlib, hashlib, itertools, json, time, zipfile
 from pathlib import Path
@@ -26,8 +26,8 @@ import model, solve
 # === the method =============================================================================================
 
 def consistency_sampler(f, eps, times, y):
-    """Multistep consistency sampling (2303.01469, algorithm 1): jump to t = 0, add noise up to the next time,
-    jump again. eps (S,B,C,H,W) one noise a step, times S descending numbers, y (B,) -> (B,C,H,W)"""
+    """Multistep consistency sampling (2303.01469, algorithm 1): jump to t = 0, add noise of the next time,
+    jump again. eps (S,B,C,H,W), one noise per step; times: S descending numbers; y (B,) -> (B,C,H,W)"""
     x = torch.zeros_like(eps[0])
     for t, noise in zip(times, eps):
         x = f(x + t * noise, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
@@ -35,7 +35,7 @@ def consistency_sampler(f, eps, times, y):
 
 
 def geometric_times(steps, t_max, mid_t):
-    """80, then geometrically down to mid_t: for two steps just (80, mid_t). -> list of `steps` numbers"""
+    """t_max, then geometrically down to mid_t; two steps give [t_max, mid_t]. -> list of `steps` numbers"""
     return [t_max * (mid_t / t_max) ** (i / max(1, steps - 1)) for i in range(steps)]
 
 
@@ -53,8 +53,9 @@ def draw_block(block, steps, shape, classes):
 # === the run ================================================================================================
 
 def step_times(header, steps, mid_t=None):
-    """Where a few-step model is called: t_max, then mid_t, steps - 1 numbers. None: geometrically down to the
-    header's mid_t for a consistency model, evenly for Mean Flow. -> list of `steps` numbers"""
+    """The times at which a few-step model is called: t_max, then the steps - 1 numbers mid_t. Without mid_t:
+    down to the header's mid_t geometrically for a consistency model, uniformly for Mean Flow. -> list of
+    `steps` numbers"""
     if mid_t and steps > 1:
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
@@ -66,7 +67,7 @@ def step_times(header, steps, mid_t=None):
 
 
 def open_vae(header, path, device):
-    """The autoencoder that turns a model's latents into images; None where it makes images itself."""
+    """The autoencoder that decodes a model's latents; None for models of images. Raises UserError."""
     if "latents" not in header: return None
     if not path:
         raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} "
@@ -79,8 +80,8 @@ def open_vae(header, path, device):
 
 
 def to_images(x, header, vae):
-    """What a model makes -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded, to the pixel range
-    that the autoencoder encoded: EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
+    """Samples of a model -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to the pixel range
+    that the autoencoder encoded. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
     if not x.isfinite().all():
         raise model.UserError("the model's samples are not finite: its training diverged, or the file is of "
                               "another network. Nothing is written.")
@@ -132,8 +133,8 @@ PART = 1024                                                # images a part, a mu
 
 
 def draw_parts(draw, seeds, folder, key, rank, world):
-    """Draw the seeds part by part, this rank every world-th, leaving out what an interrupted run with the
-    same key has left in the folder. -> names of all parts, in order"""
+    """Sample the seeds part by part; part k belongs to rank k % world. Parts that an interrupted run with the
+    same key left in the folder are not sampled again. -> paths of all parts, in order"""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     bounds = [seeds.start, *range(seeds.start // PART * PART + PART, seeds.stop, PART), seeds.stop]
     parts = [(range(a, b), folder / f"{name}-{a}-{b}.npz") for a, b in itertools.pairwise(bounds)]
@@ -247,7 +248,7 @@ def real_images(path, labels, header, vae):
 def sampling_flags(p):
     """Flags that sample.py and fid.py share."""
     p.add_argument("--steps", type=model.positive,
-                   help="network calls, for a FILE without :STEPS (default: teachers 16, others 1)")
+                   help="NFE of a FILE without :STEPS (default: teachers 16, others 1)")
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="drawn from the seed, seed modulo classes, or one class")

@@ -1,16 +1,15 @@
-"""Stage 2, solving: the teacher's probability-flow ODE, from noise to an image.
+"""Stage 2, solving: the teacher's probability-flow ODE (PF-ODE), from noise to an image.
 
   reads   runs/D/pretrain.safetensors, or --teacher any flow-time model (pretrain_flow, posttrain_mf, ...)
   writes  runs/D/trajectories.safetensors   states (n,N+1,C,H,W) fp32, times (N+1,) float64, labels (n,)
-          runs/D/trajectories.png           one trajectory a row, from noise (left) to its end (right)
+          runs/D/trajectories.png           one trajectory per row, from noise (left) to its endpoint (right)
   run     python solve.py
           python solve.py --teacher runs/digits/pretrain_flow.safetensors --out runs/digits/flow.safetensors
-  expect  a table: end-point error of every solver at 4..64 network calls against a fine solution, and its
-          observed order
+  expect  a table: the error of each solver at the endpoint for 4..64 NFE, and the observed order
 
-midtrain.py imports the solvers and makes its trajectories on the fly: those of one paper-scale run, 38.4M
-states of CIFAR-10, would be half a terabyte on disk. The file is for looking at, and for
-`midtrain.py --trajectories`.
+midtrain.py imports the solvers and solves while it trains, because the trajectories of a run of the paper's
+length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
+trajectories, and for `midtrain.py --trajectories`.
 """
 import argparse, functools, math
 from pathlib import Path
@@ -22,8 +21,9 @@ import model
 # === the method =============================================================================================
 # A solver takes a function of (x, t) with t (B,), a start x (B, ...) at times[0] and N+1 times, and returns
 #     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
-# States travel with their times: nothing downstream may rebuild a grid and label the states with it.
-# Coefficients are computed in float64 and rounded once, when they meet x.
+# States are returned with their times, so that no other code rebuilds the grid. Losses take times in the
+# dtype of x: convert them with times.to(x). Coefficients are computed in float64 and rounded once, when they
+# multiply x.
 #   EDM time    dx/dt = (x - D(x, t)) / t      flow time    dz/dt = v(z, t)
 
 def log_uniform_times(n, t_max=80.0, t_min=0.002):
@@ -44,8 +44,8 @@ def uniform_times(n, t_max=1.0, t_min=0.0):
 
 def dpm_solver_pp(denoise, x, times, order=3):
     """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
-    denoise(x, t) = D a step; order k needs the D of k - 1 earlier steps, so orders climb 1, 2, 3 and, as
-    released, descend 3, 2, 1 at the end. times > 0, descending.
+    denoise(x, t) per step. Order k needs the outputs of k - 1 earlier steps, so the first steps have orders
+    1, 2, 3. As released, the last steps have orders 3, 2, 1. times > 0, descending; else ValueError.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
     if order not in (1, 2, 3): raise ValueError(f"order is {order}, not 1, 2 or 3")
@@ -66,7 +66,7 @@ def dpm_solver_pp(denoise, x, times, order=3):
             D1, D2 = a + r0 / (r0 + r1) * (a - b), (a - b) / (r0 + r1)
             phi2 = phi1 / h[i] + 1
             phi3 = phi2 / h[i] - 0.5
-            # The form the authors released and ran. It is of order 2: order 3 would take 2 * phi3 * D2.
+            # As the authors released and ran it. This form is of order 2; order 3 needs 2 * phi3 * D2.
             x = x + phi2 * D1 - phi3 * D2
         states.append(x)
     return torch.stack(states), times.double()
@@ -82,8 +82,8 @@ def euler(velocity, x, times):
 
 
 def heun(velocity, x, times):
-    """Euler's step, then the trapezoid over it (2206.00364, algorithm 1, no churn); a step into t = 0, where
-    the velocity does not exist, stays Euler's. Two calls a step.
+    """An Euler step, then the trapezoidal rule (2206.00364, algorithm 1, no churn). A step into t = 0, where
+    the velocity does not exist, stays an Euler step. Two calls per step.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
@@ -98,7 +98,7 @@ def heun(velocity, x, times):
 
 
 def flow_map(u, z, times):
-    """Jumps of a Mean Flow model (2505.13447, eq. 12): z_r = z_t - (t - r) u(z_t, r, t). N calls of
+    """Steps of a Mean Flow model (2505.13447, eq. 12): z_r = z_t - (t - r) u(z_t, r, t). N calls of
     u(z, r, t), r and t (B,). -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [z]
     for i in range(len(t) - 1):
@@ -109,13 +109,13 @@ def flow_map(u, z, times):
 
 
 def guided(teacher, guide, w):
-    """guide + w (teacher - guide): classifier-free guidance (2207.12598) where the guide is the same model
-    without its label, autoguidance (2406.02507) where it is a worse one. w = 1: the teacher itself.
-    teacher, guide: functions of (x, t, y) or (z, r, t, y) -> a function of the same"""
+    """guide + w (teacher - guide). This is classifier-free guidance (2207.12598) if the guide is the same
+    model with the null label, and autoguidance (2406.02507) if it is a smaller or less trained model. w = 1:
+    no guidance. teacher, guide: functions of (x, t, y) or (z, r, t, y) -> a function of the same"""
     def both(*inputs):
         # D_guide + w (D - D_guide)
-        weak = guide(*inputs)
-        return weak + w * (teacher(*inputs) - weak)
+        guide_output = guide(*inputs)
+        return guide_output + w * (teacher(*inputs) - guide_output)
     return teacher if w == 1 else both
 
 
@@ -139,12 +139,12 @@ SOLVERS = {
 }
 CALLS_PER_STEP = {"heun": 2}
 
-# A consistency model is a Denoiser, but no denoiser: it has no ODE to solve.
+# A consistency model uses the Denoiser class but does not predict E[x_0 | x_t], so it has no ODE to solve.
 TEACHERS = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
 
 
 def default_solver(header):
-    """What a model was trained for: an average velocity jumps, the others integrate."""
+    """dpm3 for denoisers, jump for Mean Flow models, heun for flow matching."""
     if header["kind"] == "Denoiser": return "dpm3"
     return "jump" if header["network"].get("interval") else "heun"
 
@@ -190,21 +190,21 @@ def check_solver(solver, teacher, header):
 
 
 def guidance_flags(p):
-    """--guidance and --guide, for every script that calls a teacher."""
+    """Add --guidance and --guide, the flags of every script that calls a teacher."""
     p.add_argument("--guidance", type=model.finite, default=p.get_default("guidance") or 1.0, metavar="W",
-                   help="of the teacher: guide + W (teacher - guide); 1: none")
+                   help="guidance of the teacher: guide + W (teacher - guide); 1: none")
     p.add_argument("--guide", default=p.get_default("guide"), metavar="FILE",
-                   help="a worse model to guide by (default: the teacher with the null label)")
+                   help="a smaller or less trained model (default: the teacher with the null label)")
 
 
 def guide_file(args):
-    """--guide where it is used, else None."""
+    """--guide if guidance is used, else None."""
     return args.guide if args.guidance != 1 else None
 
 
 def guide_teacher(teacher, header, args, path):
-    """The teacher read from `path`, guided as the flags say. -> a function of what the teacher takes. Raises
-    UserError where there is nothing to guide by."""
+    """The teacher read from `path`, guided as the flags say -> a function of the teacher's arguments. Raises
+    UserError if no guide is possible."""
     null = header["network"]["label_dim"]
     if args.guidance == 1: return teacher
     if args.guide:
@@ -224,13 +224,13 @@ def guide_teacher(teacher, header, args, path):
 
 
 def error_table(teacher, header, x, y):
-    """Prints, per solver and number of network calls, the root-mean-square error per pixel of the end point
-    against a fine solution (256 calls), and the order observed between the last two columns."""
+    """Print for each solver and NFE the root-mean-square error per pixel at the endpoint, against a solution
+    with 256 NFE, and the order observed between the last two columns."""
     budgets = [4, 8, 16, 32, 64]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
     fine = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
-    print(f"end-point error over {len(x)} trajectories (RMS per pixel; pixels span [-1, 1])")
-    print("  solver  " + "".join(f"{n:>9} calls" for n in budgets) + "   order")
+    print(f"error at the endpoint over {len(x)} trajectories (RMS per pixel; pixels are in [-1, 1])")
+    print("  solver  " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
     for solver in solvers_of(header):
         errors = [solve(n, solver) - fine for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
@@ -250,7 +250,7 @@ def main():
     p.add_argument("--solver", choices=SOLVERS,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow model "
                         "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
-    p.add_argument("--nfe", type=model.positive, default=16, help="network calls a trajectory")
+    p.add_argument("--nfe", type=model.positive, default=16, help="NFE of a trajectory")
     p.add_argument("--n", type=model.positive, default=64, help="trajectories")
     p.add_argument("--seed", type=int, default=0, help="of noise and labels")
     guidance_flags(p)

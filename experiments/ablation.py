@@ -1,8 +1,8 @@
 """`make ablation`: what each choice of the consistency branch is worth, on digits, one at a time.
 
-Every row is the recipe with one thing changed: mid-training, then post-training, then FD-pixels of 10,000
-samples in one and two steps after either. All start from one diffusion model, and train once for each seed.
-Compute is counted as in common.py. Continues where it was interrupted; the table goes to docs/ablation.md.
+Each row is the recipe with one change: mid-training, then post-training, then FD-pixels of 10,000 samples in
+one and two steps after each. All rows start from the same diffusion model. common.py says how compute is
+counted. An interrupted run continues. The table goes to docs/ablation.md.
 """
 import statistics, sys, time
 from pathlib import Path

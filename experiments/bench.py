@@ -1,9 +1,10 @@
-"""`make bench`: what everything costs, as ratios within one run.
+"""`make bench`: what each part costs, as ratios within one run.
 
-The sides of a ratio take turns, so that a slow minute of the machine meets both, and the median over the
-turns counts. Everything is warmed up, data are random, and whatever is said to be faster is compared with the
-plain way in the same run ("differs by": relative error). `python experiments/bench.py steps frechet` runs
-parts; `compile`, which waits for the compiler for minutes, runs on a CPU only when it is named. """
+The two sides of a ratio alternate, so that a slow minute of the machine affects both, and the median counts.
+Everything is warmed up, and data are random. What is said to be faster is compared with the naive baseline in
+the same run ("differs by" is the relative error of the result). `python experiments/bench.py steps frechet`
+runs some parts. `compile` waits for the compiler for minutes, so on a CPU it runs only if it is named.
+"""
 import contextlib, copy, json, math, os, random, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ def seconds(step, device):
     return time.perf_counter() - started
 
 
-def taking_turns(steps, device, turns, warm_up=2):
+def alternating(steps, device, turns, warm_up=2):
     """{name: function} -> {name: seconds of each turn}, in a new order every turn."""
     times = {name: [] for name in steps}
     for turn in range(turns + warm_up):
@@ -122,7 +123,7 @@ def steps(name, batch, device, turns):
     """A step is loss and backward, without the optimiser, which is the same for all; dropout is off."""
     for base, methods in losses(name, batch, device).items():
         whole = {k: lambda loss=loss: loss().mean().backward() for k, loss in methods.items()}
-        times = taking_turns(whole, device, turns)
+        times = alternating(whole, device, turns)
         print(f"{name}, batch {batch}, relative to {base} with {statistics.median(times[base]) * 1e3:.1f} ms "
               "a step; peak memory of the step")
         for k, step in whole.items():
@@ -138,13 +139,14 @@ def compiling(name, batch, device, turns):
     fast = model.compiled(f, True)
     first = seconds(lambda: loss(fast).backward(), device)
     steps = {k: lambda net=net: loss(net).backward() for k, net in (("eager", f), ("fast", fast))}
-    times = taking_turns(steps, device, turns)
+    times = alternating(steps, device, turns)
     print(f"{name}, batch {batch}, a denoising step with --compile over one without: "
           f"{ratio(times, 'fast', 'eager'):.2f}, the first takes {first:.0f} s; the loss differs by "
           f"{relative_error(loss(fast), loss(f)):.1e}", flush=True)
 
 
-# --- mid-training against the plain way, the solver against bare calls --------------------------------------
+# --- mid-training against the naive baseline, the solver against bare calls
+# --------------------------------------
 
 def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
     """A pool's worth of pairs as midtrain.py goes through it, and the same pairs as the released recipe does:
@@ -190,10 +192,10 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
         whole = solve.solve_teacher(t, header, x, y, 16, "dpm3")[0]
         parts = torch.cat([solve.solve_teacher(teacher, header, *a, 16, "dpm3")[0]
                            for a in zip(x.split(8), y.split(8))], dim=1)
-    times = taking_turns({"ours": ours, "plain": plain}, device, turns, warm_up=1)
+    times = alternating({"ours": ours, "plain": plain}, device, turns, warm_up=1)
     rate = [count * batch / statistics.median(times[k]) for k in ("ours", "plain")]
     print(f"{name}, mid-training at batch {batch}{', ' + precision if precision != 'fp32' else ''}"
-          f"{', compiled' if compile else ''}: {rate[0]:,.0f} pairs/s, {rate[1]:,.0f} the plain way, "
+          f"{', compiled' if compile else ''}: {rate[0]:,.0f} pairs/s, {rate[1]:,.0f} the naive baseline, "
           f"{1 / ratio(times, 'ours', 'plain'):.2f} times as many; states differ by "
           f"{relative_error(whole, parts):.1e}", flush=True)
 
@@ -206,7 +208,7 @@ def solving(name, batch, device, turns):
     solvers = {"16 bare calls": lambda: [f(x, t, y) for _ in range(16)]} | {
         s: lambda s=s: solve.solve_teacher(f, model.fresh_header(row), x, y, 16, s)
         for s in solve.solvers_of(model.fresh_header(row))}
-    with torch.no_grad(): times = taking_turns(solvers, device, turns)
+    with torch.no_grad(): times = alternating(solvers, device, turns)
     found = [f"{s} {ratio(times, s, '16 bare calls'):.3f}" for s in solve.solvers_of(model.fresh_header(row))]
     print(f"{name}, batch {batch}, a solve of 16 calls over 16 bare calls: {', '.join(found)}", flush=True)
 
@@ -215,7 +217,7 @@ def solving(name, batch, device, turns):
 
 def survival(device):
     """A whole step of pre-training, optimiser and EMA included, with all that a stage adds so that it
-    survives (seeding, microbatches, the check of the gradient, the log, the ear for signals), over a plain
+    survives (seeding, microbatches, the check of the gradient, the log, the signal handler), over a plain
     one."""
     header = model.fresh_header(model.DATASETS["digits"])
     net, ema = (model.build(header).to(device) for _ in range(2))
@@ -243,7 +245,7 @@ def survival(device):
         norm = update(net, ema, opt, 1e-4, 0.99)
         with contextlib.redirect_stdout(None): log(number, loss, norm, 1e-4)
 
-    times = taking_turns({"plain": plain, "again": plain, "surviving": surviving}, device, 150, warm_up=10)
+    times = alternating({"plain": plain, "again": plain, "surviving": surviving}, device, 150, warm_up=10)
     print(f"a step that survives over a plain one: {ratio(times, 'surviving', 'plain'):.3f} "
           f"(a plain one over a plain one: {ratio(times, 'again', 'plain'):.3f})", flush=True)
 
@@ -275,8 +277,8 @@ def reading(device):
                 started = time.perf_counter()
                 x0, y = next(batches)
                 waited.append(time.perf_counter() - started)
-                x0 = model.to_float(x0)
-                pretrain.edm_loss(net, x0, torch.randn_like(x0), torch.ones(batch, device=device), y).mean().backward()
+                x0, t = model.to_float(x0), torch.ones(batch, device=device)
+                pretrain.edm_loss(net, x0, torch.randn_like(x0), t, y).mean().backward()
                 net.zero_grad()
                 if device.type == "cuda": torch.cuda.synchronize()
                 whole.append(time.perf_counter() - started)
@@ -297,7 +299,7 @@ def frechet():
     def scipys():
         root = scipy.linalg.sqrtm((a[1] @ b[1]).numpy()).real
         found["scipy"] = ((a[0] - b[0]).square().sum() + (a[1] + b[1]).trace()).item() - 2 * root.trace()
-    times = taking_turns({"ours": ours, "scipy": scipys}, torch.device("cpu"), 3, warm_up=1)
+    times = alternating({"ours": ours, "scipy": scipys}, torch.device("cpu"), 3, warm_up=1)
     print(f"Frechet distance of 2048 features: {statistics.median(times['ours']):.1f} s, scipy.linalg.sqrtm "
           f"{ratio(times, 'scipy', 'ours'):.1f} times that; differs by "
           f"{abs(found['ours'] / found['scipy'] - 1):.1e}")

@@ -1,10 +1,10 @@
-"""`make choose`: N and the solver's order from the teacher's own error, on digits.
+"""`make choose`: N and the order of the solver, from the teacher's own error, on digits.
 
-A trajectory need not be solved better than its teacher knows where it goes. Two teachers, each trained
-without 180 images that the other has seen, give the teacher's error in a call; 64 trajectories give the
-solvers' at the end. The (N, order) of the fewest calls whose error is below the teacher's then trains a
-chain, three seeds with as many pairs as the recipe, and so does the recipe (make ablation's, where that has
-run). Continues where it was interrupted.
+Solving more accurately than the teacher's own error is wasted work. Two teachers, each trained without 180
+images that the other has seen, give the teacher's error of one call. 64 trajectories give the errors of the
+solvers at the endpoint. The (N, order) with the fewest calls whose error is below the teacher's then trains a
+chain with three seeds, on as many pairs as the recipe, which is trained as well (by `make ablation`, where
+that has run). An interrupted run continues.
 """
 import sys, time
 from pathlib import Path

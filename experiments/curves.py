@@ -1,10 +1,10 @@
-"""`make curves`: distance against compute, with mid-training and without, over three training seeds.
+"""`make curves`: quality against compute, with mid-training and without, over three training seeds.
 
-Every point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
-post-training straight from the diffusion weights at half the compute of that, at all of it and, for the first
-case, at twice. Compute is counted as in common.py, after the teacher. `python experiments/curves.py digits
-cm` draws one of the figures, docs/curves_DATA_BRANCH.png; an hour or two each, continued where they were
-interrupted. """
+Each point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
+post-training from the diffusion weights at half and all of that compute, and for the first case at twice.
+common.py says how compute is counted, after the teacher. `python experiments/curves.py digits cm` draws one
+figure, docs/curves_DATA_BRANCH.png, in an hour or two. An interrupted run continues.
+"""
 import math, statistics, sys
 from pathlib import Path
 
@@ -24,7 +24,8 @@ DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch,
 # the baseline's compute, in that of the whole chain.
 CASES = {("digits", "cm"): (DIGITS["cm"], [], [], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
          ("digits", "mf"): (DIGITS["mf"], [], [], [], ["--lr", 6e-4], (0.5, 1)),
-         ("shapes", "cm"): ((5000, 600, 300), ["--data", SHAPES, "--batch", 32], ["--lr", 3e-3], ["--lr", 3e-5],
+         ("shapes", "cm"): ((5000, 600, 300), ["--data", SHAPES, "--batch", 32], ["--lr", 3e-3],
+                            ["--lr", 3e-5],
                             ["--q", 2, "--lr", 3e-4], (0.5, 1))}
 
 

@@ -88,7 +88,7 @@ def main():
             "--out", picture)
 
     print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {args.seeds} training seed(s)"
-          f"\n\n| | network calls | training compute after the teacher, M forwards | FD-pixels |"
+          f"\n\n| | NFE | training compute after the teacher, M forwards | FD-pixels |"
           f"\n|---|---|---|---|"
           f"\n| real, one half against the other | | | {floor:.3f} |")
     for (name, calls, cost), values in table.items():

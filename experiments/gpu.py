@@ -2,15 +2,15 @@
 
   1 tests     the tests of all stages, on CUDA
   2 compile   torch.compile of the three networks: gradients against eager mode, time of the first call
-  3 recipes   one training step of every recipe at the paper's size, as on one of eight GPUs: time,
-  throughput, and
-              peak memory against the estimate of --dry-run
+  3 recipes   one training step of every recipe at the paper's size, as on one of eight GPUs: time, samples/s,
+              and peak memory against the estimate of --dry-run
   4 bench     model FLOP/s of mid-training
   5 digits    `make demo`
 
 Prints one table and writes it to runs/gpu.json. A part that fails is a row of the table and sets exit code 1.
 Parts can be named: `python experiments/gpu.py recipes`. Without a GPU it says so; `--cpu` tries the digits
-recipes only. """
+recipes only.
+"""
 import argparse, copy, importlib, json, os, subprocess, sys, time, traceback
 from pathlib import Path
 

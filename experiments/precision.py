@@ -5,7 +5,8 @@ for the residual (what the loss measures: output minus target) and for the gradi
 are that of digits and a 32x32 RGB DDPM++ with 64 channels, both pre-trained here for 300 steps. The default
 of --precision follows from this table. TF32 is emulated: the inputs of every matrix product and convolution,
 in the forward and in the backward pass, are rounded to 10 bits of mantissa, and sums stay in fp32, as on
-tensor cores. """
+tensor cores.
+"""
 import contextlib, copy, sys
 from pathlib import Path
 

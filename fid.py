@@ -268,6 +268,9 @@ def read_statistics(path):
 
 
 def save_statistics(path, n, mu, cov):
+    """Write statistics, but not over data. Raises UserError."""
+    if os.path.exists(path) and read_statistics(str(path)) is None:
+        raise model.UserError(f"{path} exists and holds no statistics; choose another --save-stats.")
     with model.atomic_write(path) as part, open(part, "wb") as f:
         np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
 
@@ -278,6 +281,8 @@ def reference(args, header, features, rank, world, device):
     the identity of its images and the sha256 of the feature network."""
     path = header["data_path"] if not args.ref else args.ref
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
+    if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
+        raise model.UserError(f"--ref {path} is one image; give its folder.")
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"the images to compare with, {path}, do not exist; give --ref.")
@@ -328,7 +333,11 @@ def main():
 def evaluate(file, args, features, rank, world, device):
     """Prints a line on FILE[:STEPS], and one of JSON."""
     header = None
+    if not is_images(file) and not os.path.isfile(sample.path_of(file)):          # a NAME
+        if os.path.isfile(f"data/{file}.npz"): file = f"data/{file}.npz"
     if is_images(file):
+        if file.endswith(".npz") and os.path.isfile(file) and read_statistics(file):
+            raise model.UserError(f"{file} holds statistics, not images; give it as --ref.")
         batches, what = read(file, rank, world), {"file": file}
         if not args.ref and not args.save_stats:
             raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")

@@ -15,7 +15,7 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, inspect, io, json, math, os
+import argparse, contextlib, errno, functools, gc, hashlib, inspect, io, json, math, os
 import shlex, signal, socket, struct, sys, time, traceback, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -773,11 +773,11 @@ def open_data(args):
 # NAME.safetensors: weights + one metadata key `config`, the header (JSON), which alone rebuilds the network.
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, unique=False):
     """`with atomic_write(path) as part:` writes to the file `part`, then renames it to `path`, so that `path`
     is either complete or unchanged. Raises UserError if the file cannot be written."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    path = Path(path)                     # unique: several processes may write this path at once
+    part = path.with_name(f"{path.name}.{os.getpid()}.part" if unique else f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -792,8 +792,10 @@ def atomic_write(path):
             os.close(folder)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError): part.unlink()
-        raise UserError(f"{path} could not be written ({e}); free some space or choose another --out, "
-                      "what was saved before is untouched.")
+        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        advice = ("Free some space." if full else
+                  "Check the folder and its permissions, or choose another path.")
+        raise UserError(f"{path} could not be written ({e}); what was there before is untouched. {advice}")
 
 
 def checksum(tensors, header):
@@ -1590,6 +1592,9 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: stopped at once; what was saved before is untouched.",
               file=sys.stderr)
         code = 130
+    except BrokenPipeError:                                # `| head` closed stdout
+        sys.stdout = open(os.devnull, "w")
+        code = 1
     except Exception:
         traceback.print_exc()
         code = 1

@@ -204,6 +204,9 @@ def open_model(text, args, device):
     teachers 16, others 1."""
     path = path_of(text)
     count = args.steps if path == text else text[len(path) + 1:]
+    if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".pt", ".pkl"):
+        raise model.UserError(f"{path} is no .safetensors checkpoint of this project. Images are given as a "
+                              "folder or .npz; tools/import_checkpoint.py imports public checkpoints.")
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")

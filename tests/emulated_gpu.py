@@ -107,7 +107,7 @@ DENOISER = "runs/digits/pretrain.safetensors"
 @pytest.mark.parametrize("command", [
     ("pretrain", *SMALL), ("pretrain", *SMALL, "--objective", "flow", "--microbatch", 3),
     MID, (*MID, "--guidance", 2, "--precision", "bf16"),
-    (*MID, "--trajectories", "runs/digits/trajectories.safetensors"),
+    ("midtrain", *SMALL, "--trajectories", "runs/digits/trajectories.safetensors"),
     (*MID, "--target", "mf"), (*MID, "--target", "mf", "--teacher", DENOISER, "--init", "none"),
     ("posttrain_cm", *SMALL), ECD, (*ECD, "--guidance", 2, "--guide", DENOISER),
     MF, (*MF, "--precision", "bf16", "--omega", 0.5, "--velocity", "teacher"), (*MF, "--derivative", "difference")],

@@ -354,3 +354,23 @@ def test_elatentlpips(monkeypatch):
     assert d.shape == (3,) and torch.allclose(seen[0], z, atol=1e-5) and a.grad.abs().sum() > 0
     with pytest.raises(model.UserError, match="for latents"):
         midtrain.load_elatentlpips(model.fresh_header(model.DATASETS["cifar10"]), "cpu")
+
+
+# --- the wrong kind of file ---------------------------------------------------------------------------------
+
+def test_statistics_are_not_written_over_data(run, here, tmp_path):
+    data = tmp_path / "a.npz"
+    write_npz(data, channels=1)
+    before = data.read_bytes()
+    refused(run("fid", data, "--save-stats", data, "--features", "pixels"), "holds no statistics")
+    assert data.read_bytes() == before
+
+
+def test_the_wrong_kind_of_file_is_named(run, here, tmp_path):
+    pixels = "--features", "pixels"
+    np.savez(tmp_path / "stats.npz", mu=MU, sigma=SIGMA)
+    refused(run("fid", tmp_path / "stats.npz", "--ref", "digits", *pixels), "statistics", "--ref")
+    refused(run("fid", "data/digits.npz", "--ref", "runs/digits/trajectories.png", *pixels), "one image")
+    refused(run("sample", "runs/digits/trajectories.png"), "no .safetensors checkpoint")
+    done = run("fid", "digits", "--ref", "digits", *pixels)
+    assert done.code == 0 and "FD-pixels 0.0000" in done.out, done.err

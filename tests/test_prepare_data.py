@@ -373,13 +373,13 @@ def npz(**arrays):
 REFUSED = [
     (lambda: None, "a", ["does not exist"]),
     (lambda: os.mkdir("a"), "a", ["0 images"]),
-    (lambda: save("a.png", PIXELS[0]), "a.png", ["is not a folder"]),
+    (lambda: save("a.png", PIXELS[0]), "a.png", ["one image", "folder"]),
     (lambda: Path("a.zip").write_bytes(b"PK junk"), "a.zip", ["cannot be read"]),
     (flat(("9.png", b"<html>")), "a", ["9.png", "--skip-bad"]),
     (flat(("9.png", png(PIXELS[0])[:300])), "a", ["9.png", "truncated"]),
     (flat(("x.npy", b"")), "a", ["4 images, 1 latents"]),
     (flat(("labels.csv", b""), ("LICENSE.txt", b"")), "a", ["labels.csv", "--classes none"]),
-    (tar_of_images, "cifar-images.tar", ["0 images", "Unpack"]),
+    (tar_of_images, "cifar-images.tar", ["CIFAR-10", "Unpack"]),
     (flat(("dataset.json", b"{}")), "a", ["dataset.json", "labels", "--classes none"]),
     (flat(("dataset.json", b'{"labels": [["0.png", 1]]}')), "a", ["1.png"]),
     (flat(("dataset.json", json.dumps({"labels": [[f"{i}.png", 1] for i in range(5)]}).encode())), "a",
@@ -492,3 +492,93 @@ def test_image_batches(prepare):
     np.savez("latents.npz", x=MOMENTS)
     with pytest.raises(model.UserError, match="holds latents"):
         list(prepare_data.image_batches(prepare_data.open_source("latents.npz")))
+
+
+# --- what careless users had --------------------------------------------------------------------------------
+
+def test_what_exists_is_not_replaced_without_being_asked(prepare):
+    class_tree()
+    save("data/n.png", PIXELS[0])                          # the user's own picture
+    before = Path("data/n.png").read_bytes()
+    done = prepare("photos")
+    assert done.code == 2 and "data/n.png exists" in done.err and Path("data/n.png").read_bytes() == before
+    assert prepare("photos", "--overwrite").code == 0
+    np.savez("latents.npz", x=np.ones((4, 8, 8, 8), np.float32) + RNG.random((4, 8, 8, 8), np.float32))
+    assert prepare("latents.npz", "--overwrite", "--pixel-range", 0, 1).code == 0
+    assert not Path("data/n.png").exists()                 # it showed the data that were replaced
+
+
+def test_a_link_to_another_disk_stays_a_link(prepare):
+    class_tree()
+    Path("disk").mkdir(), Path("data").mkdir()
+    Path("disk/n.npz").touch()
+    Path("data/n.npz").symlink_to(Path("disk/n.npz").resolve())
+    assert prepare("photos", "--overwrite").code == 0
+    assert Path("data/n.npz").is_symlink() and Path("disk/n.npz").stat().st_size > 1000
+
+
+def test_two_preparations_at_once_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with model.atomic_write("a", unique=True) as one:
+        monkeypatch.setattr(os, "getpid", lambda: 1)       # another process
+        with model.atomic_write("a", unique=True) as two: two.write_text("two")
+        assert one != two and Path("a").read_text() == "two"
+        one.write_text("one")
+    assert Path("a").read_text() == "one" and [f.name for f in Path().iterdir()] == ["a"]
+
+
+def test_a_picture_beside_class_folders_can_be_left_out(prepare):
+    class_tree()
+    save("photos/cover.png", PIXELS[0])
+    refused(prepare("photos"), "cover.png", "--classes folders")
+    done = prepare("photos", "--classes", "folders")
+    assert done.code == 0 and done.arr_1.tolist() == sorted(LABELS.tolist()), done.err
+    assert "'beside the class folders': 1" in done.out
+
+
+def test_a_large_text_chunk_is_no_damage(prepare):
+    from PIL import PngImagePlugin
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    for i, x in enumerate(PIXELS): save(f"a/{i}.png", x, pnginfo=info)
+    assert prepare("a").code == 0
+
+
+def test_idx_files_of_several_splits_are_chosen_by_key(prepare):
+    Path("emnist").mkdir()
+    for split, n in ("letters", 5), ("digits", 4):
+        x = PIXELS[:n, :, :, 0]
+        Path(f"emnist/{split}-train-images-idx3-ubyte").write_bytes(struct.pack(">HBB3I", 0, 8, 3, *x.shape)
+                                                                    + x.tobytes())
+        Path(f"emnist/{split}-train-labels-idx1-ubyte").write_bytes(
+            struct.pack(">HBBI", 0, 8, 1, n) + bytes(i % 2 for i in range(n)))
+    done = prepare("emnist", "--images", "letters-train-images-idx3-ubyte",
+                   "--labels", "letters-train-labels-idx1-ubyte")
+    assert done.code == 0 and done.arr_0.shape == (5, 16, 16, 1) and done.arr_1.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_check_takes_a_name(prepare):
+    class_tree()
+    assert prepare("photos").code == 0
+    assert "checksums correct" in prepare("--check", "n").out
+    done = prepare("--check", "m")
+    assert done.code == 2 and "data/m.npz does not exist" in done.err
+    assert prepare("photos", "--check", "n").code == 2
+
+
+@pytest.mark.parametrize("make, args, words", [
+    (lambda: class_tree(), ["--crop", "none", "--size", 32], ["--crop none", "Remove one"]),
+    (lambda: class_tree(), ["--data", "photos.tar"], ["NAME"]),
+    (lambda: np.savez("photos", x=PIXELS[0]), ["one image"], None),
+    (lambda: (Path("photos").mkdir(), np.save("photos/0.npy", PIXELS[0])), [], ["uint8", "PNG"])])
+def test_advice_that_helps(prepare, make, args, words):
+    make()
+    if words is None: return refused(prepare("photos.npz", "--size", 16), *args)
+    refused(prepare("photos", *args), *words)
+
+
+def test_a_folder_that_a_zip_does_not_have(prepare):
+    class_tree()
+    with zipfile.ZipFile("a.zip", "w") as z:
+        for file in Path("photos").rglob("*.png"): z.write(file)
+    refused(prepare("a.zip/cat"), "no folder cat/", "photos")

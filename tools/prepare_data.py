@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 import model
 from model import DATASETS, UserError, atomic_write
@@ -40,6 +40,7 @@ PART = r"(?i)(train|val|test|dev|images?|masks?|labels?)(ing|id|idation)?[-_]?(s
 CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
 Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, not refused
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30       # workflows stored in a PNG
 
 
 @dataclass
@@ -70,12 +71,15 @@ def list_folder(folder, prefix="", above=()):
         if is_folder: yield from list_folder(entry.path, f"{prefix}{entry.name}/", (*above, real))
 
 
-def open_files(path, files, classes):
+def open_files(path, files, classes, images=None, labels=None):
     """Images, latents, idx files or CIFAR-10 batches. files: {name: function that opens the file}"""
     cifar = {name: name.split("/")[-1] for name in files if re.fullmatch(CIFAR, name.split("/")[-1])}
     idx = {re.sub(r"(?i)\.gz$", "", name): name for name in files if re.fullmatch(IDX, name)}
     if cifar: return open_arrays(path, read_cifar({cifar[name]: files[name]() for name in cifar}), classes)
-    if idx: return open_arrays(path, {k: read_idx(files[name](), name) for k, name in idx.items()}, classes)
+    if idx:
+        arrays = {k: read_idx(files[name](), name) for k, name in idx.items()}
+        return open_arrays(path, arrays, classes, images, labels)
+    if images or labels: raise UserError("there are no keys to choose. Remove --images and --labels.")
 
     visible = sorted(name for name in files if not any(re.match(HIDDEN, part) for part in name.split("/")))
     kinds = defaultdict(list)                              # suffix: names
@@ -89,6 +93,9 @@ def open_files(path, files, classes):
                         "Give either images or latents. Unpack archives, and convert other formats to PNG.")
     names = images or latents
     labels = None if classes == "none" else file_labels(path, names, visible, kinds, files, classes)
+    if labels and None in labels:                          # --classes folders, and images beside the folders
+        skipped["beside the class folders"] = labels.count(None)
+        names, labels = zip(*((name, k) for name, k in zip(names, labels) if k is not None))
     def read(i):
         file = files[names[i]]()
         return np.load(file, allow_pickle=False) if latents else Image.open(file)
@@ -106,7 +113,7 @@ def file_labels(path, images, visible, kinds, files, classes):
     folders = sorted({name.split("/")[0] for name in inner if "/" in name})
     beside, parts = [name for name in inner if "/" not in name], [f for f in folders if re.fullmatch(PART, f)]
     problem = None
-    if folders and beside: problem = f"{beside[0]} lies beside the class folders"
+    if folders and beside and classes == "auto": problem = f"{beside[0]} lies beside the class folders"
     elif not folders and tables: problem = f"there are no class folders, and {tables[0]} is not read"
     elif not folders and classes == "folders": problem = "there are no class folders"
     elif classes == "auto" and len(parts) > 1: problem = "these folders look like parts, not like classes"
@@ -118,7 +125,7 @@ def file_labels(path, images, visible, kinds, files, classes):
     inside = {posixpath.relpath(name, root).split("/")[0] for name in visible if name.endswith("/")}
     empty = sorted(inside - {*folders, ".", ".."})
     if folders and empty: print(f"folders without images: {', '.join(empty)}")
-    return [name.split("/")[0] for name in inner] if folders else None
+    return [name.split("/")[0] if "/" in name else None for name in inner] if folders else None
 
 
 def listed_labels(images, listing, opened):
@@ -202,6 +209,8 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     shapes = {key: x.shape for key, x in arrays.items()}
     key = choose("--images KEY", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
     x = arrays[key] if key else np.empty(0)
+    if x.ndim == 3 and x.shape[2] in (3, 4):
+        raise UserError(f"{key} is {x.dtype} {x.shape}, one image. Store images as uint8 (N,H,W,C).")
     last = x.ndim == 3 or x.ndim == 4 and x.shape[3] in ((1, 3, 4) if x.dtype == np.uint8 else (1, 3))
     first = x.ndim == 4 and x.shape[1] in (1, 3)
     latents = x.ndim == 4 and x.dtype.kind == "f" and not last and not first
@@ -260,13 +269,17 @@ def open_source(path, classes="auto", images=None, labels=None):
     archive, lower = re.match(r"(?i)(.+?\.zip)(?:/+(.*))?$", path), path.lower()
     try:
         if path.startswith("hf:"): return open_hub(path, classes, images, labels)
-        if lower.endswith(".npz"): return open_arrays(path, npz_arrays(path), classes, images, labels)
-        if images or labels: raise UserError("there are no keys to choose. Remove --images and --labels.")
+        if lower.endswith(".npz"):
+            if classes == "folders": raise UserError("--classes folders has no effect on an .npz. Remove it.")
+            return open_arrays(path, npz_arrays(path), classes, images, labels)
         if archive and os.path.isfile(archive[1]):
             z, start = zipfile.ZipFile(archive[1]), archive[2].rstrip("/") + "/" if archive[2] else ""
             members = {name.replace("\\", "/"): name for name in z.namelist()}
             files = {name.removeprefix(start): lambda member=member: io.BytesIO(z.read(member))
                      for name, member in members.items() if name.startswith(start) and name != start}
+            if start and not files:
+                found = sorted({name.split("/")[0] for name in members})[:4]
+                raise UserError(f"there is no folder {start} in the zip, which has {', '.join(found)}.")
         elif not os.path.exists(path): raise UserError("does not exist here. Download it, or correct SOURCE.")
         elif os.path.isdir(path):
             files = {name: lambda name=name: open(Path(path, name), "rb") for name in list_folder(path)}
@@ -276,13 +289,18 @@ def open_source(path, classes="auto", images=None, labels=None):
             tar = tarfile.open(path)
             files = {m.name: lambda m=m: tar.extractfile(m) for m in tar
                      if re.fullmatch(CIFAR, posixpath.basename(m.name))}
+            if not files:
+                raise UserError("is not the python archive of CIFAR-10. Unpack it, or for CIFAR-100 give "
+                                "hf:uoft-cs/cifar100.")
         elif re.fullmatch(IDX, path):
             beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
             existing = [name for name in {path, beside} if os.path.isfile(name)]
             files = {name: lambda name=name: open(name, "rb") for name in existing}
+        elif Path(path).suffix.lower() in PICTURES: raise UserError("is one image. Give its folder.")
         else: raise UserError("is not a folder, .zip, .npz, .npy, CIFAR-10 archive or idx file. Unpack it.")
-        return open_files(path, files, classes)
+        return open_files(path, files, classes, images, labels)
     except UserError as e: raise UserError(f"{path}: {e}")
+    except PermissionError as e: raise UserError(f"{path} cannot be read ({e}). Change its permissions.")
     except Exception as e:                 # damaged files raise anything
         raise UserError(f"{path} cannot be read ({e!r}). Download or create it again.")
 
@@ -294,6 +312,8 @@ def in_order(source, convert, workers=1, skip_bad=False):
     sample that fails raises UserError, or is printed and left out. Print the rate every five seconds."""
     def attempt(i):
         try: return convert(source.read(i))
+        except NotImplementedError as e:   # Deflate64, for example
+            raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
         except Exception as e:             # image libraries raise anything
             return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
     begin = shown = time.time()
@@ -443,9 +463,9 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
 
 def write_npz(path, shape, dtype, chunks, finish):
     """Stream the chunks to arr_0, then add the arrays {name: array} that finish() returns."""
-    part = path.with_name(path.name + ".part")
+    part = None
     try:
-        with atomic_write(path) as part, zipfile.ZipFile(part, "w") as z:
+        with atomic_write(path, unique=True) as part, zipfile.ZipFile(part, "w") as z:
             with z.open("arr_0.npy", "w", force_zip64=True) as f:
                 header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(f, header)
@@ -454,13 +474,15 @@ def write_npz(path, shape, dtype, chunks, finish):
                 with z.open(f"{name}.npy", "w") as f:
                     np.lib.format.write_array(f, np.array(array), allow_pickle=False)
     except BaseException:                  # also Ctrl-C
-        part.unlink(missing_ok=True)
+        if part and part.exists(): part.unlink()
         raise
 
 
 def check(path):
     """Verify the checksums, shapes and labels of a prepared .npz, and print what it holds
     -> arr_0, arr_1, class_names"""
+    path = model.find_data(str(path), "--check")[2]
+    if not os.path.isfile(path): raise UserError(f"{path} does not exist. Give a NAME or an .npz.")
     try:
         arrays = npz_arrays(path)
         x, y, names = arrays["arr_0"], arrays.get("arr_1"), None
@@ -533,8 +555,9 @@ def arguments():
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
     p.add_argument("--check", metavar="FILE", help="verify a prepared .npz and print what it contains")
     args = p.parse_args()
+    if args.check and args.source: raise UserError("--check FILE takes no SOURCE. Remove one of the two.")
     if args.check: return args
-    if not args.source or not re.fullmatch(r"(?!.*\.npz$)\w[\w.-]*", args.data):
+    if not args.source or not re.fullmatch(r"(?!.*\.(npz|npy|zip|tar|gz|tgz)$)\w[\w.-]*", args.data):
         raise UserError(f"SOURCE is '{args.source or ''}' and NAME is '{args.data}'. Give both, and a NAME "
                         "without folder and suffix: prepare_data.py photos/ --data photos.")
     try: ImageColor.getrgb(args.background)
@@ -574,6 +597,9 @@ def image_shape(args, config, source):
     widths, heights = zip(*sizes)
     shortest, multiple = min(widths + heights), 32 if args.vae else 4
     size = shortest if args.size is None else args.size
+    if args.size is not None and args.crop == "none" and set(sizes) != {(size, size)}:
+        raise UserError(f"--crop none keeps the images as they are, {min(widths)} to {max(widths)} pixels "
+                        f"wide, and --size is {size}. Remove one of the two.")
     cropped = args.size is not None and args.crop != "none"
     if size < 1 or size % multiple or not cropped and set(sizes) != {(size, size)}:
         usable = max(multiple, min(64, 2 ** int(math.log2(shortest))))
@@ -587,6 +613,9 @@ def image_shape(args, config, source):
 def latent_shape(source):
     """-> shape of the latents (C,H,W) or (2C,H,W), number of channels C"""
     z = source.read(0)
+    if z.dtype == np.uint8:
+        raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}, an image or several. "
+                        "Store images as PNG, or all in one .npz.")
     if z.ndim != 3 or z.dtype.kind != "f" or z.shape[1] != z.shape[2]:
         raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W), "
                         "H = W.")
@@ -599,9 +628,13 @@ def main():
     args = arguments()
     if args.check: return check(args.check)
     config, out = DATASETS.get(args.data), Path("data", f"{args.data}.npz")
-    if out.exists() and not args.overwrite: raise UserError(f"{out} exists. Pass --overwrite to replace it.")
+    sheet = Path("data", f"{args.data}.png")
+    for file in (out, sheet):
+        if file.exists() and not args.overwrite:
+            raise UserError(f"{file} exists. Pass --overwrite to replace it, or choose another NAME.")
     warnings.filterwarnings("ignore", module="PIL")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)          # also removes the temporary file
+    for name in ("SIGTERM", "SIGHUP"):     # also remove the temporary file
+        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.default_int_handler)
     if config and not config["classes"] and args.classes == "auto": args.classes = "none"
     source = open_source(args.source, args.classes, args.images, args.labels)
     if args.skip_bad: source = without_bad(source, args.workers)
@@ -639,8 +672,9 @@ def main():
                         f"{config['shape']}. Choose another NAME.")
     dtype = np.dtype(np.uint8 if not C else np.float32 if args.fp32 else np.float16)
     full_shape = len(source) * (1 + args.flip), *shape
-    if out.parent.is_file(): raise UserError(f"{out.parent} is a file. Rename it; a folder is needed.")
-    out.parent.mkdir(exist_ok=True)
+    try: out.parent.mkdir(exist_ok=True)
+    except OSError as e: raise UserError(f"the folder data cannot be made ({e}). Make it, or link it.")
+    out = Path(os.path.realpath(out))      # a link to another disk stays a link
     needed, free = math.prod(full_shape) * dtype.itemsize, shutil.disk_usage(out.parent).free
     if needed > free: raise UserError(f"{out} needs {needed:,} bytes; {free:,} are free. Free some space.")
 
@@ -662,8 +696,10 @@ def main():
     write_npz(out, full_shape, dtype, stored_chunks(samples, args.flip, encode, C, dtype, totals), finish)
     print(f"{len(source):,} {kind} in {time.time() - begin:,.1f} s")
     prepared = check(out)
-    if C and not args.vae: return print("There is no contact sheet: pass --vae PATH to decode latents.")
-    contact_sheet(out.with_suffix(".png"), *prepared, C and (lambda z: autoencoder.decode(z[:, :C])))
+    if C and not args.vae:
+        sheet.unlink(missing_ok=True)      # of the data that were replaced
+        return print("There is no contact sheet: pass --vae PATH to decode latents.")
+    contact_sheet(sheet, *prepared, C and (lambda z: autoencoder.decode(z[:, :C])))
 
 
 if __name__ == "__main__":

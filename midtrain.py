@@ -82,15 +82,15 @@ FIRST_STAGE = {"cm": "pretrain", "mf": "pretrain_flow"}     # the stage whose we
 
 def cmt_loss(f, x, t, x_end, y, distance):
     """Consistency mid-training (2509.24526), one number per pair. Solver times: t_0 = 80 > ... > t_N = 0.002.
-    x (B,C,H,W) states of solved trajectories, t (B,) the solver's own times, x_end (B,C,H,W) where they end,
-    y (B,) the labels they were solved with, distance(a, b) -> (B,).  -> (B,)"""
+    x (B,C,H,W) states of solved trajectories, t (B,) the solver's own times, x_end (B,C,H,W) their endpoints,
+    y (B,) the labels of the trajectories, distance(a, b) -> (B,).  -> (B,)"""
     # L = E_{x_T} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
     return distance(f(x, t, y), x_end)
 
 
 def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
     """Mid-training of a Mean Flow model (2509.24526), one number per pair of states of one trajectory in flow
-    time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) the labels solved with -> (B,)"""
+    time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) labels of the trajectories -> (B,)"""
     # L = E_{x_T} mean_{i<j} || u(x_{t_i}, t_j, t_i, y) - (x_{t_i} - x_{t_j}) / (t_i - t_j) ||^2
     target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
     return (u(x_t, r, t, y) - target).square().flatten(1).sum(1)
@@ -207,82 +207,9 @@ DISTANCES = {"huber": huber, "l2": l2}         # add your own: a function of two
 
 
 def load_distance(args, header, device):
+    """--distance -> a function of two (B,C,H,W) that returns (B,)"""
     if args.distance == "lpips": return load_lpips(args.lpips, header).to(device)
     return load_elatentlpips(header, device) if args.distance == "elatentlpips" else DISTANCES[args.distance]
-
-
-def pool_size(batch, pairs_per_trajectory, at_least=128):
-    """Number of trajectories that a rank solves at once: at least 128, and a whole number of batches."""
-    multiple = math.lcm(batch, pairs_per_trajectory) // pairs_per_trajectory
-    return math.ceil(at_least / multiple) * multiple
-
-
-def student_time(states, times, header, target):
-    """Convert a denoiser's trajectories to flow time for a mean-flow student."""
-    if target == "mf" and header["kind"] == "Denoiser": return model.edm_to_flow(states, times)
-    return states, times
-
-
-@torch.no_grad()
-def solve_pool(teacher, header, count, args, device):
-    """Draw `count` noises and labels (some of them null, as in pre-training) and solve the teacher's ODE from
-    each. -> states (N+1,count,C,H,W), times (N+1,), y (count,), in the student's time"""
-    x = header["t_max"] * torch.randn(count, *model.image_shape(header), device=device)
-    y = model.random_labels(count, header, device)
-    states, times = solve.solve_teacher(teacher, header, x, y, args.nfe, args.solver)
-    return *student_time(states, times.to(device), header, args.target), y
-
-
-def check_trajectories(args):
-    """solve.py's file has to come from the same teacher and guidance. The header of the student will say with
-    which solver and NFE it was made."""
-    made = model.read(args.trajectories, tensors=False)[1]
-    guide = solve.guide_file(args) and model.sha256(args.guide)
-    expected = model.sha256(args.teacher), args.guidance, guide
-    if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
-        raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
-                              f"{args.guidance:g} and that --guide; solve.py writes them.")
-    args.nfe, args.solver = made["nfe"], made["solver"]
-
-
-def read_trajectories(args, header, device):
-    """-> states (N+1,n,C,H,W), times (N+1,), y (n,) of solve.py's file, in the student's time"""
-    tensors = model.read(args.trajectories)[0]
-    states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
-    return *student_time(states.transpose(0, 1), times, header, args.target), y
-
-
-def solved_batches(teacher, header, N, args, step, rank, batch, device):
-    """Yield this rank's batches of pairs from `step` on: solve a pool of trajectories, shuffle its pairs,
-    yield them batch by batch, solve the next pool.
-
-    The paper solves batch / N trajectories in every step, 8 for a batch of 128. That starves a GPU and fills
-    a batch with strongly correlated states. We solve at least 128 at once and let each trajectory give N
-    pairs (cm: every state once), so the cost per pair is the paper's. A pool is a function of (seed, rank,
-    its number): a resumed run solves its pool again, and nothing is stored. Every pool has the same size, so
-    that a compiled teacher is compiled once; what the last pool has too much is not used."""
-    i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
-    pairs_per_trajectory = N if args.pairing == "cmt" else 1
-    trajectories = pool_size(batch, pairs_per_trajectory)
-    steps_per_pool = trajectories * pairs_per_trajectory // batch
-    while True:
-        pool, used = divmod(step, steps_per_pool)
-        model.reseed(args.seed, rank, "pool", pool)
-        states, times, y = solve_pool(teacher, header, trajectories, args, device)
-        indices = draw_pairs(trajectories, pairs_per_trajectory, len(i), device)
-        for chosen in indices.split(batch)[used:]:
-            yield gather_pairs(states, times, y, chosen, i, j)
-        step = (pool + 1) * steps_per_pool
-
-
-def stored_batches(header, args, step, rank, batch, device):
-    """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
-    states, times, y = read_trajectories(args, header, device)
-    i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
-    for step in itertools.count(step):
-        first = step * args.batch + rank * batch
-        chosen = model.batch_indices(len(y) * len(i), args.seed, first, batch)
-        yield gather_pairs(states, times, y, chosen.to(device), i, j)
 
 
 def flags():
@@ -334,6 +261,80 @@ def dry_run(args, kind):
     model.dry_run(args, "pairs", header, 0, reads, teacher, nfe * trajectories / args.batch, [
                   f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"],
                   model.DTYPES[args.precision])
+
+
+def pool_size(batch, pairs_per_trajectory, at_least=128):
+    """Number of trajectories that a rank solves at once: at least 128, and a whole number of batches."""
+    multiple = math.lcm(batch, pairs_per_trajectory) // pairs_per_trajectory
+    return math.ceil(at_least / multiple) * multiple
+
+
+def student_time(states, times, header, target):
+    """Convert a denoiser's trajectories to flow time for a mean-flow student."""
+    if target == "mf" and header["kind"] == "Denoiser": return model.edm_to_flow(states, times)
+    return states, times
+
+
+@torch.no_grad()
+def solve_pool(teacher, header, count, args, device):
+    """Draw `count` noises and labels (some of them null, as in pre-training) and solve the teacher's ODE from
+    each. -> states (N+1,count,C,H,W), times (N+1,), y (count,), in the student's time"""
+    x = header["t_max"] * torch.randn(count, *model.image_shape(header), device=device)
+    y = model.random_labels(count, header, device)
+    states, times = solve.solve_teacher(teacher, header, x, y, args.nfe, args.solver)
+    return *student_time(states, times.to(device), header, args.target), y
+
+
+def check_trajectories(args):
+    """solve.py's file has to come from the same teacher and guidance. The header of the student will say with
+    which solver and NFE it was made."""
+    made = model.read(args.trajectories, tensors=False)[1]
+    guide = solve.guide_file(args) and model.sha256(args.guide)
+    expected = model.sha256(args.teacher), args.guidance, guide
+    if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
+        raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
+                              f"{args.guidance:g} and that --guide; solve.py writes them.")
+    args.nfe, args.solver = made["nfe"], made["solver"]
+
+
+def read_trajectories(args, header, device):
+    """-> states (N+1,n,C,H,W), times (N+1,), y (n,) of solve.py's file, in the student's time"""
+    tensors = model.read(args.trajectories)[0]
+    states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
+    return *student_time(states.transpose(0, 1), times, header, args.target), y
+
+
+def stored_batches(header, args, step, rank, batch, device):
+    """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
+    states, times, y = read_trajectories(args, header, device)
+    i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
+    for step in itertools.count(step):
+        first = step * args.batch + rank * batch
+        chosen = model.batch_indices(len(y) * len(i), args.seed, first, batch)
+        yield gather_pairs(states, times, y, chosen.to(device), i, j)
+
+
+def solved_batches(teacher, header, N, args, step, rank, batch, device):
+    """Yield this rank's batches of pairs from `step` on: solve a pool of trajectories, shuffle its pairs,
+    yield them batch by batch, solve the next pool.
+
+    The paper solves batch / N trajectories in every step, 8 for a batch of 128. That starves a GPU and fills
+    a batch with strongly correlated states. We solve at least 128 at once and let each trajectory give N
+    pairs (cm: every state once), so the cost per pair is the paper's. A pool is a function of (seed, rank,
+    its number): a resumed run solves its pool again, and nothing is stored. Every pool has the same size, so
+    that a compiled teacher is compiled once; the surplus of the last pool is not used."""
+    i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
+    pairs_per_trajectory = N if args.pairing == "cmt" else 1
+    trajectories = pool_size(batch, pairs_per_trajectory)
+    steps_per_pool = trajectories * pairs_per_trajectory // batch
+    while True:
+        pool, used = divmod(step, steps_per_pool)
+        model.reseed(args.seed, rank, "pool", pool)
+        states, times, y = solve_pool(teacher, header, trajectories, args, device)
+        indices = draw_pairs(trajectories, pairs_per_trajectory, len(i), device)
+        for chosen in indices.split(batch)[used:]:
+            yield gather_pairs(states, times, y, chosen, i, j)
+        step = (pool + 1) * steps_per_pool
 
 
 # The loop of main, in pseudocode:

@@ -36,6 +36,8 @@ theory: $(ENV)
 	$(PY) tests/test_gradient_bias.py
 
 .venv/installed: requirements.txt
+	@python3 -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; python3 is " \
+		+ sys.version.split()[0] + ". Make an environment with a newer one and use make PY=path/to/python.")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@

@@ -1,5 +1,4 @@
-"""Stage 3, consistency mid-training (CMT): map every state of a teacher trajectory to the trajectory's
-endpoint.
+"""Stage 3, consistency mid-training (CMT): map every state of a teacher trajectory to its endpoint.
 
   reads   runs/D/pretrain.safetensors        the teacher, and the first weights of the student; no images
           runs/D/pretrain_flow.safetensors   instead, with --target mf
@@ -7,22 +6,20 @@ endpoint.
           runs/D/midtrain_mf.safetensors     with --target mf: of a sampler with any number of steps
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf                               # four minutes
-          torchrun --nproc_per_node=8 midtrain.py --data cifar10       # the length of the paper's run, 38.4M
-          pairs
+          torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
   cost    per pair: one forward of the teacher (Heun: two), one forward and one backward of the student
-  expect  digits: the loss falls from about 0.8 to about 0.33 (a distance in 64 dimensions); with --target mf
-  from
-          about 2.5 to about 0.35 (a squared distance)
+  expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
+          with --target mf, a squared distance, from about 2.5 to about 0.35
 
 --target cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
---target mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states. Any model
-that
-              produces trajectories can be the teacher: flow matching, a small Mean Flow model with 8 jumps,
-              or a denoiser, whose trajectories are converted to flow time (--teacher
-              runs/digits/pretrain.safetensors --init none).
+--target mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states.
 
-The targets are fixed before training: the student never learns from its own predictions. All pairs of times
-are equally likely and have weight 1.
+Any model that produces trajectories can be the teacher of a Mean Flow model: flow matching, a small Mean Flow
+model with 8 jumps, or a denoiser, whose trajectories are converted to flow time
+(--teacher runs/digits/pretrain.safetensors --init none).
+
+The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
+its own predictions. All pairs of times are equally likely and have weight 1.
 """
 import copy, itertools, math
 
@@ -69,9 +66,10 @@ RECIPES = {
                                  teacher="runs/imagenet256/teacher_mf.safetensors",
                                  teacher_network=dict(patch_size=4, hidden_size=768, depth=12, num_heads=12,
                                                       interval=True),
-                                 teacher_by="python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
-                                       "--guide-times 0 1 --init runs/imagenet256/pretrain_flow.safetensors "
-                                       "--out runs/imagenet256/teacher_mf.safetensors"),
+                                 teacher_command="python posttrain_mf.py --data imagenet256 --omega 1 "
+                                     "--kappa 0.5 --guide-times 0 1 "
+                                     "--init runs/imagenet256/pretrain_flow.safetensors "
+                                     "--out runs/imagenet256/teacher_mf.safetensors"),
         "custom":      MF | dict(steps=10_000, batch=128, lr=1e-3, ema=0.999),                    # ours
     },
 }
@@ -127,10 +125,10 @@ def gather_pairs(states, times, y, indices, i, j):
     return states[i, trajectory], t, states[j, trajectory], r, y[trajectory]
 
 
-def draw_pairs(trajectories, N, M, device):
-    """Choose N of the M pairs of each trajectory without replacement, and shuffle all of them.
-    -> flat indices (trajectories * N,) for `gather_pairs`"""
-    chosen = torch.rand(trajectories, M, device=device).argsort(dim=1)[:, :N]
+def draw_pairs(trajectories, count, M, device):
+    """Choose `count` of the M pairs of each trajectory without replacement, and shuffle all of them.
+    -> flat indices (trajectories * count,) for `gather_pairs`"""
+    chosen = torch.rand(trajectories, M, device=device).argsort(dim=1)[:, :count]
     chosen = (chosen + M * torch.arange(trajectories, device=device)[:, None]).flatten()
     return chosen[torch.randperm(len(chosen), device=device)]
 
@@ -213,13 +211,13 @@ def load_distance(args, header, device):
 
 
 def flags():
-    """The command line. -> args; args.made_by and args.teacher_by are commands that make missing files"""
+    """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
     target = model.peek_flag("--target", "cm", RECIPES)
     p = model.parser(__doc__, RECIPES[target], FIRST_STAGE[target], writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
                    help="model whose trajectories are the targets")
-    if p.get_default("init") != "none":
+    if p.get_default("init") != "none":                    # the student starts from the teacher's weights
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive, help="number of function evaluations of a trajectory")
     p.add_argument("--solver", choices=solve.SOLVERS,
@@ -241,11 +239,11 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    args.made_by = f"python pretrain.py --data {args.data}"
-    if target == "mf": args.made_by += " --objective flow"
+    args.init_command = f"python pretrain.py --data {args.data}"
+    if target == "mf": args.init_command += " --objective flow"
     elif public := model.DATASETS.get(args.recipe_name, {}).get("public"):
-        args.made_by = model.import_command(public, args.data)
-    args.teacher_by = p.get_default("teacher_by") or args.made_by
+        args.init_command = model.import_command(public, args.data)
+    args.teacher_command = p.get_default("teacher_command") or args.init_command
     if target == "mf": args.network = args.network | {"interval": True}
     return args
 
@@ -257,14 +255,15 @@ def dry_run(args, kind):
     N = len(solve.solver_times(teacher, args.nfe, solver)) - 1 if teacher else args.nfe
     trajectories = args.batch / (N if args.pairing == "cmt" else 1)                # of one step
     nfe = args.nfe * (1 if args.guidance == 1 else 2)
-    reads = {args.init: args.made_by, args.teacher: args.teacher_by}
+    reads = {args.init: args.init_command, args.teacher: args.teacher_command}
     model.dry_run(args, "pairs", header, 0, reads, teacher, nfe * trajectories / args.batch, [
                   f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"],
                   model.DTYPES[args.precision])
 
 
 def pool_size(batch, pairs_per_trajectory, at_least=128):
-    """Number of trajectories that a rank solves at once: at least 128, and a whole number of batches."""
+    """Number of trajectories that a rank solves at once: at least 128, and so many that their pairs fill a
+    whole number of batches."""
     multiple = math.lcm(batch, pairs_per_trajectory) // pairs_per_trajectory
     return math.ceil(at_least / multiple) * multiple
 
@@ -340,21 +339,25 @@ def solved_batches(teacher, header, N, args, step, rank, batch, device):
 # The loop of main, in pseudocode:
 #   teacher, student = the pre-trained model, frozen, and a copy of it
 #   for each step:
-#       if no pairs are left: from N(0, t_max^2 I) solve the teacher's ODE many times, shuffle all (x_t, t)
-#       x_t, t, x_end, y = the next batch
-#       loss = distance(student(x_t, t, y), x_end), averaged               (mf: u against a mean velocity)
-#       student = student - lr * gradient(loss)                            (RAdam or Adam)
-#       ema = decay * ema + (1 - decay) * student
+#       if no pairs are left: solve the teacher's ODE from many noises at once, shuffle all pairs (x_t, x_end)
+#       x_t, t, x_end, y = the next batch of pairs
+#       loss = mean of distance(student(x_t, t, y), x_end)                 (mf: u against a mean velocity)
+#       if the gradient is finite:
+#           student = student - lr * gradient(loss)                        (RAdam or Adam)
+#           ema = decay * ema + (1 - decay) * student
+#           normalise the student's weights                                (EDM2's networks only)
 #   save ema
 
 def main():
     args = flags()
     target, first_stage = args.target, FIRST_STAGE[args.target]
     if args.dry_run: return dry_run(args, model.KIND[first_stage])
-    rank, world, device, batch = model.setup(args.batch, args.precision)
+    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     teachers = solve.TEACHERS if target == "mf" else [first_stage]
-    teacher, teacher_header = model.load_predecessor(args.teacher, args.teacher_by, teachers, device=device)
+    teacher, teacher_header = model.load_predecessor(args.teacher, args.teacher_command, teachers,
+                                                     device=device)
     model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
     if args.trajectories: check_trajectories(args)
@@ -364,13 +367,13 @@ def main():
     model.reseed(args.seed)
     dataset = model.DATASETS.get(args.recipe_name) or model.custom_dataset(shape, classes,
                                                                            teacher_header.get("latents"))
-    net, header = model.first_weights(args.init, args.made_by, dataset, model.KIND[first_stage], device,
+    net, header = model.first_weights(args.init, args.init_command, dataset, model.KIND[first_stage], device,
                                       **args.network)
     model.check_same_data(args.teacher, teacher_header, args, "--teacher")
     model.check_fit(args.init, header, args.teacher, shape, classes)
     model.check_fit(args.teacher, teacher_header, f"--data {args.data}", dataset["shape"], dataset["classes"])
     distance = load_distance(args, header, device)
-    if target == "mf" and teacher_header["kind"] == "Denoiser":                    # 0.002 and 80 in flow time
+    if target == "mf" and teacher_header["kind"] == "Denoiser":    # the student samples in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
     header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,
                                  init=args.init, teacher=args.teacher, trajectories=args.trajectories,
@@ -385,8 +388,8 @@ def main():
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    batches = (stored_batches(teacher_header, args, step, rank, batch, device) if args.trajectories else
-               solved_batches(teacher, teacher_header, N, args, step, rank, batch, device))
+    batches = (stored_batches(teacher_header, args, step, rank, local_batch, device) if args.trajectories else
+               solved_batches(teacher, teacher_header, N, args, step, rank, local_batch, device))
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -397,18 +400,18 @@ def main():
         model.reseed(args.seed, rank, step)
         mean_loss = 0
         for x_t, t, x_r, r, y in model.microbatches(ddp, args.microbatch, *pairs):
-            if target == "cm": loss = cmt_loss(ddp, x_t, t, x_r, y, distance).sum() / batch
-            else:              loss = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).sum() / batch
+            if target == "cm": loss = cmt_loss(ddp, x_t, t, x_r, y, distance).sum() / local_batch
+            else:              loss = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):
+        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)
+            model.normalise_weights(net)                   # of EDM2 only, eq. 66
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr)

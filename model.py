@@ -1230,29 +1230,29 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def load_predecessor(path, made_by, stages=None, **kwargs):
+def load_predecessor(path, command, stages=None, **kwargs):
     """The file a stage starts from: `load`, and if it is missing or of a stage not in `stages`, a sentence
     with the command to make it."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist; `{made_by}` makes such a file.")
+        raise UserError(f"{path} does not exist; `{command}` makes such a file.")
     model, header = load(path, **kwargs)
     if stages and header["stage"] not in stages:
         raise UserError(f"{path} was written by stage {header['stage']}, this has to be a "
-                      f"{' or '.join(stages)} file; `{made_by}` makes one.")
+                      f"{' or '.join(stages)} file; `{command}` makes one.")
     if header["step"] < header["steps"]:
         print(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
               "the command that made it continues it.")
     return model, header
 
 
-def first_weights(init, made_by, dataset, kind, device, **network):
+def first_weights(init, command, dataset, kind, device, **network):
     """--init FILE|none -> (model, header): the file's, which has to be of that kind, or a new one for
     the dataset config. `network`: constructor arguments that replace either's."""
     if init == "none":
         header = fresh_header(dataset, kind, **network)
         return build(header).to(device), header
     stages = [s for s, k in KIND.items() if k == kind]
-    try: return load_predecessor(init, made_by, stages, device=device, **network)
+    try: return load_predecessor(init, command, stages, device=device, **network)
     except UserError as e: raise UserError(f"--init {str(e)[:-1]}; --init none starts anew.")
 
 
@@ -1265,8 +1265,9 @@ def check_fit(init, header, source, shape, classes):
 
 
 # What may differ between a run and its continuation without changing the result.
-FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
-        "teacher", "teacher_by", "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe"}
+FREE = {"kind", "stage", "init_command", "out", "save_every", "keep", "log_every", "data", "path", "init",
+        "teacher", "teacher_command", "trajectories", "guide", "lpips", "compile", "dry_run", "world",
+        "recipe"}
 
 
 # What a continued run may also change, although the result is then not bit-identical.
@@ -1355,15 +1356,15 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
     samples = args.batch // world
     print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
     for k, v in args.recipe.items():
-        if k in ("precision", "teacher_by", "teacher_network", "init", "teacher", "guide"): continue
+        if k in ("precision", "teacher_command", "teacher_network", "init", "teacher", "guide"): continue
         value = getattr(args, k)
         if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         if k == "warmup": shown += f" {unit}"
         print(f"  {k:<12}{shown}" + ("" if getattr(args, k) == v else "  (command line)"))
     print(f"  {'precision':<12}{args.precision}")
-    for path, made_by in reads.items():
-        if path != "none" and not os.path.exists(path): print(f"missing   {path}: {made_by}")
+    for path, command in reads.items():
+        if path != "none" and not os.path.exists(path): print(f"missing   {path}: {command}")
     if not header: return print("The network follows from the images, which are missing.")
 
     P, flops, kept = cost(header, args.precision, args.microbatch or samples)

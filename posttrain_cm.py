@@ -1,19 +1,20 @@
-"""Stage 4a, post-training of a consistency model on real images: Easy Consistency Tuning (ECT) or
-Distillation (ECD).
+"""Stage 4a, post-training a consistency model: Easy Consistency Tuning (ECT) or Distillation (ECD).
 
   reads   runs/D/midtrain_cm.safetensors and the images of --data; with --loss ecd also
           runs/D/pretrain.safetensors, the teacher
   writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py samples from them in one or two steps
   run     python posttrain_cm.py                                      # digits, half a minute on two CPU cores
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
-  cost    per image: two forwards and one backward; with --loss ecd also one (euler) or two forwards of the
-  teacher expect  digits: a loss of about 3. It need not fall, because its target changes with the network
+  cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one)
+  expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained on f(x_r, r), where x_r is the same image with less of the same noise.
 --loss ecd   x_r is x_t after one step of the teacher's ODE. The target is deterministic, but it inherits the
              teacher's error.
 
-The baseline is ECT from the diffusion model, with its doubling schedule:
+After mid-training the gap t - r is small and fixed from the first step, because f(x_r, r) is nearly right
+already. Without mid-training ECT has to start with a wide gap, whose target is closer to data, and narrow it
+on a schedule. That is the baseline:
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
@@ -26,8 +27,8 @@ import torch
 
 import model, solve
 
-# q: the gap is t - r = t n(t) / q^(stage+1). double: steps of a stage; 0 keeps stage 0, as after
-# mid-training. c: of pseudo-Huber, 0 for the plain l2 norm. weight: "gap" 1/(t-r), "denoising" as in
+# q: the gap is t - r = t n(t) / q^(k+1), see `ect_r`. double: steps after which k grows by 1; 0 keeps k = 0,
+# as after mid-training. c: of pseudo-Huber, 0 for the plain l2 norm. weight: "gap" 1/(t-r), "denoising" as in
 # pre-training. P_mean, P_std: of ln t. decay: the learning rate falls linearly to 0 or stays constant.
 # network: constructor arguments that differ from those of --init. mid_t: time of the second of two sampling
 # steps. solver: of ECD's step. Sources: the paper (2509.24526), its released code, ECT (2406.14548).
@@ -45,9 +46,10 @@ RECIPES = {
     "cifar10":     PAPER | dict(q=4096),                                                          # paper
     "ffhq64":      PAPER | dict(q=512),                                                           # paper
     "afhqv2-64":   PAPER | dict(q=1024),                                                          # paper
-    # The paper reports ECD here, but not its settings. Ours are those of imagenet512 without guidance.
-    "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours, ECT
-    "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # paper
+    # The paper reports ECD here, but not its settings. Ours are those of imagenet512 without guidance, with
+    # the dropout of ECT.
+    "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours
+    "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
                               guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
                               guide="runs/imagenet512/guide.safetensors"),
     "custom":      ECT | dict(steps=10_000, lr=3e-5, ema=0.999, q=256),                           # ours
@@ -63,14 +65,16 @@ PUBLIC_TEACHERS = {
 
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     """Two points of one trajectory have one endpoint; f at the less noisy point is the target. One number per
-    sample. ECT (2406.14548) and ECD (2303.01469 with ECT's weights) differ only in where x_r comes from.
+    sample. ECT (2406.14548) and ECD, consistency distillation (2303.01469) with the weights of ECT's loss,
+    differ only in where x_r comes from. At r = 0 the target is x_r itself, since f(x, 0) = x.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask.
     devices = [x_t.device] if x_t.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
-    # e = f(x_t, t) - sg f(x_r, r),   w(t, r) (sqrt(||e||^2 + c^2) - c),   sg: no gradient
-    e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)        # at 0: gradient 0
+    # e = || f(x_t, t) - sg f(x_r, r) ||,   w(t, r) (sqrt(e^2 + c^2) - c),   sg: no gradient
+    # vector_norm has gradient 0 where e = 0. The form below has no cancellation for small e.
+    e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
     return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
 
@@ -95,8 +99,8 @@ def ode_step(D, x, t, r, y, solver="heun"):
         slope = (x - D(x, t, y)) / t_
         x_r = x + (r_ - t_) * slope
         if solver == "euler": return x_r
-        safe = torch.where(r_ > 0, r_, 1.0)
-        ahead = (x_r - D(x_r, torch.where(r > 0, r, 1.0), y)) / safe
+        r = torch.where(r > 0, r, 1.0)                     # any time, where the result is not used
+        ahead = (x_r - D(x_r, r, y)) / r.reshape(r_.shape)
         return torch.where(r_ > 0, x + (r_ - t_) * (slope + ahead) / 2, x_r)
 
 
@@ -106,20 +110,21 @@ def ect_weight(t, r, kind, sigma_data=0.5):
     return (t ** 2 + sigma_data ** 2) / (t * sigma_data) ** 2
 
 
-def ect_r(t, q, stage, k=8.0):
-    """The nearer point r = t (1 - n(t) / q^(stage+1)) >= 0 with n(t) = 1 + k sigmoid(-t). t (B,) -> (B,)"""
-    ratio = min(q ** (stage + 1), 2 ** 16)             # beyond, t - r is rounding noise in fp32, then 0
-    return (t * (1 - (1 + k * torch.sigmoid(-t)) / ratio)).clamp(min=0)
+def ect_r(t, q, doublings=0):
+    """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
+    2406.14548). t (B,) -> (B,)"""
+    ratio = min(q ** min(doublings + 1, 64), 2 ** 16)      # above 2^16 fp32 cannot represent t - r
+    return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / ratio)).clamp(min=0)
 
 
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args; args.made_by and args.teacher_by are commands that make missing files"""
+    """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
-    p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(stage+1))")
+    p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
     p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
-                   help="steps a stage; 0: the gap stays fixed")
+                   help="steps between two doublings; 0: the gap stays fixed")
     p.add_argument("--c", type=model.not_negative, help="of pseudo-Huber; 0: the plain l2 norm")
     p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or pre-training's")
     p.add_argument("--loss", choices=["ect", "ecd"], help="ect: x_r from data; ecd: from the teacher's ODE")
@@ -133,20 +138,20 @@ def flags():
         model.refuse_typed("--teacher", "--solver", "--guidance", "--guide",
                            because="--loss ect has no teacher")
     if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
-    args.made_by, args.teacher_by = (f"python {stage} --data {args.data}"
+    args.init_command, args.teacher_command = (f"python {stage} --data {args.data}"
                                      for stage in ("midtrain.py", "pretrain.py"))
     public = model.DATASETS.get(args.recipe_name, {}).get("public")
     if args.teacher in PUBLIC_TEACHERS:
-        args.teacher_by = model.import_command(PUBLIC_TEACHERS[args.teacher], args.data, args.teacher)
-    elif public: args.teacher_by = model.import_command(public, args.data)
+        args.teacher_command = model.import_command(PUBLIC_TEACHERS[args.teacher], args.data, args.teacher)
+    elif public: args.teacher_command = model.import_command(public, args.data)
     return args
 
 
 def dry_run(args):
     header = model.expected_header(args.init, args, "Denoiser", **args.network)
-    reads, teacher, nfe = {args.path: model.prepare_command(args.name), args.init: args.made_by}, None, 0
+    reads, teacher, nfe = {args.path: model.prepare_command(args.name), args.init: args.init_command}, None, 0
     if args.loss == "ecd":
-        reads[args.teacher] = args.teacher_by
+        reads[args.teacher] = args.teacher_command
         if guide := solve.guide_file(args):
             reads[guide] = model.import_command(PUBLIC_TEACHERS.get(guide, "URL"), args.data, guide)
         nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
@@ -156,7 +161,7 @@ def dry_run(args):
 
 def load_teacher(args, dataset, device):
     """--teacher, frozen and guided as the flags say. -> a function of (x, t, y), compiled if --compile"""
-    teacher, header = model.load_predecessor(args.teacher, args.teacher_by, ["pretrain"], device=device)
+    teacher, header = model.load_predecessor(args.teacher, args.teacher_command, ["pretrain"], device=device)
     model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
     model.check_same_data(args.teacher, header, args, "--teacher")
     model.freeze(teacher, header, torch.float32)
@@ -166,11 +171,13 @@ def load_teacher(args, dataset, device):
 def main():
     args = flags()
     if args.dry_run: return dry_run(args)
-    rank, world, device, batch = model.setup(args.batch, args.precision)
+    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, args.made_by, dataset, "Denoiser", device, **args.network)
+    net, header = model.first_weights(args.init, args.init_command, dataset, "Denoiser", device,
+                                      **args.network)
     model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
     model.check_same_data(args.init, header, args, "--init")
     files = dict(init=args.init, data=data)
@@ -188,7 +195,7 @@ def main():
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
-    batches = model.read_batches(data, args, step, rank, batch, device)
+    batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -199,8 +206,8 @@ def main():
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
-        t = (args.P_mean + args.P_std * torch.randn(batch, device=device)).exp()   # ln t ~ N(P_mean, P_std^2)
-        r = ect_r(t, args.q, stage=step // args.double if args.double else 0)
+        t = (args.P_mean + args.P_std * torch.randn(local_batch, device=device)).exp()         # (b,)
+        r = ect_r(t, args.q, doublings=step // args.double if args.double else 0)
         weight = ect_weight(t, r, args.weight, header["sigma_data"])
         eps = torch.randn_like(x0)
 
@@ -208,17 +215,17 @@ def main():
         for x0, eps, t, r, y, weight in model.microbatches(ddp, args.microbatch, x0, eps, t, r, y, weight):
             x_t, x_r = (x0 + s[:, None, None, None] * eps for s in (t, r))
             if args.loss == "ecd": x_r = ode_step(teacher, x_t, t, r, y, args.solver)
-            loss = consistency_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / batch
+            loss = consistency_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):
+        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)
+            model.normalise_weights(net)                   # of EDM2 only, eq. 66
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr)

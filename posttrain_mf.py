@@ -1,18 +1,15 @@
-"""Stage 4b, post-training of a Mean Flow model on real images, by the MeanFlow identity.
+"""Stage 4b, post-training a Mean Flow model on real images, by the MeanFlow identity:
 
-  (t - r) u(z_t, r, t) = int_r^t v dtau.  The derivative by t along the trajectory gives  u = v - (t - r)
-  du/dt.
+  (t - r) u(z_t, r, t) = int_r^t v dtau.  Its derivative by t along the trajectory:  u = v - (t - r) du/dt.
 
   reads   runs/D/midtrain_mf.safetensors and the images of --data
   writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
   run     python posttrain_mf.py                                        # digits, two minutes on two CPU cores
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
-  cost    per image: one forward and one backward. The samples with r < t also need the derivative, which is a
-  JVP
-          or two forwards. Guidance needs two forwards more, --velocity teacher one
+  cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
+          forwards. Guidance costs two forwards more, --velocity teacher one
   expect  digits: a loss of about 23, most of it the variance of eps - x_0. With adaptive weighting (p = 1)
-  the loss
-          stays near 1: look at samples instead
+          the loss stays near 1: look at samples instead
 
 Two baselines: MeanFlow from the flow-matching weights, and from scratch.
      python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 3986 --lr 6e-4 \
@@ -31,8 +28,9 @@ from torch.overrides import TorchFunctionMode
 
 import model
 
-# jumps: how many of every four samples have r < t. logit t and logit r ~ N(P_mean, P_std^2). p, c: of the
-# adaptive weight (digits: p = 1 improves one step and degrades two, one seed). omega, kappa, guide_times:
+# jumps: how many of every four samples have r < t, 1 to 3. logit t and logit r ~ N(P_mean, P_std^2). p, c: of
+# the adaptive weight (on digits p = 1 gives better one-step and worse two-step samples than p = 0, one seed).
+# omega, kappa, guide_times:
 # guidance in the target, none with 1 and 0. warmup: images over which the learning rate rises. network:
 # constructor arguments that differ from those of --init. RAdam's built-in warm-up avoids damaging the
 # mid-trained weights. Sources: MeanFlow (2505.13447); the paper's own settings are unknown.
@@ -67,21 +65,21 @@ def derivative_jvp(u, z, r, t, y, v):
     """d/dt u(z_t, r, t) along dz/dt = v, exactly, by forward-mode differentiation (a JVP). z, v (B,C,H,W), r,
     t, y (B,) -> (B,C,H,W), no graph. Restores the RNG state, so that the loss has the same dropout masks."""
     # v du/dz + 0 du/dr + 1 du/dt.  Fused attention has no forward mode: the math path.
-    devices, forward = [z.device] if z.is_cuda else [], torch.autograd.forward_ad
-    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with torch.no_grad(), torch.random.fork_rng(devices), math, forward.dual_level():
-        dual = u(forward.make_dual(z, v), r, forward.make_dual(t, torch.ones_like(t)), y)
-        return forward.unpack_dual(dual).tangent
+    devices, ad = [z.device] if z.is_cuda else [], torch.autograd.forward_ad
+    math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with torch.no_grad(), torch.random.fork_rng(devices), math_attention, ad.dual_level():
+        dual = u(ad.make_dual(z, v), r, ad.make_dual(t, torch.ones_like(t)), y)
+        return ad.unpack_dual(dual).tangent
 
 
-def derivative_difference(u, z, r, t, y, v, step=0.005):
-    """The same by a central difference, with two forwards. It needs an fp32 backbone."""
-    # ( u(z + d v, r, t + d) - u(z - d v, r, t - d) ) / 2d
+def derivative_difference(u, z, r, t, y, v, delta=0.005):
+    """The same by a central difference: two forwards with equal dropout masks. It needs an fp32 backbone."""
+    # ( u(z + delta v, r, t + delta) - u(z - delta v, r, t - delta) ) / (2 delta)
     devices = [z.device] if z.is_cuda else []
     with torch.no_grad():
-        with torch.random.fork_rng(devices): ahead = u(z + step * v, r, t + step, y)
-        with torch.random.fork_rng(devices): behind = u(z - step * v, r, t - step, y)
-        return (ahead - behind) / (2 * step)
+        with torch.random.fork_rng(devices): ahead = u(z + delta * v, r, t + delta, y)
+        with torch.random.fork_rng(devices): behind = u(z - delta * v, r, t - delta, y)
+        return (ahead - behind) / (2 * delta)
 
 
 def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
@@ -96,11 +94,12 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     return torch.where(inside.reshape(-1, *[1] * (v.dim() - 1)), guided, v)
 
 
-def drop_labels(y, r_equals_t, share, null):
-    """Replace labels of samples with r = t by the null label, on average a `share` of all samples. Only the
-    velocity u(z, t, t) is needed without a label. y (B,), r_equals_t (B,) bool -> (B,)"""
-    probability = share * len(y) / r_equals_t.sum().clamp(min=1)
-    return torch.where(r_equals_t & (torch.rand(len(y), device=y.device) < probability), null, y)
+def drop_labels(y, equal, share, null):
+    """Label dropout for samples with r = t only: guidance needs no other velocity than u(z, t, t | null). The
+    probability is such that on average a `share` of all samples loses its label. y (B,), equal (B,) whether
+    r = t -> (B,)"""
+    probability = share * len(y) / equal.sum().clamp(min=1)
+    return torch.where(equal & (torch.rand(len(y), device=y.device) < probability), null, y)
 
 
 def two_times(n, jumps, mean, std, device):
@@ -140,7 +139,7 @@ class FixedWeights(TorchFunctionMode):
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args; args.made_by and args.teacher_by are commands that make missing files"""
+    """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
     precision = "fp32" if model.peek_flag("--derivative", "jvp") == "difference" else None
     p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision=precision,
                      compile=False)
@@ -165,24 +164,25 @@ def flags():
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
-    args.made_by = f"python midtrain.py --target mf --data {args.data}"
-    args.teacher_by = f"python pretrain.py --objective flow --data {args.data}"
+    args.init_command = f"python midtrain.py --target mf --data {args.data}"
+    args.teacher_command = f"python pretrain.py --objective flow --data {args.data}"
     return args
 
 
 def dry_run(args):
     header = model.expected_header(args.init, args, "MeanVelocity", **args.network, interval=True)
-    reads, teacher = {args.path: model.prepare_command(args.name), args.init: args.made_by}, None
+    reads, teacher = {args.path: model.prepare_command(args.name), args.init: args.init_command}, None
     if args.velocity == "teacher":
         teacher = model.expected_header(args.teacher, args, "MeanVelocity")
-        reads[args.teacher] = args.teacher_by
+        reads[args.teacher] = args.teacher_command
     guided = (args.omega, args.kappa) != (1, 0)
     model.dry_run(args, "images", header, args.jumps / 2 + 2 * guided, reads, teacher, 1)
 
 
 def load_teacher(args, dataset, device):
     """--teacher, frozen. -> a function of (z, r, t, y), compiled if --compile"""
-    teacher, header = model.load_predecessor(args.teacher, args.teacher_by, ["pretrain_flow"], device=device)
+    teacher, header = model.load_predecessor(args.teacher, args.teacher_command, ["pretrain_flow"],
+                                             device=device)
     model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
     model.check_same_data(args.teacher, header, args, "--teacher")
     return model.compiled(model.freeze(teacher, header, torch.float32), args.compile)
@@ -191,15 +191,16 @@ def load_teacher(args, dataset, device):
 def main():
     args = flags()
     if args.dry_run: return dry_run(args)
-    rank, world, device, batch = model.setup(args.batch, args.precision)
-    if batch % 4 or (args.microbatch or 4) % 4:
+    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    rank, world, device, local_batch = model.setup(args.batch, args.precision)
+    if local_batch % 4 or (args.microbatch or 4) % 4:
         raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so the "
-                              f"batch has to be a multiple of {4 * world}, and --microbatch of 4.")
+                              f"local_batch has to be a multiple of {4 * world}, and --microbatch of 4.")
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, args.made_by, dataset, "MeanVelocity", device, interval=True,
-                                      **args.network)
+    net, header = model.first_weights(args.init, args.init_command, dataset, "MeanVelocity", device,
+                                      interval=True, **args.network)
     model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
     model.check_same_data(args.init, header, args, "--init")
     teacher, files = None, dict(init=args.init, data=data)
@@ -217,7 +218,7 @@ def main():
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
-    batches = model.read_batches(data, args, step, rank, batch, device)
+    batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -227,7 +228,7 @@ def main():
         model.reseed(args.seed, rank, step)
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
-        r, t = two_times(batch, args.jumps, args.P_mean, args.P_std, device)
+        r, t = two_times(local_batch, args.jumps, args.P_mean, args.P_std, device)
         y = drop_labels(y, r == t, header["label_dropout"], null)                  # (b,)
         v = torch.randn_like(x0) - x0                                              # eps - x_0
         z = x0 + t[:, None, None, None] * v
@@ -238,7 +239,7 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # Samples with r < t and samples with r = t take separate forward passes, so that the loss and the
+            # Samples with r < t and with r = t take separate forward passes, so that the loss and the
             # derivative of the former share dropout masks. DDP has no forward mode: the derivative is of
             # `net`.
             groups_of_4 = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
@@ -247,19 +248,19 @@ def main():
             with FixedWeights(): dudt = derivative(net, *r_below_t)
             below = meanflow_loss(ddp, *r_below_t, dudt, args.p, args.c)
             equal = meanflow_loss(ddp, *r_equals_t, 0, args.p, args.c)
-            loss = torch.cat([below, equal]).sum() / batch
+            loss = torch.cat([below, equal]).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
-            parts["loss r<t"] += below.detach().sum() / (batch * args.jumps / 4)
-            parts["loss r=t"] += equal.detach().sum() / (batch * (1 - args.jumps / 4))
+            parts["loss r<t"] += below.detach().sum() / (local_batch * args.jumps / 4)
+            parts["loss r=t"] += equal.detach().sum() / (local_batch * (1 - args.jumps / 4))
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):
+        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)
+            model.normalise_weights(net)                   # of EDM2 only, eq. 66
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr, parts)

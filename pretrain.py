@@ -90,7 +90,8 @@ def main():
         header = model.expected_header(None, args, args.kind, **args.network)
         return model.dry_run(args, "images", header, forwards=0,
                              reads={args.path: model.prepare_command(args.name)})
-    rank, world, device, batch = model.setup(args.batch, args.precision)
+    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
@@ -106,7 +107,7 @@ def main():
     if step == 0: model.normalise_weights(net)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
-    batches = model.read_batches(data, args, step, rank, batch, device)
+    batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -117,24 +118,24 @@ def main():
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
-        t = args.P_mean + args.P_std * torch.randn(batch, device=device)
+        t = args.P_mean + args.P_std * torch.randn(local_batch, device=device)
         t = t.exp() if args.objective == "edm" else t.sigmoid()                    # (b,)
         eps = torch.randn_like(x0)
 
         mean_loss = 0
         for x0, eps, t, y in model.microbatches(ddp, args.microbatch, x0, eps, t, y):
-            if args.objective == "edm": loss = edm_loss(ddp, x0, eps, t, y).sum() / batch
-            else:                       loss = flow_loss(ddp, x0, eps, t, y).sum() / batch
+            if args.objective == "edm": loss = edm_loss(ddp, x0, eps, t, y).sum() / local_batch
+            else:                       loss = flow_loss(ddp, x0, eps, t, y).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):
+        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)
+            model.normalise_weights(net)                   # of EDM2 only, eq. 66
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr)

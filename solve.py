@@ -257,8 +257,8 @@ def main():
     args = p.parse_args()
 
     device = model.setup(None)[2]
-    made_by = f"python pretrain.py --data {args.data}"
-    teacher, header = model.load_predecessor(args.teacher, made_by, TEACHERS, device=device)
+    command = f"python pretrain.py --data {args.data}"
+    teacher, header = model.load_predecessor(args.teacher, command, TEACHERS, device=device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)
     teacher = guide_teacher(teacher, header, args, args.teacher)

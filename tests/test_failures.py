@@ -103,7 +103,7 @@ def test_every_hyperparameter_is_a_flag(run, here, tmp_path):
                           table.get("edm") or table.get("cm") or table)
         for data, recipe in table.items():
             done = run(script, *rest, "--data", data if data != "custom" else "mine", "--help")
-            for k in recipe.keys() - {"network", "teacher_network", "teacher_by"}:
+            for k in recipe.keys() - {"network", "teacher_network", "teacher_command"}:
                 flag = {"loss": "--loss"}.get(k, f"--{k.replace('_', '-')}")
                 assert f"{flag} " in done.out, (stage, data, flag)
 

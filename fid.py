@@ -39,6 +39,10 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     mu (d,), cov (d,d) -> 0-dim float64. With A = R R^T, tr (A B)^(1/2) = tr (R^T B R)^(1/2): one symmetric
     eigenproblem, two where A is singular."""
     mu_a, cov_a, mu_b, cov_b = (torch.as_tensor(m).double() for m in (mu_a, cov_a, mu_b, cov_b))
+    mu_a, mu_b = mu_a.flatten(), mu_b.flatten()
+    if not cov_a.shape == cov_b.shape == (len(mu_a), len(mu_a)) == (len(mu_b), len(mu_b)):
+        shapes = [tuple(m.shape) for m in (mu_a, cov_a, mu_b, cov_b)]
+        raise ValueError(f"shapes are {shapes}, not (d), (d,d), (d), (d,d)")
     root, singular = torch.linalg.cholesky_ex(cov_a)
     if singular:
         values, vectors = torch.linalg.eigh(cov_a)
@@ -264,7 +268,11 @@ def read_statistics(path):
         raise model.UserError(f"{path} has values that are not finite; compute the statistics again.")
     if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or sigma.diagonal().min() < 0:
         raise model.UserError(f"{path}: sigma is not symmetric with a diagonal >= 0, so no covariance.")
-    return mu, (sigma + sigma.T) / 2
+    sigma = (sigma + sigma.T) / 2
+    values = torch.linalg.eigvalsh(sigma)
+    if values[0] < -1e-3 * values[-1]:
+        raise model.UserError(f"{path}: sigma has negative eigenvalues, so it is no covariance.")
+    return mu, sigma
 
 
 def save_statistics(path, n, mu, cov):
@@ -287,13 +295,15 @@ def reference(args, header, features, rank, world, device):
     if not os.path.exists(path):
         raise model.UserError(f"the images to compare with, {path}, do not exist; give --ref.")
     kept = None
-    if path.endswith(".pkl"): return path, None, *read_statistics(path)
+    if path.endswith(".pkl"):
+        if found := read_statistics(path): return path, None, *found
+        raise model.UserError(f"{path} has no mu and sigma.")
     if path.endswith(".npz"):
         if found := read_statistics(path): return path, None, *found
         network = model.sha256(args.inception) if args.features == "inception" else "pixels"
         key = hashlib.sha256(f"{model.data_identity(path)} {network}".encode()).hexdigest()[:16]
         kept = Path(f"runs/reference/{key}.npz")
-    there = [kept and kept.exists()]
+    there = [kept and sample.is_whole_npz(kept)]
     if dist.is_initialized(): dist.broadcast_object_list(there, device="cpu")    # rank 0 decides for all
     if not there[0]:
         n, mu, cov = reduced(*sums(features(x) for x in read(path, rank, world)), device)
@@ -318,6 +328,7 @@ def main():
         raise model.UserError("--save-stats X.npz takes the statistics of one FILE, and ends in .npz.")
     if args.features == "pixels": model.refuse_typed("--inception", because="--features is pixels")
     if all(is_images(file) for file in args.files):
+        if args.features == "pixels": model.refuse_typed("--precision", because="pixels need no network")
         model.refuse_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
                            "--guide", "--solver", because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")

@@ -21,7 +21,7 @@ model with 8 jumps, or a denoiser, whose trajectories are converted to flow time
 The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
 its own predictions. All pairs of times are equally likely and have weight 1.
 """
-import copy, itertools, math
+import copy, itertools, math, shlex
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,8 @@ def pair_table(N, target, pairing="cmt"):
     """The pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the endpoint,
     M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint, M = 1.
     -> i, j (M,) int64"""
+    if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
+        raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
     if pairing == "kd": return i[N - 1:N], j[N - 1:N]
     return (i[j == N], j[j == N]) if target == "cm" else (i, j)
@@ -232,6 +234,7 @@ def flags():
     args = p.parse_args()
     if target == "mf" and args.distance != "l2":
         raise model.UserError(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
+    if args.distance == "lpips" and not args.lpips: load_lpips(None, None)
     if args.distance != "lpips": model.refuse_typed("--lpips", because="the distance is not lpips")
     if args.trajectories:
         model.refuse_typed("--nfe", "--solver", because=f"{args.trajectories} has its own solver and NFE")
@@ -239,7 +242,7 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    args.init_command = f"python pretrain.py --data {args.data}"
+    args.init_command = f"python pretrain.py --data {shlex.quote(args.data)}"
     if target == "mf": args.init_command += " --objective flow"
     elif public := model.DATASETS.get(args.recipe_name, {}).get("public"):
         args.init_command = model.import_command(public, args.data)
@@ -255,7 +258,10 @@ def dry_run(args, kind):
     N = len(solve.solver_times(teacher, args.nfe, solver)) - 1 if teacher else args.nfe
     trajectories = args.batch / (N if args.pairing == "cmt" else 1)                # of one step
     nfe = args.nfe * (1 if args.guidance == 1 else 2)
+    if teacher: solve.check_solver(solver, args.teacher, teacher)
     reads = {args.init: args.init_command, args.teacher: args.teacher_command}
+    if args.trajectories: reads[args.trajectories] = f"python solve.py --teacher {args.teacher}"
+    if guide := solve.guide_file(args): reads[guide] = "a smaller or less trained model"
     model.dry_run(args, "pairs", header, 0, reads, teacher, nfe * trajectories / args.batch, [
                   f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"],
                   model.DTYPES[args.precision])
@@ -299,6 +305,8 @@ def check_trajectories(args):
 def read_trajectories(args, header, device):
     """-> states (N+1,n,C,H,W), times (N+1,), y (n,) of solve.py's file, in the student's time"""
     tensors = model.read(args.trajectories)[0]
+    if not tensors["states"].isfinite().all():
+        raise model.UserError(f"{args.trajectories} has values that are not finite; solve it again.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     return *student_time(states.transpose(0, 1), times, header, args.target), y
 
@@ -378,7 +386,10 @@ def main():
     header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,
                                  init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
-    if target == "cm": header["mid_t"] = args.mid_t
+    if target == "cm":
+        header["mid_t"] = args.mid_t
+        if args.mid_t >= header["t_max"]:
+            raise model.UserError(f"--mid-t {args.mid_t:g} is not below t_max = {header['t_max']:g}.")
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)

@@ -633,12 +633,14 @@ def find_data(data, flag="--data"):
 
 def import_command(url, name, out=None):
     """The command that downloads a public checkpoint and imports it."""
-    command = f"curl -LO {url} && python tools/import_checkpoint.py {url.rpartition('/')[2]} --data {name}"
+    file = url.rpartition("/")[2]
+    command = f"curl -LO {url} && python tools/import_checkpoint.py {file} --data {shlex.quote(name)}"
     return command + (f" --out {out}" if out else "")
 
 
 def prepare_command(name, source="SOURCE"):
-    return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}"
+    vae = " --vae PATH" if "latents" in DATASETS.get(name, {}) else ""
+    return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}{vae}"
 
 
 def npz_array(path, name):
@@ -684,6 +686,7 @@ class Data:
             self.array = npz_array(path, "arr_0")
             with zipfile.ZipFile(path) as z: members = {m.filename: m for m in z.infolist()}
             info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
+            if not isinstance(info, dict): raise ValueError(f"info is {info!r}")
             labels = npz_array(path, "arr_1") if "arr_1.npy" in members else None
         except (OSError, KeyError, ValueError, EOFError, MemoryError, struct.error, zlib.error,
                 zipfile.BadZipFile) as e:
@@ -697,14 +700,17 @@ class Data:
         self.shape = (x.shape[3], *x.shape[1:3]) if images else tuple(x.shape[1:])
         if not images:
             self.latents = info.get("latents")
+            if self.latents and not {"mean", "scale"} <= self.latents.keys():
+                raise UserError(f"{path} has latents without mean and scale; prepare it again.")
             means = len(self.latents["mean"]) if self.latents else 4 if x.shape[1] in (4, 8) else x.shape[1]
             if x.shape[1] not in (means, 2 * means):
                 raise UserError(f"{path}: latents of {x.shape[1]} channels do not fit a scale of {means}.")
             self.shape = means, *x.shape[2:]
         if labels is not None:
-            if labels.shape != x.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+            if labels.shape != x.shape[:1] or labels.dtype.kind not in "iu" or not (
+                    0 <= labels.min() and labels.max() < 10 ** 6):
                 raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; labels have to be {len(x)} "
-                                "integers >= 0.")
+                                "integers from 0 on. tools/prepare_data.py makes them so.")
             self.labels = torch.from_numpy(labels.astype(np.int64))
             self.classes = int(labels.max()) + 1
         self.identity = data_identity(path)
@@ -761,7 +767,7 @@ def open_data(args):
     if data.latents and data.latents["pixel_range"] != dataset["latents"]["pixel_range"]:
         raise UserError(f"{data.path} was encoded from pixels in {data.latents['pixel_range']}, models of "
                         f"{args.recipe_name} use {dataset['latents']['pixel_range']}; encode the images "
-                        f"again, with `{prepare_command(args.recipe_name)} --vae PATH`.")
+                        f"again, with `{prepare_command(args.recipe_name)}`.")
     if data.classes > dataset["classes"] > 0 or dataset["classes"] and not data.classes:
         raise UserError(f"{data.path} has {data.classes} classes, the recipe {args.recipe_name} "
                         f"{dataset['classes']}; prepare it again with `{prepare_command(args.recipe_name)}`.")
@@ -776,7 +782,7 @@ def open_data(args):
 def atomic_write(path, unique=False):
     """`with atomic_write(path) as part:` writes to the file `part`, then renames it to `path`, so that `path`
     is either complete or unchanged. Raises UserError if the file cannot be written."""
-    path = Path(path)                     # unique: several processes may write this path at once
+    path = Path(os.path.realpath(path))   # a link stays a link; unique: several processes may write the path
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if unique else f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1025,7 +1031,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
         p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
                        help="weights to start from")
     if recipe_name == "custom" and not reads:
-        p.add_argument("--width", type=positive, action=SetNetwork, metavar="CHANNELS",
+        p.add_argument("--width", type=multiple_of_8, action=SetNetwork, metavar="CHANNELS",
                        help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
     p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
                    help="result; NAME.resume.safetensors beside it continues")
@@ -1035,13 +1041,14 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     p.add_argument("--microbatch", type=positive, metavar="N",
                    help="samples per forward and backward pass of a GPU, to save memory (default: its share "
                         "of the batch)")
-    p.add_argument("--lr", type=not_negative, help="peak learning rate")
+    p.add_argument("--lr", type=number(float, 0, 1e12, "a number in [0, 1e12)"), help="peak learning rate")
     p.add_argument("--ema", type=fraction,
                    help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
     for name_, (type_, help_) in HYPERPARAMETERS.items():
         if name_ in recipe: p.add_argument(f"--{name_.replace('_', '-')}", dest=name_, type=type_, help=help_)
-    p.add_argument("--dropout", type=fraction, action=SetNetwork, metavar="P",
-                   help="of the network (default: the recipe's, else that of --init)")
+    if DATASETS.get(recipe_name, {}).get("network", {}).get("class") != "SiT":
+        p.add_argument("--dropout", type=fraction, action=SetNetwork, metavar="P",
+                       help="of the network (default: the recipe's, else that of --init)")
     p.add_argument("--seed", type=not_negative_int, default=0, help="of all random numbers")
     p.add_argument("--save-every", type=positive, metavar="STEPS",
                    help="steps between saves (default: a save every 10 minutes)")
@@ -1056,6 +1063,8 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
                    help="print recipe, memory, compute and what is missing, and stop")
     p.add_argument("--world", type=positive, metavar="GPUS",
                    help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
+    if typed("--keep") and not typed("--save-every"):
+        raise UserError("--keep leaves a file at every save; say how often, with --save-every STEPS.")
     if "--dry-run" not in sys.argv: refuse_typed("--world", because="it belongs to --dry-run")
     p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
     return p
@@ -1071,6 +1080,8 @@ class SetNetwork(argparse.Action):
 def checkpoint(text):
     """--out: a path that a run can write its files beside. Raises UserError."""
     there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
+    if text.endswith(".resume.safetensors") or len(Path(text).name.encode()) > 200:
+        raise UserError(f"--out {text}: choose a shorter name, and none that ends in .resume.safetensors.")
     if not text.endswith(".safetensors") or not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
     return text
@@ -1099,6 +1110,11 @@ def decay(text):
     return text if text in ("constant", "linear") else positive(text)
 
 
+def multiple_of_8(text):
+    if positive(text) % 8: raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8")
+    return int(text)
+
+
 def optimizer_name(text):
     if text in ("Adam", "AdamW", "RAdam"): return text
     raise argparse.ArgumentTypeError(f"{text} is not Adam, AdamW or RAdam")
@@ -1113,7 +1129,7 @@ HYPERPARAMETERS = {
     "P_mean": (finite, "mean of ln t, or of logit t in flow time"),
     "P_std": (positive_float, "standard deviation of ln t, or of logit t in flow time"),
     "mid_t": (positive_float, "time of the second sampling step, stored in the result"),
-    "p": (not_negative, "exponent of the adaptive weight"),
+    "p": (number(float, 0, 2, "a number in [0, 2)"), "exponent of the adaptive weight"),
     "jumps": (number(int, 1, 4, "1, 2 or 3"), "how many of every four samples have r < t"),
 }
 
@@ -1280,6 +1296,9 @@ def run_metadata(args, stage, unit, world, data=None, **files):
     "images" or "pairs"; data: an open `Data`, or the header of the teacher, whose data the stage inherits."""
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
     settings |= {f"sha256 of {k}": sha256(v) if v and v != "none" else None for k, v in files.items()}
+    for flag, file in files.items():
+        if file and os.path.realpath(file) == os.path.realpath(args.out):
+            raise UserError(f"--out {args.out} is the file that is read for --{flag}; choose another --out.")
     identity = data.identity if isinstance(data, Data) else (data or {}).get("data_identity")
     if isinstance(data, Data): settings["data_identity"] = identity
     return {"stage": stage, "data": args.name, "data_path": args.path, "data_identity": identity,
@@ -1307,6 +1326,8 @@ def expected_header(init, args, kind, **network):
     what that would be."""
     if init and os.path.isfile(init):
         header = read(init, tensors=False)[1]
+        if header.get("kind") != kind:
+            raise UserError(f"{init} holds {header.get('kind', 'no network')}, and a {kind} is needed.")
         return header | {"network": header["network"] | network}
     if args.recipe_name == "custom" and not os.path.exists(args.path): return None
     dataset = DATASETS.get(args.recipe_name) or open_data(args)[1]
@@ -1361,13 +1382,14 @@ def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=
         if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         if k == "warmup": shown += f" {unit}"
-        print(f"  {k:<12}{shown}" + ("" if getattr(args, k) == v else "  (command line)"))
+        flags = ("--dropout", "--width") if k == "network" else ("--" + k.replace("_", "-"),)
+        print(f"  {k:<12}{shown}" + "  (command line)" * any(typed(flag) for flag in flags))
     print(f"  {'precision':<12}{args.precision}")
     for path, command in reads.items():
         if path != "none" and not os.path.exists(path): print(f"missing   {path}: {command}")
     if not header: return print("The network follows from the images, which are missing.")
 
-    P, flops, kept = cost(header, args.precision, args.microbatch or samples)
+    P, flops, kept = cost(header, args.precision, min(args.microbatch or samples, samples))
     Q, teacher_flops = cost(teacher, args.precision, 1)[:2] if teacher else (0, 0)
     each = (3 + forwards) * flops + teacher_forwards * teacher_flops
     print(f"network   {header['network']['class']}, {P:,} parameters"
@@ -1398,8 +1420,6 @@ class SaveTimer:
     because a save of a large model every few hundred steps takes a good part of a run. Rank 0 asks and
     saves."""
     def __init__(self, args):
-        if args.keep and not args.save_every:
-            raise UserError("--keep leaves a file at every save; say how often, with --save-every STEPS.")
         self.every, self.last = args.save_every, time.monotonic()
 
     def due(self, step):
@@ -1463,6 +1483,9 @@ def resume_run(out, net, ema, opt, header):
                       "ends before. Give more --steps, or a smaller --warmup.", flush=True)
         return 0
     state, old = read(path)
+    if old.get("stage") != header["stage"] or not any(k.startswith("net.") for k in state):
+        raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
+                        "choose another --out.")
     was, now = old["settings"], header["settings"]
     free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
     different = {k for k in was.keys() & now.keys() - free if was[k] != now[k]}    # one may lack a new flag
@@ -1526,12 +1549,16 @@ class Log:
     Raises Diverged after 10 skipped steps in a row."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world, self.rank = args, unit, world, int(os.environ.get("RANK", 0))
-        self.losses, self.skipped, self.in_a_row, self.last, self.clock = [], 0, 0, step, time.time()
+        self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
+        self.start = self.last = step
         self.file = Path(beside(args.out, ".jsonl"))
-        if self.rank == 0 and self.file.exists():          # lines after the last save are written again
-            lines = self.file.read_text().splitlines()
+        if self.rank == 0 and self.file.is_file():          # lines after the last save are written again
+            lines = self.file.read_text(errors="replace").splitlines()
             with atomic_write(self.file) as part:
                 part.write_text("".join(f"{line}\n" for line in lines if self.step_of(line) <= step))
+
+    def saved(self):
+        return "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
 
     @staticmethod
     def step_of(line):
@@ -1545,9 +1572,11 @@ class Log:
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             if self.in_a_row == 10:
-                saved = "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
                 raise Diverged(f"the gradient was not finite for 10 steps in a row, the last one {step}; "
-                               f"{saved}. Try a smaller --lr or --precision fp32, with another --out.")
+                               f"{self.saved()}. Try a smaller --lr or --precision fp32, with another --out.")
+        if step == self.args.steps and self.in_a_row == step - self.start:
+            raise Diverged(f"no step of this run had a finite gradient; {self.saved()}. Try a smaller --lr, "
+                           "or look at the data and the teacher.")
         if step % self.args.log_every and step not in (1, 2, 5, 10, self.args.steps): return
         nothing = loss.new_full((1 + len(parts),), math.nan)
         mean = torch.stack(self.losses).mean(0) / self.world if self.losses else nothing

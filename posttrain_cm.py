@@ -21,7 +21,7 @@ on a schedule. That is the baseline:
 The backbone runs in fp32 here, on every device: for large q the difference f(x_t) - f(x_r) is smaller than
 the rounding error of bf16. imagenet512 runs in TF32, as the authors' code does.
 """
-import copy, math
+import copy, math, os, shlex
 
 import torch
 
@@ -75,7 +75,7 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     # e = || f(x_t, t) - sg f(x_r, r) ||,   w(t, r) (sqrt(e^2 + c^2) - c),   sg: no gradient
     # vector_norm has gradient 0 where e = 0. The form below has no cancellation for small e.
     e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
-    return weight * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
+    return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
 
 def ect_loss(f, x0, eps, t, r, y, weight, c):
@@ -93,6 +93,7 @@ def ecd_loss(f, x_t, x_r, t, r, y, weight, c):
 def ode_step(D, x, t, r, y, solver="heun"):
     """One step of the PF-ODE from t to r, a time for each sample, "euler" or "heun" (2206.00364, algorithm
     1); into r = 0 Euler's. x (B,C,H,W), t, r (B,), y (B,) -> x_r (B,C,H,W), no graph"""
+    if solver not in ("euler", "heun"): raise ValueError(f"solver is {solver}, not euler or heun")
     t_, r_ = (s.reshape(-1, *[1] * (x.dim() - 1)) for s in (t, r))
     with torch.no_grad():
         # dx/dt = (x - D(x, t)) / t
@@ -107,6 +108,7 @@ def ode_step(D, x, t, r, y, solver="heun"):
 def ect_weight(t, r, kind, sigma_data=0.5):
     """Weights of ECT (2406.14548): "gap" 1/(t-r), "denoising" 1/c_out(t)^2, as in pre-training. t, r (B,)"""
     if kind == "gap": return 1 / (t - r)
+    if kind != "denoising": raise ValueError(f"kind is {kind}, not gap or denoising")
     return (t ** 2 + sigma_data ** 2) / (t * sigma_data) ** 2
 
 
@@ -122,10 +124,12 @@ def ect_r(t, q, doublings=0):
 def flags():
     """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
-    p.add_argument("--q", type=model.positive, help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
+    p.add_argument("--q", type=model.number(int, 1, 2 ** 16 + 1, "an integer in [1, 65536]"),
+                   help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
     p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
                    help="steps between two doublings; 0: the gap stays fixed")
-    p.add_argument("--c", type=model.not_negative, help="of pseudo-Huber; 0: the plain l2 norm")
+    p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
+                   help="of pseudo-Huber; 0: the plain l2 norm")
     p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or pre-training's")
     p.add_argument("--loss", choices=["ect", "ecd"], help="ect: x_r from data; ecd: from the teacher's ODE")
     p.add_argument("--solver", choices=["euler", "heun"], help="of ecd's step")
@@ -138,7 +142,7 @@ def flags():
         model.refuse_typed("--teacher", "--solver", "--guidance", "--guide",
                            because="--loss ect has no teacher")
     if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
-    args.init_command, args.teacher_command = (f"python {stage} --data {args.data}"
+    args.init_command, args.teacher_command = (f"python {stage} --data {shlex.quote(args.data)}"
                                      for stage in ("midtrain.py", "pretrain.py"))
     public = model.DATASETS.get(args.recipe_name, {}).get("public")
     if args.teacher in PUBLIC_TEACHERS:
@@ -149,7 +153,12 @@ def flags():
 
 def dry_run(args):
     header = model.expected_header(args.init, args, "Denoiser", **args.network)
-    reads, teacher, nfe = {args.path: model.prepare_command(args.name), args.init: args.init_command}, None, 0
+    reads, teacher, nfe = {}, None, 0
+    public = model.DATASETS.get(args.recipe_name, {}).get("public")
+    if not model.typed("--init") and not os.path.exists(args.init):                # what midtrain.py needs
+        reads[f"runs/{args.name}/pretrain.safetensors"] = (
+            model.import_command(public, args.data) if public else f"python pretrain.py --data {args.data}")
+    reads |= {args.path: model.prepare_command(args.name), args.init: args.init_command}
     if args.loss == "ecd":
         reads[args.teacher] = args.teacher_command
         if guide := solve.guide_file(args):

@@ -19,7 +19,7 @@ Two baselines: MeanFlow from the flow-matching weights, and from scratch.
 On a GPU the backbone runs in bf16, which is precise enough for the exact derivative (`make precision`). With
 --derivative difference it runs in fp32.
 """
-import copy, math
+import copy, math, shlex
 
 import torch
 import torch.nn.functional as F
@@ -149,13 +149,18 @@ def flags():
                    metavar="FILE", help="flow-matching model, for --velocity teacher")
     p.add_argument("--derivative", choices=["jvp", "difference"], default="jvp",
                    help="along the trajectory: exact, or by central differences")
-    p.add_argument("--c", type=model.not_negative, help="constant of the adaptive weight")
+    p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
+                   help="constant of the adaptive weight")
     p.add_argument("--omega", type=model.finite, help="guidance: weight of v")
     p.add_argument("--kappa", type=model.finite,
                    help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
     p.add_argument("--guide-times", type=model.fraction_or_1, nargs=2, metavar=("LOW", "HIGH"),
                    help="guidance only for t in between")
     args = p.parse_args()
+    if args.p == 0: model.refuse_typed("--c", because="p is 0, which means no adaptive weight")
+    if args.microbatch and args.microbatch % 4 or args.batch % 4:
+        raise model.UserError(f"of every four samples {args.jumps} have r < t: --batch and --microbatch have "
+                              "to be multiples of 4.")
     if args.velocity == "data": model.refuse_typed("--teacher", because="--velocity is data")
     if (args.omega, args.kappa) == (1, 0):
         model.refuse_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")
@@ -164,8 +169,9 @@ def flags():
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
-    args.init_command = f"python midtrain.py --target mf --data {args.data}"
-    args.teacher_command = f"python pretrain.py --objective flow --data {args.data}"
+    data = shlex.quote(args.data)
+    args.init_command = f"python midtrain.py --target mf --data {data}"
+    args.teacher_command = f"python pretrain.py --objective flow --data {data}"
     return args
 
 
@@ -213,6 +219,7 @@ def main():
     optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
     null = header["network"]["label_dim"]
+    if not null: model.refuse_typed("--omega", "--kappa", because="the model has no classes to guide by")
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)

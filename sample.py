@@ -13,7 +13,7 @@ in the last bits, so seeds are always sampled in blocks of 64 (block = seed // 6
 number of processes gives the same images. Images are written in parts of 1,024; the same command continues an
 interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
 """
-import argparse, contextlib, hashlib, itertools, json, time, zipfile
+import argparse, contextlib, hashlib, itertools, json, os, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,9 @@ def step_times(header, steps, mid_t=None):
 
 def open_vae(header, path, device):
     """The autoencoder that decodes a model's latents; None for models of images. Raises UserError."""
-    if "latents" not in header: return None
+    if "latents" not in header:
+        model.refuse_typed("--vae", because="the model makes images, not latents")
+        return None
     if not path:
         raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} "
                               "in diffusers' format.")
@@ -104,9 +106,14 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
     consistency, labels = header["stage"] not in solve.TEACHERS, str(labels)
     solver = None if consistency else solver or solve.default_solver(header)
+    if not isinstance(steps, int) or steps < 1:
+        raise model.UserError(f"{steps} steps: at least one step is needed.")
+    if solver: solve.check_solver(solver, header["stage"], header)
+    if mid_t and (steps == 1 or not consistency and solver != "jump"):
+        raise model.UserError("mid_t is for two or more steps of a consistency or Mean Flow model.")
     if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
-    if labels not in ("random", "balanced") and not (labels.isdigit() and int(labels) < max(1, K)):
+    if labels not in ("random", "balanced") and not (labels.isdecimal() and int(labels) < max(1, K)):
         raise model.UserError(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
     for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world]:
         y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
@@ -132,13 +139,20 @@ LABELS = {"pretrain": "teacher", "pretrain_flow": "teacher", "midtrain_cm": "aft
 PART = 1024                                                # images a part, a multiple of 64
 
 
+def is_whole_npz(path):
+    """Does this .npz exist, and can all of it be read?"""
+    try:
+        with np.load(path) as f: return all(f[k] is not None for k in f.files)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return False
+
+
 def draw_parts(draw, seeds, folder, key, rank, world):
     """Sample the seeds part by part; part k belongs to rank k % world. Parts that an interrupted run with the
     same key left in the folder are not sampled again. -> paths of all parts, in order"""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     bounds = [seeds.start, *range(seeds.start // PART * PART + PART, seeds.stop, PART), seeds.stop]
     parts = [(range(a, b), folder / f"{name}-{a}-{b}.npz") for a, b in itertools.pairwise(bounds)]
-    todo = [(part, path) for part, path in parts[rank::world] if not path.exists()]
+    todo = [(part, path) for part, path in parts[rank::world] if not is_whole_npz(path)]
     started, done = time.time(), 0
     for part, path in todo:
         images, labels = (np.concatenate(a) for a in zip(*draw(part)))
@@ -196,7 +210,7 @@ def collect(parts, seeds, out, rank, world):
 def path_of(text):
     """FILE or FILE:STEPS -> FILE"""
     path, colon, count = text.rpartition(":")
-    return path if colon and count.isdigit() else text
+    return path if colon and count.isdecimal() else text
 
 
 def open_model(text, args, device):
@@ -210,6 +224,7 @@ def open_model(text, args, device):
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
+    if steps == 1: model.refuse_typed("--mid-t", because=f"{text} is sampled in one step")
     if header["stage"] not in solve.TEACHERS:
         model.refuse_typed("--guidance", "--guide", "--solver",
                            because=f"{path} is a consistency model, and only its teacher has an ODE to solve")
@@ -224,8 +239,8 @@ def open_model(text, args, device):
 def seed_range(text):
     """A-B -> range(A, B + 1)"""
     first, _, last = text.partition("-")
-    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 63):
+        raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B < 2^63")
     return range(int(first), int(last) + 1)
 
 
@@ -278,6 +293,11 @@ def main():
     args = p.parse_args()
     if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.refuse_typed("--data", because="it says where --real finds its images")
+    if args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out)):
+        raise model.UserError(f"--out {args.out} is a folder; give a file name, such as "
+                              f"{args.out.rstrip('/')}/x.npz.")
+    if all(path_of(file) != file for file in args.files):
+        model.refuse_typed("--steps", because="each FILE:STEPS says its number of steps")
     one, seeds = len(args.files) == 1, args.seeds or range(args.n)
 
     rank, world, device, _ = model.setup(0, args.precision)
@@ -289,9 +309,11 @@ def main():
         draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device,
                                       solver=args.solver)
         if one:
+            if os.path.exists(f"{out}.npz") and "info.npy" in zipfile.ZipFile(f"{out}.npz").namelist():
+                raise model.UserError(f"{out}.npz holds prepared data; choose another --out.")
             folder = Path(f"{out}.parts")
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
-            key["sha256"] = model.sha256(path_of(text))
+            key["sha256"] = [model.sha256(file) for file in (path_of(text), solve.guide_file(args)) if file]
             parts = draw_parts(draw, seeds, folder, key, rank, world)
         if rank and not one: return
         images, labels = (collect(parts, seeds, Path(f"{out}.npz"), rank, world) if one else

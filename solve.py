@@ -11,7 +11,7 @@ midtrain.py imports the solvers and solves while it trains, because the trajecto
 length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
 trajectories, and for `midtrain.py --trajectories`.
 """
-import argparse, functools, math
+import argparse, functools, math, os
 from pathlib import Path
 
 import torch
@@ -28,17 +28,20 @@ import model
 
 def log_uniform_times(n, t_max=80.0, t_min=0.002):
     """t_i = t_max (t_min / t_max)^(i/n), i = 0..n: uniform in log-SNR, CMT's grid. -> (n+1,) float64"""
+    if n < 1: raise ValueError(f"{n} steps")
     return t_max * (t_min / t_max) ** (torch.arange(n + 1, dtype=torch.float64) / n)
 
 
 def karras_times(n, t_max=80.0, t_min=0.002, rho=7):
     """EDM's grid (2206.00364, eq. 5): uniform in t^(1/rho). -> (n+1,) float64"""
+    if n < 1: raise ValueError(f"{n} steps")
     i = torch.arange(n + 1, dtype=torch.float64) / n
     return (t_max ** (1 / rho) + i * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
 
 
 def uniform_times(n, t_max=1.0, t_min=0.0):
     """Flow time's grid. -> (n+1,) float64"""
+    if n < 1: raise ValueError(f"{n} steps")
     return t_max + (t_min - t_max) * torch.arange(n + 1, dtype=torch.float64) / n
 
 
@@ -156,7 +159,7 @@ def solver_times(header, nfe, solver):
     ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
     if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
     grid = karras_times if denoiser else uniform_times
-    if solver == "heun" and denoiser and nfe % 2:
+    if solver == "heun" and header["t_min"] > 0 and nfe % 2:
         above_0 = grid(nfe // 2, *ends) if nfe > 1 else torch.tensor([header["t_max"]]).double()
         return torch.cat([above_0, torch.zeros(1).double()])
     return grid(math.ceil(nfe / calls.get(solver, 1)), *ends)
@@ -206,7 +209,9 @@ def guide_teacher(teacher, header, args, path):
     """The teacher read from `path`, guided as the flags say -> a function of the teacher's arguments. Raises
     UserError if no guide is possible."""
     null = header["network"]["label_dim"]
-    if args.guidance == 1: return teacher
+    if args.guidance == 1:
+        model.refuse_typed("--guide", because="--guidance is 1")
+        return teacher
     if args.guide:
         if not Path(args.guide).exists():
             raise model.UserError(f"{args.guide} does not exist; `python tools/import_checkpoint.py FILE "
@@ -246,7 +251,7 @@ def main():
     p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE",
                    help="a denoiser or a flow-time model")
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
-                   help="result; its picture lies beside it")
+                   type=model.checkpoint, help="result; its picture lies beside it")
     p.add_argument("--solver", choices=SOLVERS,
                    help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow model "
                         "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
@@ -256,6 +261,8 @@ def main():
     guidance_flags(p)
     args = p.parse_args()
 
+    if os.path.realpath(args.out) == os.path.realpath(args.teacher):
+        raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
     device = model.setup(None)[2]
     command = f"python pretrain.py --data {args.data}"
     teacher, header = model.load_predecessor(args.teacher, command, TEACHERS, device=device)
@@ -267,6 +274,9 @@ def main():
     y = torch.randint(max(1, header["network"]["label_dim"]), (args.n,), device=device)
     with torch.no_grad():
         states, times = solve_teacher(teacher, header, x, y, args.nfe, solver)
+        if not states.isfinite().all():
+            raise model.Diverged("the trajectories are not finite; nothing is written. Try another teacher, "
+                                 "or a smaller --guidance.")
         print("times  " + "  ".join(f"{t:.4g}" for t in times.tolist()))
         model.save(args.out, {"states": states.transpose(0, 1), "times": times, "labels": y},
                    {"stage": "solve", "data": name, "solver": solver, "nfe": args.nfe,

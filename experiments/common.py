@@ -20,9 +20,10 @@ def command(script, *args):
     return lines
 
 
-def distances(files, n, ref="digits"):
-    """FD-pixels of each FILE:STEPS."""
-    lines = command("fid", *files, "--ref", ref, "--n", n, "--features", "pixels")
+def distances(files, n=None, ref="digits"):
+    """FD-pixels of each FILE:STEPS from n samples, or of each set of images."""
+    samples = ["--n", n] if n else []
+    lines = command("fid", *files, "--ref", ref, *samples, "--features", "pixels")
     return [json.loads(line)["fd"] for line in lines if line.startswith("{")]
 
 

@@ -19,7 +19,7 @@ def halves():
     with np.load("data/digits.npz") as f: images = np.random.default_rng(0).permutation(f["arr_0"])
     paths = [f"runs/digits/half{i}.npz" for i in (0, 1)]
     for path, half in zip(paths, np.array_split(images, 2)): np.savez(path, arr_0=half)
-    return distances(paths[:1], 2, ref=paths[1])[0]
+    return distances(paths[:1], ref=paths[1])[0]
 
 
 def train_cm(seed, file, intervals):

@@ -374,3 +374,130 @@ def test_the_wrong_kind_of_file_is_named(run, here, tmp_path):
     refused(run("sample", "runs/digits/trajectories.png"), "no .safetensors checkpoint")
     done = run("fid", "digits", "--ref", "digits", *pixels)
     assert done.code == 0 and "FD-pixels 0.0000" in done.out, done.err
+
+
+# --- what a second round found ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", [
+    ("pretrain", "--P-mean", 1000), ("midtrain", "--guidance", 1e38, "--nfe", 4), ("posttrain_cm", "--P-mean", -1000),
+    ("posttrain_mf", "--omega", 1e38)], ids=lambda c: " ".join(map(str, c)))
+def test_a_run_without_a_finite_step_is_not_finished(run, here, tmp_path, command):
+    done = run(*command, "--steps", 5, "--batch", 8, "--out", tmp_path / "a.safetensors")
+    assert done.code == 3 and "no step of this run" in done.err and "finished" not in done.out
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_trajectories_that_are_not_finite_are_not_written(run, here, tmp_path):
+    done = run("solve", "--n", 2, "--guidance", 1e38, "--out", tmp_path / "t.safetensors")
+    assert done.code == 3 and "not finite" in done.err and not list(tmp_path.iterdir())
+
+
+def test_a_resume_file_of_another_stage_is_refused(run, here, tmp_path):
+    out = tmp_path / "a.safetensors"
+    assert run("midtrain", "--nfe", 4, *SMALL, "--out", out).code == 0
+    refused(run("posttrain_cm", *SMALL, "--out", out), "belongs to midtrain_cm")
+    refused(run("posttrain_cm", *SMALL, "--out", tmp_path / "a.resume.safetensors"), "--out")
+    (tmp_path / "b.resume.safetensors").write_bytes(Path("runs/digits/trajectories.safetensors").read_bytes())
+    refused(run("pretrain", *SMALL, "--out", tmp_path / "b.safetensors"), "belongs to solve")
+
+
+def test_what_is_read_is_not_overwritten(run, here, tmp_path):
+    teacher = tmp_path / "teacher.safetensors"
+    teacher.write_bytes(before := Path("runs/digits/pretrain.safetensors").read_bytes())
+    refused(run("midtrain", *SMALL, "--teacher", teacher, "--out", teacher), "is read for")
+    refused(run("solve", "--n", 2, "--teacher", teacher, "--out", teacher), "is read for")
+    assert teacher.read_bytes() == before
+    refused(run("solve", "--n", 2, "--out", tmp_path / "tr.png"), ".safetensors")
+
+
+@pytest.mark.parametrize("command", [
+    ("sample", "runs/digits/posttrain_cm.safetensors:1", "--mid-t", 0.5),
+    ("sample", "runs/digits/posttrain_cm.safetensors:1", "--vae", "x"),
+    ("sample", "runs/digits/posttrain_cm.safetensors:2", "--steps", 4),
+    ("sample", "runs/digits/pretrain.safetensors", "--guide", "x"), ("solve", "--guide", "x"),
+    ("fid", "data/digits.npz", "--ref", "digits", "--features", "pixels", "--precision", "bf16"),
+    ("posttrain_mf", "--c", 0.5)], ids=lambda c: " ".join(map(str, c)))
+def test_more_flags_without_effect(run, here, command):
+    refused(run(*command), "no effect")
+
+
+def test_guidance_without_classes_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npz("a.npz", classes=0)
+    assert run("pretrain", "--objective", "flow", "--data", "a.npz", *SMALL).code == 0
+    init = "--init", "runs/a/pretrain_flow.safetensors"
+    refused(run("posttrain_mf", "--data", "a.npz", *init, *SMALL, "--omega", 3), "--omega", "no classes")
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3, 4, 5])
+def test_heun_on_a_flow_model_that_does_not_reach_zero(nfe):
+    header = model.fresh_header(model.DATASETS["digits"], "MeanVelocity") | {"t_min": 0.002}
+    calls = []
+    solve.solve_teacher(lambda z, r, t, y: calls.append(t) or z, header, torch.randn(2, 1, 8, 8), None, nfe, "heun")
+    assert len(calls) == nfe
+
+
+def test_more_library_edges(here):
+    net, header = model.load("runs/digits/pretrain.safetensors")
+    for steps, flags in (0, {}), (2.5, {}), (4, {"mid_t": [0.8]}), (4, {"solver": "jump"}):
+        with pytest.raises(model.UserError): next(sample.generate(net, header, range(2), steps, **flags))
+    x, t, one = torch.randn(4, 1, 8, 8), torch.ones(4), torch.ones(4, 1)
+    f = lambda x, t, y: 0.5 * x
+    assert posttrain_cm.consistency_loss(f, x, 0.9 * x, t, 0.9 * t, None, one, 0.1).shape == (4,)
+    with pytest.raises(ValueError): posttrain_cm.ode_step(f, x, t, 0.9 * t, None, "dpm3")
+    with pytest.raises(ValueError): posttrain_cm.ect_weight(t, 0.9 * t, "gapp")
+    with pytest.raises(ValueError): midtrain.pair_table(4, "flow")
+    with pytest.raises(ValueError): solve.log_uniform_times(0)
+    mu, cov = torch.randn(8), torch.eye(8)
+    assert fid.frechet_distance(mu[:, None], cov, mu, cov) == 0
+    for wrong in (mu[:1], cov), (torch.randn(100, 8), cov), (mu, cov[0]):
+        with pytest.raises(ValueError): fid.frechet_distance(*wrong, mu, cov)
+
+
+def test_a_damaged_part_and_another_guide_are_sampled_again(run, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "PART", 64)
+    draw_parts, guide = sample.draw_parts, tmp_path / "guide.safetensors"
+    def dies(*args):
+        parts = draw_parts(*args)
+        if broken: raise model.UserError("the power went out")
+        return parts
+    monkeypatch.setattr(sample, "draw_parts", dies)
+    command = "sample", "runs/digits/pretrain.safetensors:2", "--guidance", 3, "--guide", guide, "--n", 70
+    images = []
+    for source in "pretrain", "midtrain_cm":
+        weights, header = model.read(f"runs/digits/{source}.safetensors")
+        weights = {k: v + 0.02 * (source == "midtrain_cm") for k, v in weights.items()}
+        model.save(guide, weights, header)
+        broken = True
+        assert run(*command, "--out", tmp_path / "a.npz").code == 2
+        next((tmp_path / "a.parts").glob("*-0-64.npz")).write_bytes(b"PK cut")
+        broken = False
+        done = run(*command, "--out", tmp_path / "a.npz")
+        assert done.code == 0, done.err
+        images.append(np.load(tmp_path / "a.npz")["arr_0"])
+    assert not np.array_equal(images[0][:64], images[1][:64])
+
+
+@pytest.mark.parametrize("command, words", [
+    (("midtrain", *FILE[:1], "nope.safetensors"), "nope.safetensors: python solve.py"),
+    (("midtrain", "--guidance", 2, "--guide", "nope.safetensors"), "nope.safetensors"),
+    (("posttrain_cm", "--data", "cifar10"), "edm-cifar10-32x32-uncond-vp.pkl")])
+def test_a_dry_run_lists_every_missing_file(run, here, command, words):
+    done = run(*command, "--dry-run")
+    assert done.code == 0 and words in done.out, (done.out, done.err)
+
+
+@pytest.mark.parametrize("command", [
+    ("posttrain_mf", "--batch", 6), ("pretrain", "--keep"), ("midtrain", "--distance", "lpips"),
+    ("midtrain", "--solver", "jump"), ("midtrain", "--init", "runs/digits/trajectories.safetensors"),
+    ("posttrain_mf", "--init", "runs/digits/pretrain.safetensors")], ids=lambda c: " ".join(map(str, c)))
+def test_a_dry_run_refuses_what_the_run_refuses(run, here, command):
+    for flags in (), ("--dry-run",):
+        done = run(*command, *flags)
+        assert done.code == 2 and "Traceback" not in done.err, (flags, done.err)
+
+
+def test_a_dry_run_counts_no_more_samples_than_there_are(run, here):
+    memory = [line for flags in ((), ("--microbatch", 4096))
+              for line in run("pretrain", "--data", "cifar10", "--dry-run", *flags).out.splitlines() if "GiB" in line]
+    assert len(memory) == 2 and memory[0] == memory[1]

@@ -1,6 +1,6 @@
 # make demo         the consistency branch on the embedded digits: a table and a picture (8 minutes on two CPU cores)
 # make demo-mf      the Mean Flow branch (18 minutes)
-# make test         the fast tests (4 minutes)
+# make test         the fast tests (6 minutes)
 # make test-slow    killed runs, damaged files, compiled networks on two ranks, planted errors (15 minutes)
 # make gpu          on a GPU: tests, compile, one step of every recipe, bench, the digits demo (9 minutes)
 # make NAME         another experiment: bench (10 minutes), precision (1 hour), compare (1 hour), compare-mf

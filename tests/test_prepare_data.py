@@ -582,3 +582,35 @@ def test_a_folder_that_a_zip_does_not_have(prepare):
     with zipfile.ZipFile("a.zip", "w") as z:
         for file in Path("photos").rglob("*.png"): z.write(file)
     refused(prepare("a.zip/cat"), "no folder cat/", "photos")
+
+
+def test_what_a_second_round_of_inputs_broke(prepare):
+    class_tree()
+    os.mkfifo("photos/cat/pipe.png")                       # would block for ever
+    assert prepare("photos").code == 0
+    np.savez("a.npz", x=PIXELS, y=np.array(["", "a"] * 6))
+    assert prepare("a.npz", "--overwrite").class_names.tolist() == ["", "a"]
+
+
+@pytest.mark.parametrize("arrays, flags, words", [
+    (dict(x=PIXELS, y=np.arange(12) % 4, class_names=["a", "b"]), [], ["label 3 has no name"]),
+    (dict(x=RNG.random((12, 16, 16, 4))), ["--pixel-range", 0, 1], ["uint8 (N,H,W,C)"]),
+    (dict(x=np.full((4, 4, 8, 8), np.nan, "f")), ["--pixel-range", 0, 1], ["not finite", "--skip-bad"]),
+    (dict(x=np.full((4, 4, 8, 8), np.nan, "f")), ["--pixel-range", 0, 1, "--skip-bad"], ["nothing can be decoded"]),
+    (dict(x=np.zeros((4, 4, 8, 8), "f")), ["--pixel-range", 0, 1], ["constant"])])
+def test_arrays_of_the_second_round(prepare, arrays, flags, words):
+    np.savez("a.npz", **arrays)
+    refused(prepare("a.npz", *flags), *words)
+
+
+def test_zips_of_the_second_round(prepare):
+    import warnings
+    with zipfile.ZipFile("twice.zip", "w") as z, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("a/0.png", "a/1.png", "a/0.png"): z.writestr(name, png(PIXELS[0]))
+    refused(prepare("twice.zip"), "twice", "Unpack")
+    with zipfile.ZipFile("locked.zip", "w") as z: z.writestr("0.png", png(PIXELS[0]))
+    data = bytearray(Path("locked.zip").read_bytes())
+    for sign, offset in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8): data[data.index(sign) + offset] |= 1
+    Path("locked.zip").write_bytes(data)
+    refused(prepare("locked.zip"), "encrypted", "Unpack the zip")

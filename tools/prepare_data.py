@@ -67,6 +67,7 @@ def list_folder(folder, prefix="", above=()):
     if real in above: return
     for entry in os.scandir(folder):
         is_folder = os.path.isdir(entry.path)
+        if os.path.exists(entry.path) and not is_folder and not os.path.isfile(entry.path): continue  # a pipe
         yield prefix + entry.name + "/" * is_folder
         if is_folder: yield from list_folder(entry.path, f"{prefix}{entry.name}/", (*above, real))
 
@@ -277,6 +278,8 @@ def open_source(path, classes="auto", images=None, labels=None):
             members = {name.replace("\\", "/"): name for name in z.namelist()}
             files = {name.removeprefix(start): lambda member=member: io.BytesIO(z.read(member))
                      for name, member in members.items() if name.startswith(start) and name != start}
+            if len(members) < len(z.namelist()):
+                raise UserError("some names stand twice in the zip. Unpack it, and give the folder.")
             if start and not files:
                 found = sorted({name.split("/")[0] for name in members})[:4]
                 raise UserError(f"there is no folder {start} in the zip, which has {', '.join(found)}.")
@@ -312,7 +315,9 @@ def in_order(source, convert, workers=1, skip_bad=False):
     sample that fails raises UserError, or is printed and left out. Print the rate every five seconds."""
     def attempt(i):
         try: return convert(source.read(i))
-        except NotImplementedError as e:   # Deflate64, for example
+        except (NotImplementedError, RuntimeError) as e:               # Deflate64, encrypted
+            if isinstance(e, RuntimeError) and "encrypted" not in str(e): return UserError(
+                f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
             raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
         except Exception as e:             # image libraries raise anything
             return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
@@ -332,7 +337,9 @@ def in_order(source, convert, workers=1, skip_bad=False):
 
 def without_bad(source, workers):
     """Decode all samples once -> the Source of those that can be decoded"""
-    decode = np.isfinite if source.latents else lambda image: to_pixels(image, None, 3) is None
+    def decode(sample):
+        if not source.latents: to_pixels(sample, None, 3)
+        elif not np.isfinite(sample).all(): raise ValueError("not finite")
     good = [i for i, _ in in_order(source, decode, workers, skip_bad=True)]
     if not good: raise UserError(f"{source.path}: nothing can be decoded. Give another SOURCE.")
     labels = None if source.labels is None else [source.labels[i] for i in good]
@@ -405,6 +412,9 @@ def index_labels(source):
     if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
     fits = values.ndim == 1 and values.dtype.kind in ("iu" if len(names) else "buiU")
     unique, y = np.unique(values, return_inverse=True) if fits else (source.labels, None)
+    if fits and len(names) and unique[-1] >= len(names):
+        raise UserError(f"{source.path}: label {unique[-1]} has no name, there are {len(names)} class_names. "
+                        "Correct class_names, or pass --classes none.")
     if not fits or len(names) and not 0 <= unique[0] <= unique[-1] < len(names):
         raise UserError(f"{source.path}: labels such as {unique[0]} are not classes. Choose with --labels "
                         "KEY, or pass --classes none.")
@@ -450,7 +460,8 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
         if encode: x = encode(x)
         with np.errstate(over="ignore"): stored = x.astype(dtype)
         if not np.isfinite(stored).all():
-            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. Pass --fp32.")
+            advice = "Pass --fp32." if np.isfinite(x).all() else "Remove them, or pass --skip-bad."
+            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. {advice}")
         totals["largest"] = max(totals["largest"], x.max())
         if C:
             totals["rounding"] = max(totals["rounding"], np.abs(stored - x).max())
@@ -514,7 +525,7 @@ def contact_sheet(path, x, y, class_names, decode=None):
         lines = []
         for k in spread(len(class_names), height):
             name, members = class_names[k], np.flatnonzero(y == k)
-            if max(name) > "\xff": name = f"class {k}"     # the font has Latin letters only
+            if not name or max(name) > "\xff": name = f"class {k}"     # the font has Latin letters only
             if len(name) > 40: name = name[:37] + "..."
             lines.append((name, members[spread(len(members), width)]))
     font = ImageFont.load_default(14)
@@ -618,7 +629,7 @@ def latent_shape(source):
                         "Store images as PNG, or all in one .npz.")
     if z.ndim != 3 or z.dtype.kind != "f" or z.shape[1] != z.shape[2]:
         raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W), "
-                        "H = W.")
+                        "H = W, or images as uint8 (N,H,W,C).")
     half = len(z) // 2
     moments = len(z) == 2 * half and (z[half:] > 0).all()              # standard deviations are positive
     return z.shape, half if moments else len(z)
@@ -686,7 +697,9 @@ def main():
                             "them to 0..255.")
         if C:
             mean = totals["sum"] / totals["count"]
-            scale = 0.5 / np.sqrt(totals["squares"] / totals["count"] - mean ** 2)
+            variance = totals["squares"] / totals["count"] - mean ** 2
+            if variance.min() <= 0: raise UserError(f"{args.source}: a channel of the latents is constant.")
+            scale = 0.5 / np.sqrt(variance)
             measured = {"mean": mean.tolist(), "scale": scale.tolist(), "pixel_range": pixel_range}
             info["latents"] = {"vae": args.vae} | (config["latents"] if config else measured)
             print(f"largest rounding error of a latent: {totals['rounding']:.2g}")

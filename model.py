@@ -1022,8 +1022,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     if recipe_name not in recipes:
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
     recipe = {"beta1": 0.9} | recipes[recipe_name]
-    small = recipe_name in ("digits", "custom")
-    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and not small
+    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and recipe_name not in ("digits", "custom")
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH.npz",
                    help=f"{', '.join(DATASETS)} or another prepared data/NAME.npz")
@@ -1063,8 +1062,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
                    help="print recipe, memory, compute and what is missing, and stop")
     p.add_argument("--world", type=positive, metavar="GPUS",
                    help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
-    if typed("--keep") and not typed("--save-every"):
-        raise UserError("--keep leaves a file at every save; say how often, with --save-every STEPS.")
+    if typed("--keep") and not typed("--save-every"): raise UserError("--keep needs --save-every STEPS.")
     if "--dry-run" not in sys.argv: refuse_typed("--world", because="it belongs to --dry-run")
     p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
     return p

@@ -48,6 +48,8 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
         values, vectors = torch.linalg.eigh(cov_a)
         root = vectors * values.clamp(min=0).sqrt()
     cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
+    if min(cov_a.diagonal().min(), cov_b.diagonal().min()) < 0:
+        raise ValueError("a covariance has a negative diagonal")
     distance = (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.clamp(min=0)                           # rounding error of equal Gaussians
 
@@ -327,6 +329,10 @@ def main():
     if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")):
         raise model.UserError("--save-stats X.npz takes the statistics of one FILE, and ends in .npz.")
     if args.features == "pixels": model.refuse_typed("--inception", because="--features is pixels")
+    args.files = [f"data/{file}.npz" if not is_images(file) and not os.path.exists(sample.path_of(file))
+                  and os.path.exists(f"data/{file}.npz") else file for file in args.files]       # a NAME
+    if args.save_stats and args.ref and os.path.realpath(args.save_stats) == os.path.realpath(args.ref):
+        raise model.UserError(f"--save-stats {args.save_stats} is the file that is read for --ref.")
     if all(is_images(file) for file in args.files):
         if args.features == "pixels": model.refuse_typed("--precision", because="pixels need no network")
         model.refuse_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
@@ -344,8 +350,6 @@ def main():
 def evaluate(file, args, features, rank, world, device):
     """Prints a line on FILE[:STEPS], and one of JSON."""
     header = None
-    if not is_images(file) and not os.path.isfile(sample.path_of(file)):          # a NAME
-        if os.path.isfile(f"data/{file}.npz"): file = f"data/{file}.npz"
     if is_images(file):
         if file.endswith(".npz") and os.path.isfile(file) and read_statistics(file):
             raise model.UserError(f"{file} holds statistics, not images; give it as --ref.")

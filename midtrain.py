@@ -253,14 +253,16 @@ def flags():
 
 def dry_run(args, kind):
     header = model.expected_header(args.init, args, kind, **args.network)
-    teacher = model.expected_header(args.teacher, args, kind, **args.recipe.get("teacher_network", {}))
+    kinds = ("Denoiser", "MeanVelocity") if args.target == "mf" else (kind,)
+    teacher = model.expected_header(args.teacher, args, kind, kinds, **args.recipe.get("teacher_network", {}))
     solver = args.solver or (teacher and solve.default_solver(teacher))
     N = len(solve.solver_times(teacher, args.nfe, solver)) - 1 if teacher else args.nfe
     trajectories = args.batch / (N if args.pairing == "cmt" else 1)                # of one step
     nfe = args.nfe * (1 if args.guidance == 1 else 2)
     if teacher: solve.check_solver(solver, args.teacher, teacher)
     reads = {args.init: args.init_command, args.teacher: args.teacher_command}
-    if args.trajectories: reads[args.trajectories] = f"python solve.py --teacher {args.teacher}"
+    if args.trajectories:
+        reads[args.trajectories] = f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
     if guide := solve.guide_file(args): reads[guide] = "a smaller or less trained model"
     model.dry_run(args, "pairs", header, 0, reads, teacher, nfe * trajectories / args.batch, [
                   f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"],
@@ -386,10 +388,7 @@ def main():
     header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,
                                  init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
-    if target == "cm":
-        header["mid_t"] = args.mid_t
-        if args.mid_t >= header["t_max"]:
-            raise model.UserError(f"--mid-t {args.mid_t:g} is not below t_max = {header['t_max']:g}.")
+    if target == "cm": header["mid_t"] = model.check_mid_t(args.mid_t, header)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)

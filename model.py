@@ -1319,12 +1319,18 @@ def check_same_data(path, header, args, flag):
     if int(os.environ.get("RANK", 0)) == 0: print(f"warning: {text}.", flush=True)
 
 
-def expected_header(init, args, kind, **network):
+def check_mid_t(mid_t, header):
+    """-> mid_t, which has to lie between the model's t_min and t_max. Raises UserError"""
+    if header["t_min"] < mid_t < header["t_max"]: return mid_t
+    raise UserError(f"--mid-t {mid_t:g} is not between {header['t_min']:g} and {header['t_max']:g}.")
+
+
+def expected_header(init, args, kind, kinds=(), **network):
     """The header that a run would start from, of `init` or of a new network; None where nothing at hand says
     what that would be."""
     if init and os.path.isfile(init):
         header = read(init, tensors=False)[1]
-        if header.get("kind") != kind:
+        if header.get("kind") not in (kinds or (kind,)):
             raise UserError(f"{init} holds {header.get('kind', 'no network')}, and a {kind} is needed.")
         return header | {"network": header["network"] | network}
     if args.recipe_name == "custom" and not os.path.exists(args.path): return None
@@ -1463,6 +1469,17 @@ def save_run(args, step, net, ema, opt, header):
               "is interrupted then continues from the save before.", flush=True)
 
 
+def check_replaceable(out, stage):
+    """Raise UserError if `out` exists and is not an earlier result of this stage: an imported teacher,
+    say."""
+    if not os.path.exists(out): return
+    try: old = read(out, tensors=False)[1]
+    except UserError: old = {}
+    if old.get("stage") != stage or "imported from" in old:
+        what = "an imported checkpoint" if "imported from" in old else f"from {old.get('stage', 'elsewhere')}"
+        raise UserError(f"{out} exists, and is {what}; choose another --out, or move it away.")
+
+
 def resume_run(out, net, ema, opt, header):
     """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
     path, rank = resume_file(out), int(os.environ.get("RANK", 0))
@@ -1472,6 +1489,7 @@ def resume_run(out, net, ema, opt, header):
         if len(set(seen)) > 1:
             raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
     if not os.path.exists(path):
+        check_replaceable(out, header["stage"])
         if rank == 0:
             print(f"starting {out}: {header['network']['class']}, "
                   f"{sum(p.numel() for p in net.parameters()):,} parameters", flush=True)

@@ -124,7 +124,7 @@ def ect_r(t, q, doublings=0):
 def flags():
     """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
-    p.add_argument("--q", type=model.number(int, 1, 2 ** 16 + 1, "an integer in [1, 65536]"),
+    p.add_argument("--q", type=model.number(int, 2, 2 ** 16 + 1, "an integer in [2, 65536]"),
                    help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
     p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
                    help="steps between two doublings; 0: the gap stays fixed")
@@ -157,7 +157,8 @@ def dry_run(args):
     public = model.DATASETS.get(args.recipe_name, {}).get("public")
     if not model.typed("--init") and not os.path.exists(args.init):                # what midtrain.py needs
         reads[f"runs/{args.name}/pretrain.safetensors"] = (
-            model.import_command(public, args.data) if public else f"python pretrain.py --data {args.data}")
+            model.import_command(public, args.data) if public else
+            f"python pretrain.py --data {shlex.quote(args.data)}")
     reads |= {args.path: model.prepare_command(args.name), args.init: args.init_command}
     if args.loss == "ecd":
         reads[args.teacher] = args.teacher_command
@@ -194,7 +195,7 @@ def main():
         teacher = load_teacher(args, dataset, device)
         files |= dict(teacher=args.teacher, guide=solve.guide_file(args))
     header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
-    header["mid_t"] = args.mid_t
+    header["mid_t"] = model.check_mid_t(args.mid_t, header)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train().backbone_dtype = model.DTYPES[args.precision]
     ddp = model.compiled(model.parallel(net, world), args.compile)

@@ -159,8 +159,8 @@ def flags():
     args = p.parse_args()
     if args.p == 0: model.refuse_typed("--c", because="p is 0, which means no adaptive weight")
     if args.microbatch and args.microbatch % 4 or args.batch % 4:
-        raise model.UserError(f"--batch {args.batch}, --microbatch {args.microbatch}: of every four samples "
-                              f"{args.jumps} have r < t, so each has to be a multiple of 4.")
+        raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so it "
+                              "has to be a multiple of 4, and --microbatch too.")
     if args.velocity == "data": model.refuse_typed("--teacher", because="--velocity is data")
     if (args.omega, args.kappa) == (1, 0):
         model.refuse_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")

@@ -105,6 +105,8 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
     consistency, labels = header["stage"] not in solve.TEACHERS, str(labels)
+    if consistency and solver:
+        raise model.UserError("a consistency model has no ODE to solve; leave out solver.")
     solver = None if consistency else solver or solve.default_solver(header)
     if not isinstance(steps, int) or steps < 1:
         raise model.UserError(f"{steps} steps: at least one step is needed.")
@@ -113,6 +115,8 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         raise model.UserError("mid_t is for two or more steps of a consistency or Mean Flow model.")
     if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
+    if labels != "random" and not K:
+        raise model.UserError(f"--labels {labels} has no effect: the model has no classes. Leave it out.")
     if labels not in ("random", "balanced") and not (labels.isdecimal() and int(labels) < max(1, K)):
         raise model.UserError(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
     for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world]:
@@ -144,6 +148,15 @@ def is_whole_npz(path):
     try:
         with np.load(path) as f: return all(f[k] is not None for k in f.files)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile): return False
+
+
+def check_replaceable(path):
+    """Raise UserError if `path` exists and was not written by this script: samples have arr_0 and arr_1 only,
+    and data/ is for prepared data."""
+    if not os.path.exists(path) or os.path.isfile(path) and os.path.getsize(path) == 0: return
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    if set(names) != {"arr_0.npy", "arr_1.npy"} or Path(path).absolute().parent.name == "data":
+        raise model.UserError(f"{path} exists, and holds no samples; choose another --out.")
 
 
 def draw_parts(draw, seeds, folder, key, rank, world):
@@ -309,8 +322,7 @@ def main():
         draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device,
                                       solver=args.solver)
         if one:
-            if os.path.exists(f"{out}.npz") and "info.npy" in zipfile.ZipFile(f"{out}.npz").namelist():
-                raise model.UserError(f"{out}.npz holds prepared data; choose another --out.")
+            check_replaceable(f"{out}.npz")
             folder = Path(f"{out}.parts")
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
             key["sha256"] = [model.sha256(file) for file in (path_of(text), solve.guide_file(args)) if file]

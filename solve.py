@@ -11,7 +11,7 @@ midtrain.py imports the solvers and solves while it trains, because the trajecto
 length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
 trajectories, and for `midtrain.py --trajectories`.
 """
-import argparse, functools, math, os
+import argparse, functools, math, os, shlex
 from pathlib import Path
 
 import torch
@@ -218,6 +218,9 @@ def guide_teacher(teacher, header, args, path):
                                 f"--out {args.guide}` makes it of a smaller or less trained public model.")
         guide, other = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, other, path, model.image_shape(header), null)
+        if other["stage"] not in TEACHERS:
+            raise model.UserError(f"{args.guide} is a consistency model, which cannot guide; give a smaller "
+                                  "or less trained teacher.")
         if other["kind"] != header["kind"]:
             raise model.UserError(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have "
                                   "to be of one kind.")
@@ -263,8 +266,9 @@ def main():
 
     if os.path.realpath(args.out) == os.path.realpath(args.teacher):
         raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
+    model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
-    command = f"python pretrain.py --data {args.data}"
+    command = f"python pretrain.py --data {shlex.quote(args.data)}"
     teacher, header = model.load_predecessor(args.teacher, command, TEACHERS, device=device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)

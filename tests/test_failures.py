@@ -501,3 +501,43 @@ def test_a_dry_run_counts_no_more_samples_than_there_are(run, here):
     memory = [line for flags in ((), ("--microbatch", 4096))
               for line in run("pretrain", "--data", "cifar10", "--dry-run", *flags).out.splitlines() if "GiB" in line]
     assert len(memory) == 2 and memory[0] == memory[1]
+
+
+def test_other_files_are_not_replaced(run, here, tmp_path):
+    """Only an earlier result of the same script is: not data, statistics, imported or other checkpoints."""
+    model_file, digits = "runs/digits/midtrain_cm.safetensors", Path("data/digits.npz").read_bytes()
+    refused(run("sample", model_file, "--n", 2, "--out", "data/digits.npz"), "holds no samples")
+    assert Path("data/digits.npz").read_bytes() == digits
+    np.savez(tmp_path / "stats.npz", mu=MU, sigma=SIGMA)
+    (tmp_path / "text.npz").write_text("not a zip")
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "folder.npz").mkdir()
+    for name in "stats", "text", "folder":
+        refused(run("sample", model_file, "--n", 2, "--out", tmp_path / name), "holds no samples")
+    for _ in range(2): assert run("sample", model_file, "--n", 2, "--out", tmp_path / "empty.npz").code == 0
+    tensors, header = model.read("runs/digits/pretrain.safetensors")
+    for stage, extra in ("pretrain", {"imported from": "x.pkl"}), ("posttrain_cm", {}), ("solve", {}):
+        out = tmp_path / f"{stage}.safetensors"
+        model.save(out, tensors, header | {"stage": stage} | extra)
+        refused(run("pretrain", *SMALL, "--out", out), "exists, and is")
+    refused(run("solve", "--n", 1, "--out", tmp_path / "pretrain.safetensors"), "exists, and is")
+    refused(run("fid", "data/digits.npz", "--features", "pixels", "--ref", tmp_path / "stats.npz",
+                "--save-stats", tmp_path / "stats.npz"), "is read for --ref")
+
+
+@pytest.mark.parametrize("command, words", [
+    (("posttrain_cm", "--mid-t", 1000), "between"), (("midtrain", "--mid-t", 0.0001), "between"),
+    (("midtrain", "--guidance", 2, "--guide", "runs/digits/midtrain_cm.safetensors"), "cannot guide"),
+    (("fid", "digits", "--ref", "digits", "--features", "pixels", "--n", 5), "no effect"),
+    (("posttrain_cm", "--q", 1), "65536"), (("solve", "--data", "my data"), "--data 'my data'")],
+    ids=lambda c: " ".join(map(str, c)) if isinstance(c, tuple) else c)
+def test_more_refusals(run, here, tmp_path, command, words):
+    out = () if command[0] in ("fid", "solve") else ("--out", tmp_path / "a.safetensors")
+    done = run(*command, *out)
+    assert done.code == 2 and words in done.err and "Traceback" not in done.err, done.err
+
+
+def test_the_documented_dry_run_of_a_denoiser_as_mean_flow_teacher(run, here):
+    teacher = "--teacher", "runs/digits/pretrain.safetensors"
+    done = run("midtrain", "--target", "mf", *teacher, "--init", "none", "--dry-run")
+    assert done.code == 0 and "GiB" in done.out, done.err

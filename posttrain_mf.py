@@ -199,9 +199,9 @@ def main():
     if args.dry_run: return dry_run(args)
     # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
-    if local_batch % 4 or (args.microbatch or 4) % 4:
-        raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so the "
-                              f"local_batch has to be a multiple of {4 * world}, and --microbatch of 4.")
+    if local_batch % 4:
+        raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so with "
+                              f"{world} processes it has to be a multiple of {4 * world}.")
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)

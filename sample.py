@@ -6,7 +6,7 @@
   run     python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
-  cost    STEPS network calls per image
+  cost    STEPS NFE per image
 
 Image k, its label and its noise are a function of seed k alone. Convolutions on batches of other sizes differ
 in the last bits, so seeds are always sampled in blocks of 64 (block = seed // 64) and cut afterwards. Any

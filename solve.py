@@ -153,7 +153,7 @@ def default_solver(header):
 
 
 def solver_times(header, nfe, solver):
-    """The grid of `solver` for `nfe` network calls. Heun's steps take two calls, but one into t = 0: an odd
+    """The grid of `solver` for `nfe` function evaluations. Heun's steps take two, but one into t = 0: an odd
     nfe ends there, for a denoiser with EDM's own sampler (2206.00364, algorithm 1). A flow-matching model's
     grid always ends at 0, so that an even nfe makes one call less. -> (N+1,) float64"""
     ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
@@ -166,8 +166,9 @@ def solver_times(header, nfe, solver):
 
 
 def solve_teacher(teacher, header, x, y, nfe, solver):
-    """The PF-ODE of a model with `nfe` network calls in all, each solver on its own grid. teacher, header as
-    from model.load, x (B,C,H,W) at t_max, y (B,). -> states (N+1,B,C,H,W), times (N+1,) float64"""
+    """The PF-ODE of a model with `nfe` function evaluations in total, each solver on its own grid.
+    teacher, header as from model.load, x (B,C,H,W) at t_max, y (B,).
+    -> states (N+1,B,C,H,W), times (N+1,) float64"""
     takes, function = SOLVERS[solver]
     if header["kind"] == "Denoiser":
         model_as = {"denoise":  lambda x, t: teacher(x, t, y),

@@ -72,10 +72,10 @@ def update(net, ema, opt, lr, decay):
 
 
 def networks(name, device):
-    row = model.DATASETS[name]
-    f = model.build(model.fresh_header(row)).to(device).eval()
-    u = model.build(model.fresh_header(row, "MeanVelocity", interval=True)).to(device).eval()
-    return row, f, u
+    dataset = model.DATASETS[name]
+    f = model.build(model.fresh_header(dataset)).to(device).eval()
+    u = model.build(model.fresh_header(dataset, "MeanVelocity", interval=True)).to(device).eval()
+    return dataset, f, u
 
 
 def untrained(path, stage):
@@ -89,8 +89,8 @@ def untrained(path, stage):
 
 def losses(name, batch, device):
     """{base method: {method: a function that gives its loss}} on a data set's network."""
-    row, f, u = networks(name, device)
-    x, eps = torch.randn(2, batch, *row["shape"], device=device)
+    dataset, f, u = networks(name, device)
+    x, eps = torch.randn(2, batch, *dataset["shape"], device=device)
     t = 0.1 + 0.8 * torch.rand(batch, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
 
@@ -132,8 +132,8 @@ def steps(name, batch, device, turns):
 
 def compiling(name, batch, device, turns):
     """A denoising step with --compile over one without, and what the first one waits for."""
-    row, f, _ = networks(name, device)
-    x, eps, t = *torch.randn(2, batch, *row["shape"], device=device), torch.ones(batch, device=device)
+    dataset, f, _ = networks(name, device)
+    x, eps, t = *torch.randn(2, batch, *dataset["shape"], device=device), torch.ones(batch, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
     loss = lambda net: pretrain.edm_loss(net, x, eps, t, y).mean()
     fast = model.compiled(f, True)
@@ -152,8 +152,8 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
     """A pool's worth of pairs as midtrain.py goes through it, and the same pairs as the released recipe does:
     fp32, eager, the trajectories of each batch solved on their own (8 for 128 pairs), parameters averaged one
     by one."""
-    row, teacher, _ = networks(name, device)
-    header = model.fresh_header(row)
+    dataset, teacher, _ = networks(name, device)
+    header = model.fresh_header(dataset)
     args = SimpleNamespace(nfe=16, solver="dpm3", target="cm")
     size = midtrain.pool_size(batch, 16)
     count = size * 16 // batch                                                     # batches of a pool
@@ -186,7 +186,7 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
             with torch.no_grad():
                 for a, b in zip(ema2.parameters(), net2.parameters()): a.lerp_(b, 0.001)
 
-    x = 80 * torch.randn(16, *row["shape"], device=device)
+    x = 80 * torch.randn(16, *dataset["shape"], device=device)
     y = torch.zeros(16, dtype=torch.int64, device=device)
     with torch.no_grad():
         whole = solve.solve_teacher(t, header, x, y, 16, "dpm3")[0]
@@ -202,14 +202,15 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
 
 def solving(name, batch, device, turns):
     """An N-step solve over N bare network calls."""
-    row, f, _ = networks(name, device)
-    x, t = 80 * torch.randn(batch, *row["shape"], device=device), torch.ones(batch, device=device)
+    dataset, f, _ = networks(name, device)
+    x, t = 80 * torch.randn(batch, *dataset["shape"], device=device), torch.ones(batch, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
     solvers = {"16 bare calls": lambda: [f(x, t, y) for _ in range(16)]} | {
-        s: lambda s=s: solve.solve_teacher(f, model.fresh_header(row), x, y, 16, s)
-        for s in solve.solvers_of(model.fresh_header(row))}
+        s: lambda s=s: solve.solve_teacher(f, model.fresh_header(dataset), x, y, 16, s)
+        for s in solve.solvers_of(model.fresh_header(dataset))}
     with torch.no_grad(): times = alternating(solvers, device, turns)
-    found = [f"{s} {ratio(times, s, '16 bare calls'):.3f}" for s in solve.solvers_of(model.fresh_header(row))]
+    found = [f"{s} {ratio(times, s, '16 bare calls'):.3f}"
+             for s in solve.solvers_of(model.fresh_header(dataset))]
     print(f"{name}, batch {batch}, a solve of 16 calls over 16 bare calls: {', '.join(found)}", flush=True)
 
 
@@ -345,13 +346,13 @@ def flops(device):
     sit_b4 = dict(patch_size=4, hidden_size=768, depth=12, num_heads=12)
     for name, batch, network in [("cifar10", 128, {}), ("cifar10", 512, {}), ("imagenet64", 128, {}),
                                  ("imagenet256", 256, sit_b4), ("imagenet256", 64, {})]:
-        row = model.DATASETS[name]
+        dataset = model.DATASETS[name]
         kind = "MeanVelocity" if name == "imagenet256" else "Denoiser"
-        header = model.fresh_header(row, kind, **network)
+        header = model.fresh_header(dataset, kind, **network)
         teacher, net = (model.build(header).to(device).requires_grad_(grad) for grad in (False, True))
         teacher.backbone_dtype = net.backbone_dtype = torch.bfloat16
         fast, slow = model.compiled(teacher.eval(), True), model.compiled(net.train(), True)
-        x, t = torch.randn(batch, *row["shape"], device=device), torch.full((batch,), 0.5, device=device)
+        x, t = torch.randn(batch, *dataset["shape"], device=device), torch.full((batch,), 0.5, device=device)
         y = torch.zeros(batch, dtype=torch.int64, device=device)
         times = (t,) if kind == "Denoiser" else (t, t)
         def step():

@@ -688,8 +688,8 @@ class Data:
             info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
             if not isinstance(info, dict): raise ValueError(f"info is {info!r}")
             labels = npz_array(path, "arr_1") if "arr_1.npy" in members else None
-        except (OSError, KeyError, ValueError, EOFError, MemoryError, struct.error, zlib.error,
-                zipfile.BadZipFile) as e:
+        except UserError: raise
+        except Exception as e:                             # damaged files raise anything
             raise UserError(f"{path} is damaged, or no data of ours ({type(e).__name__}: {e}); "
                             f"`{prepare_command(Path(path).stem)}` makes such a file.")
         x = self.array
@@ -739,7 +739,7 @@ def data_identity(path):
         with zipfile.ZipFile(path) as z:
             members = {m.filename: m for m in z.infolist()}
             info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    except Exception as e:
         raise UserError(f"{path} is damaged, or no .npz ({type(e).__name__}: {e}).")
     parts = [f"{name} {m.file_size} {m.CRC:08x}" for name in ("arr_0", "arr_1")
              if (m := members.get(f"{name}.npy"))]
@@ -833,7 +833,7 @@ def read(path, tensors=True):
         if tensors and crc != checksum(found, header):
             raise ValueError("its checksum is not that of its content")
         return found, header
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError, AttributeError) as e:
+    except Exception as e:                                 # damaged files raise anything
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                       "make it again or copy it again.")
 
@@ -870,7 +870,7 @@ def load(path, device="cpu", **network):
             tensors |= {k: v for k, v in fresh.items() if k.startswith("net.r_embedder.")}
         model = build_for(header, tensors)
         model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+    except Exception as e:
         raise UserError(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
                       "it is damaged or was written by another program.")
     return model.to(device).eval(), header

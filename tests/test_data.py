@@ -149,8 +149,10 @@ def test_damaged_files(run, tmp_path, monkeypatch):
     Path("cut.npz").write_bytes(Path(write_npz("a.npz")).read_bytes()[:3000])
     Path("text.npz").write_text("<html>")
     Path("empty.npz").touch()
-    for name in ("cut", "text", "empty"):
-        refused(run("pretrain", "--data", f"{name}.npz"), f"{name}.npz", "damaged")
+    whole = Path("a.npz").read_bytes()
+    Path("header.npz").write_bytes(whole.replace(b"(24, 8, 8, 3)", b"(24, 8, 8, 3 "))
+    for name in ("cut", "text", "empty", "header"):
+        refused(run("pretrain", "--data", f"{name}.npz", "--steps", 1), f"{name}.npz", "damaged")
 
 
 def test_large_compressed_files_are_refused(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import model, solve
+from tools import dry_run
 
 # batch: pairs (state, target). nfe: function evaluations of a trajectory. network: constructor arguments that
 # differ from those of --init. mid_t: time of the second of two sampling steps. decay: the learning rate falls
@@ -213,7 +214,7 @@ def load_distance(args, header, device):
 
 
 def flags():
-    """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
+    """The command line -> args. args.reads: {input file: the command that makes it}"""
     target = model.peek_flag("--target", "cm", RECIPES)
     p = model.parser(__doc__, RECIPES[target], FIRST_STAGE[target], writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
@@ -242,31 +243,15 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    args.init_command = f"python pretrain.py --data {shlex.quote(args.data)}"
-    if target == "mf": args.init_command += " --objective flow"
-    elif public := model.DATASETS.get(args.recipe_name, {}).get("public"):
-        args.init_command = model.import_command(public, args.data)
-    args.teacher_command = p.get_default("teacher_command") or args.init_command
+    public = model.DATASETS.get(args.recipe_name, {}).get("public")
+    command = f"python pretrain.py --data {shlex.quote(args.data)}" + " --objective flow" * (target == "mf")
+    if public and target == "cm": command = model.import_command(public, args.data)
+    args.reads = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
+    if args.trajectories:
+        args.reads[args.trajectories] = f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
+    if guide := solve.guide_file(args): args.reads[guide] = "a smaller or less trained model"
     if target == "mf": args.network = args.network | {"interval": True}
     return args
-
-
-def dry_run(args, kind):
-    header = model.expected_header(args.init, args, kind, **args.network)
-    kinds = ("Denoiser", "MeanVelocity") if args.target == "mf" else (kind,)
-    teacher = model.expected_header(args.teacher, args, kind, kinds, **args.recipe.get("teacher_network", {}))
-    solver = args.solver or (teacher and solve.default_solver(teacher))
-    N = len(solve.solver_times(teacher, args.nfe, solver)) - 1 if teacher else args.nfe
-    trajectories = args.batch / (N if args.pairing == "cmt" else 1)                # of one step
-    nfe = args.nfe * (1 if args.guidance == 1 else 2)
-    if teacher: solve.check_solver(solver, args.teacher, teacher)
-    reads = {args.init: args.init_command, args.teacher: args.teacher_command}
-    if args.trajectories:
-        reads[args.trajectories] = f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
-    if guide := solve.guide_file(args): reads[guide] = "a smaller or less trained model"
-    model.dry_run(args, "pairs", header, 0, reads, teacher, nfe * trajectories / args.batch, [
-                  f"of {trajectories:g} trajectories with {nfe} NFE a step, on all GPUs together"],
-                  model.DTYPES[args.precision])
 
 
 def pool_size(batch, pairs_per_trajectory, at_least=128):
@@ -361,13 +346,13 @@ def solved_batches(teacher, header, N, args, step, rank, batch, device):
 def main():
     args = flags()
     target, first_stage = args.target, FIRST_STAGE[args.target]
-    if args.dry_run: return dry_run(args, model.KIND[first_stage])
+    if args.dry_run: return dry_run.midtrain(args, model.KIND[first_stage])
     # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     teachers = solve.TEACHERS if target == "mf" else [first_stage]
-    teacher, teacher_header = model.load_predecessor(args.teacher, args.teacher_command, teachers,
-                                                     device=device)
+    teacher, teacher_header = model.load_predecessor(args, "teacher", teachers, device,
+                                                     model.DATASETS.get(args.recipe_name))
     model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
     if args.trajectories: check_trajectories(args)
@@ -377,11 +362,7 @@ def main():
     model.reseed(args.seed)
     dataset = model.DATASETS.get(args.recipe_name) or model.custom_dataset(shape, classes,
                                                                            teacher_header.get("latents"))
-    net, header = model.first_weights(args.init, args.init_command, dataset, model.KIND[first_stage], device,
-                                      **args.network)
-    model.check_same_data(args.teacher, teacher_header, args, "--teacher")
-    model.check_fit(args.init, header, args.teacher, shape, classes)
-    model.check_fit(args.teacher, teacher_header, f"--data {args.data}", dataset["shape"], dataset["classes"])
+    net, header = model.first_weights(args, model.KIND[first_stage], dataset, device, **args.network)
     distance = load_distance(args, header, device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":    # the student samples in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}

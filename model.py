@@ -15,8 +15,8 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, errno, functools, gc, hashlib, inspect, io, json, math, os
-import shlex, signal, socket, struct, sys, time, traceback, zipfile, zlib
+import argparse, contextlib, errno, functools, gc, hashlib, inspect, json, math, os
+import shlex, signal, struct, sys, time, traceback, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -138,6 +138,51 @@ class Block(nn.Module):
         return x
 
 
+def unet(conv_in, c, resolution, widths, num_blocks, attn_resolutions, enc_block, dec_block, attend_every):
+    """The layers of a U-Net with EDM's names. Each level has `num_blocks` encoder blocks of its width and one
+    more decoder block. `c`: output channels of `conv_in`. `attend_every`: all decoder blocks of a resolution
+    with attention have it, else the last one. -> encoder, decoder (ModuleDict)"""
+    sizes = [resolution >> level for level in range(len(widths))]
+    enc, dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
+    for level, (s, width) in enumerate(zip(sizes, widths)):
+        if level == 0: enc[f"{s}x{s}_conv"] = conv_in
+        else:          enc[f"{s}x{s}_down"] = enc_block(c, c, resample="down")
+        skips.append(c)
+        for i in range(num_blocks):
+            enc[f"{s}x{s}_block{i}"] = enc_block(c, width, attention=s in attn_resolutions)
+            c = width
+            skips.append(c)
+    for level, (s, width) in reversed(list(enumerate(zip(sizes, widths)))):
+        if level == len(sizes) - 1:
+            dec[f"{s}x{s}_in0"] = dec_block(c, c, attention=True)
+            dec[f"{s}x{s}_in1"] = dec_block(c, c)
+        else:
+            dec[f"{s}x{s}_up"] = dec_block(c, c, resample="up")
+        for i in range(num_blocks + 1):
+            attention = s in attn_resolutions and (attend_every or i == num_blocks)
+            dec[f"{s}x{s}_block{i}"] = dec_block(c + skips.pop(), width, attention=attention)
+            c = width
+    return enc, dec
+
+
+def run_unet(enc, dec, x, emb, cat):
+    """x (B,C,H,W), emb (B,emb_dim). `cat` joins the input of a decoder block with the encoder's output."""
+    skips = []
+    for name, layer in enc.items():
+        x = layer(x) if name.endswith("conv") else layer(x, emb)
+        skips.append(x)
+    for name, layer in dec.items():
+        x = layer(cat(x, skips.pop()) if "block" in name else x, emb)
+    return x
+
+
+def one_hot(y, noise, classes):
+    """y (B,) or None -> (B,classes) in the dtype of `noise`, of magnitude 1; the null label is the zero
+    vector."""
+    y = torch.full_like(noise, classes, dtype=torch.int64) if y is None else y
+    return F.one_hot(y, classes + 1)[:, :-1].to(noise.dtype) * classes ** 0.5
+
+
 class DDPMpp(nn.Module):
     """The DDPM++ U-Net of Song et al. (2011.13456) in EDM's configuration (2206.00364, table 7). Parameter
     names and constructor arguments are EDM's, so its published weights fit by name; EDM's augmentation input
@@ -157,56 +202,25 @@ class DDPMpp(nn.Module):
         self.map_layer1 = initialised(Linear(emb_dim, emb_dim))
         self.r_embedder = interval_embedding(emb_dim) if interval else None
         block = functools.partial(Block, emb_dim=emb_dim, dropout=dropout)
-        sizes = [img_resolution >> level for level in range(len(channel_mult))]
+        conv_in = initialised(Conv(img_channels, model_channels, 3, padding=1))
         widths = [model_channels * m for m in channel_mult]
-
-        self.enc, skips, c = nn.ModuleDict(), [], model_channels
-        for level, (s, width) in enumerate(zip(sizes, widths)):
-            if level == 0:
-                self.enc[f"{s}x{s}_conv"] = initialised(Conv(img_channels, c, 3, padding=1))
-            else:
-                self.enc[f"{s}x{s}_down"] = block(c, c, resample="down")
-            skips.append(c)
-            for i in range(num_blocks):
-                self.enc[f"{s}x{s}_block{i}"] = block(c, width, attention=s in attn_resolutions)
-                c = width
-                skips.append(c)
-
-        self.dec = nn.ModuleDict()
-        for level, (s, width) in reversed(list(enumerate(zip(sizes, widths)))):
-            if level == len(sizes) - 1:
-                self.dec[f"{s}x{s}_in0"] = block(c, c, attention=True)
-                self.dec[f"{s}x{s}_in1"] = block(c, c)
-            else:
-                self.dec[f"{s}x{s}_up"] = block(c, c, resample="up")
-            for i in range(num_blocks + 1):
-                self.dec[f"{s}x{s}_block{i}"] = block(c + skips.pop(), width,
-                                                      attention=i == num_blocks and s in attn_resolutions)
-                c = width
-        s = img_resolution
-        self.dec[f"{s}x{s}_aux_norm"] = Norm(c)
-        self.dec[f"{s}x{s}_aux_conv"] = initialised(Conv(c, img_channels, 3, padding=1), 1e-5)
+        self.enc, self.dec = unet(conv_in, model_channels, img_resolution, widths, num_blocks,
+                                  attn_resolutions, block, block, attend_every=False)
+        self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = Norm(widths[0])
+        self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = initialised(
+            Conv(widths[0], img_channels, 3, padding=1), 1e-5)
 
     def embed(self, noise, y, gap=None):                                     # -> (B, emb_dim), never in bf16
         half = torch.arange(self.model_channels // 2, device=noise.device, dtype=noise.dtype)
         angles = noise[:, None] * 1e-4 ** (half / (len(half) - 1))           # (B, model_channels / 2)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)
-        if self.label_dim:
-            y = torch.full_like(noise, self.label_dim, dtype=torch.int64) if y is None else y
-            onehot = F.one_hot(y, self.label_dim + 1)[:, :-1].to(emb.dtype)  # null label: the zero vector
-            emb = emb + self.map_label(onehot * self.label_dim ** 0.5)
+        if self.label_dim: emb = emb + self.map_label(one_hot(y, noise, self.label_dim))
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         return F.silu(emb + self.r_embedder(gap) if self.r_embedder else emb)
 
     def forward(self, x, noise, y=None, gap=None):
-        emb, skips = self.embed(noise, y, gap), []
-        for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            if "aux" in name: continue
-            x = layer(torch.cat([x, skips.pop()], dim=1) if "block" in name else x, emb)
-        norm, conv = list(self.dec.values())[-2:]
+        *dec, (_, norm), (_, conv) = self.dec.items()
+        x = run_unet(self.enc, dict(dec), x, self.embed(noise, y, gap), lambda *xs: torch.cat(xs, dim=1))
         return conv(F.silu(norm(x)))
 
 
@@ -324,7 +338,6 @@ class EDM2UNet(nn.Module):
         super().__init__()
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
         widths = [model_channels * m for m in channel_mult]
-        sizes = [img_resolution >> level for level in range(len(widths))]
         emb_dim = model_channels * channel_mult_emb if channel_mult_emb else max(widths)
         noise_dim = model_channels * channel_mult_noise if channel_mult_noise else widths[0]
         self.out_gain = nn.Parameter(torch.zeros([]))
@@ -333,47 +346,21 @@ class EDM2UNet(nn.Module):
         self.emb_label = MPConv(label_dim, emb_dim) if label_dim else None
         self.r_embedder = interval_embedding(emb_dim) if interval else None
         block = functools.partial(MPBlock, emb_dim=emb_dim, **block)
-
-        self.enc, skips, c = nn.ModuleDict(), [], widths[0]
-        for level, (s, width) in enumerate(zip(sizes, widths)):
-            if level == 0:
-                self.enc[f"{s}x{s}_conv"] = MPConv(img_channels + 1, c, 3)       # + 1: a channel of ones
-            else:
-                self.enc[f"{s}x{s}_down"] = block(c, c, encoder=True, resample="down")
-            skips.append(c)
-            for i in range(num_blocks):
-                self.enc[f"{s}x{s}_block{i}"] = block(c, width, encoder=True, attention=s in attn_resolutions)
-                c = width
-                skips.append(c)
-
-        self.dec = nn.ModuleDict()
-        for level, (s, width) in reversed(list(enumerate(zip(sizes, widths)))):
-            if level == len(sizes) - 1:
-                self.dec[f"{s}x{s}_in0"] = block(c, c, encoder=False, attention=True)
-                self.dec[f"{s}x{s}_in1"] = block(c, c, encoder=False)
-            else:
-                self.dec[f"{s}x{s}_up"] = block(c, c, encoder=False, resample="up")
-            for i in range(num_blocks + 1):
-                self.dec[f"{s}x{s}_block{i}"] = block(c + skips.pop(), width, encoder=False,
-                                                      attention=s in attn_resolutions)
-                c = width
-        self.out_conv = MPConv(c, img_channels, 3)
+        conv_in = MPConv(img_channels + 1, widths[0], 3)                         # + 1: a channel of ones
+        self.enc, self.dec = unet(conv_in, widths[0], img_resolution, widths, num_blocks, attn_resolutions,
+                                  functools.partial(block, encoder=True),
+                                  functools.partial(block, encoder=False), attend_every=True)
+        self.out_conv = MPConv(widths[0], img_channels, 3)
         for name, layer in [*self.enc.items(), *self.dec.items()]:
             if dropout_resolutions and int(name.split("x")[0]) not in dropout_resolutions: layer.dropout = 0.0
 
     def forward(self, x, noise, y=None, gap=None):
-        emb, skips = self.emb_noise(self.emb_fourier(noise)), []             # (B, emb_dim), never in bf16
+        emb = self.emb_noise(self.emb_fourier(noise))                        # (B, emb_dim), never in bf16
         if self.label_dim:
-            y = torch.full_like(noise, self.label_dim, dtype=torch.int64) if y is None else y
-            onehot = F.one_hot(y, self.label_dim + 1)[:, :-1].to(emb.dtype)  # null label: the zero vector
-            emb = mp_sum(emb, self.emb_label(onehot * self.label_dim ** 0.5), self.label_balance)
+            emb = mp_sum(emb, self.emb_label(one_hot(y, noise, self.label_dim)), self.label_balance)
         if self.r_embedder: emb = emb + self.r_embedder(gap)
-        emb, x = mp_silu(emb), torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        for name, layer in self.enc.items():
-            x = layer(x) if name.endswith("conv") else layer(x, emb)
-            skips.append(x)
-        for name, layer in self.dec.items():
-            x = layer(mp_cat(x, skips.pop(), self.concat_balance) if "block" in name else x, emb)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = run_unet(self.enc, self.dec, x, mp_silu(emb), lambda a, b: mp_cat(a, b, self.concat_balance))
         return self.out_conv(x, self.out_gain)
 
 
@@ -846,15 +833,6 @@ def build(header):
     return Denoiser(net, header["sigma_data"], header["noise_scale"])
 
 
-def build_for(header, tensors):
-    """The model of a header on the meta device, where it takes no memory, to be filled with `tensors`. Raises
-    ValueError if it has more blocks than there are tensors."""
-    n = header["network"]
-    if n.get("num_blocks", 0) * len(n.get("channel_mult", ())) + n.get("depth", 0) > len(tensors):
-        raise ValueError("its arguments describe more blocks than tensors")
-    with torch.device("meta"): return build(header)
-
-
 def load(path, device="cpu", **network):
     """-> (model in eval mode with an fp32 backbone, header). `network`: constructor arguments that replace
     the header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none.
@@ -868,7 +846,7 @@ def load(path, device="cpu", **network):
         if adds_interval:
             fresh = build(header).state_dict()
             tensors |= {k: v for k, v in fresh.items() if k.startswith("net.r_embedder.")}
-        model = build_for(header, tensors)
+        with torch.device("meta"): model = build(header)
         model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     except Exception as e:
         raise UserError(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
@@ -1008,81 +986,11 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
         return super()._get_help_string(action)
 
 
-def peek_flag(flag, default, choices=None):
-    """The value of `flag` on the command line, read before the others because their defaults depend on it."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument(flag, dest="value", default=default, choices=choices)
-    return first.parse_known_args()[0].value
-
-
-def parser(doc, recipes, reads, writes, precision=None, compile=True):
-    """The flags that all training stages share. --data picks the entry of `recipes` that holds the defaults,
-    also those that --help prints. `reads` (None for the first stage) and `writes` name files in runs/D/."""
-    recipe_name, name, path = find_data(peek_flag("--data", "digits"))
-    if recipe_name not in recipes:
-        raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
-    recipe = {"beta1": 0.9} | recipes[recipe_name]
-    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and recipe_name not in ("digits", "custom")
-    p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
-    p.add_argument("--data", default="digits", metavar="NAME|PATH.npz",
-                   help=f"{', '.join(DATASETS)} or another prepared data/NAME.npz")
-    if reads:
-        p.add_argument("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
-                       help="weights to start from")
-    if recipe_name == "custom" and not reads:
-        p.add_argument("--width", type=multiple_of_8, action=SetNetwork, metavar="CHANNELS",
-                       help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
-    p.add_argument("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
-                   help="result; NAME.resume.safetensors beside it continues")
-    p.add_argument("--steps", type=positive, help="optimizer steps in total")
-    p.add_argument("--batch", type=positive,
-                   help="global batch: number of terms in the mean of one loss, over all ranks")
-    p.add_argument("--microbatch", type=positive, metavar="N",
-                   help="samples per forward and backward pass of a GPU, to save memory (default: its share "
-                        "of the batch)")
-    p.add_argument("--lr", type=number(float, 0, 1e12, "a number in [0, 1e12)"), help="peak learning rate")
-    p.add_argument("--ema", type=fraction,
-                   help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k")
-    for name_, (type_, help_) in HYPERPARAMETERS.items():
-        if name_ in recipe: p.add_argument(f"--{name_.replace('_', '-')}", dest=name_, type=type_, help=help_)
-    if DATASETS.get(recipe_name, {}).get("network", {}).get("class") != "SiT":
-        p.add_argument("--dropout", type=fraction, action=SetNetwork, metavar="P",
-                       help="of the network (default: the recipe's, else that of --init)")
-    p.add_argument("--seed", type=not_negative_int, default=0, help="of all random numbers")
-    p.add_argument("--save-every", type=positive, metavar="STEPS",
-                   help="steps between saves (default: a save every 10 minutes)")
-    p.add_argument("--keep", action="store_true",
-                   help="also keep NAME-STEP.safetensors of every save; with --save-every")
-    p.add_argument("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
-    p.add_argument("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
-                   help="of the network's backbone; everything else is fp32, or TF32 with tf32")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-                   default=compile and torch.cuda.is_available() and recipe_name != "digits")  # too small
-    p.add_argument("--dry-run", action="store_true",
-                   help="print recipe, memory, compute and what is missing, and stop")
-    p.add_argument("--world", type=positive, metavar="GPUS",
-                   help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
-    if typed("--keep") and not typed("--save-every"): raise UserError("--keep needs --save-every STEPS.")
-    if "--dry-run" not in sys.argv: refuse_typed("--world", because="it belongs to --dry-run")
-    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
-    return p
-
-
 class SetNetwork(argparse.Action):
     """A flag that sets a constructor argument of the network, on top of the recipe's `network`."""
     def __call__(self, parser, namespace, value, option=None):
         name = {"width": "model_channels"}.get(self.dest, self.dest)
         namespace.network = namespace.network | {name: value}
-
-
-def checkpoint(text):
-    """--out: a path that a run can write its files beside. Raises UserError."""
-    there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
-    if text.endswith(".resume.safetensors") or len(Path(text).name.encode()) > 200:
-        raise UserError(f"--out {text}: choose a shorter name, and none that ends in .resume.safetensors.")
-    if not text.endswith(".safetensors") or not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
-    return text
 
 
 def number(kind, low, high, what):
@@ -1097,7 +1005,6 @@ def number(kind, low, high, what):
 
 positive = number(int, 1, math.inf, "a positive integer")
 not_negative_int = number(int, 0, 2 ** 63, "an integer >= 0")
-not_negative = number(float, 0, math.inf, "a number >= 0")
 positive_float = number(float, sys.float_info.min, math.inf, "a number > 0")
 finite = number(float, -sys.float_info.max, math.inf, "a finite number")
 fraction = number(float, 0, 1, "a number in [0, 1)")
@@ -1113,23 +1020,38 @@ def multiple_of_8(text):
     return int(text)
 
 
-def optimizer_name(text):
-    if text in ("Adam", "AdamW", "RAdam"): return text
-    raise argparse.ArgumentTypeError(f"{text} is not Adam, AdamW or RAdam")
+def checkpoint(text):
+    """--out: a path that a run can write its files beside. Raises UserError."""
+    there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
+    if text.endswith(".resume.safetensors") or len(Path(text).name.encode()) > 200:
+        raise UserError(f"--out {text}: choose a shorter name, and none that ends in .resume.safetensors.")
+    if not text.endswith(".safetensors") or not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
+    return text
 
 
-# The hyperparameters that some recipe has, as flags. Those of one stage only are defined in that stage.
+# The hyperparameters of recipes. A stage has those that are in its recipe, and adds its own.
 HYPERPARAMETERS = {
-    "optimizer": (optimizer_name, "Adam, AdamW or RAdam; eps 1e-8, weight decay 0"),
-    "beta1": (fraction, "of the optimizer"), "beta2": (fraction, "of the optimizer"),
-    "decay": (decay, "of the learning rate: constant, linear to 0, or 1/sqrt from this step on"),
-    "warmup": (not_negative_int, "images over which the learning rate rises linearly"),
-    "P_mean": (finite, "mean of ln t, or of logit t in flow time"),
-    "P_std": (positive_float, "standard deviation of ln t, or of logit t in flow time"),
-    "mid_t": (positive_float, "time of the second sampling step, stored in the result"),
-    "p": (number(float, 0, 2, "a number in [0, 2)"), "exponent of the adaptive weight"),
-    "jumps": (number(int, 1, 4, "1, 2 or 3"), "how many of every four samples have r < t"),
+    "steps":     dict(type=positive, help="optimizer steps in total"),
+    "batch":     dict(type=positive, help="samples in one optimizer step, over all processes"),
+    "lr":        dict(type=number(float, 0, 1e12, "a number in [0, 1e12)"), help="peak learning rate"),
+    "ema":       dict(type=fraction, help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k"),
+    "optimizer": dict(choices=["Adam", "AdamW", "RAdam"], help="with eps 1e-8 and no weight decay"),
+    "beta1":     dict(type=fraction, help="of the optimizer"),
+    "beta2":     dict(type=fraction, help="of the optimizer"),
+    "decay":     dict(type=decay, help="learning rate: constant, linear to 0, or 1/sqrt from this step on"),
+    "warmup":    dict(type=not_negative_int, help="images over which the learning rate rises linearly"),
+    "P_mean":    dict(type=finite, help="mean of ln t, or of logit t in flow time"),
+    "P_std":     dict(type=positive_float, help="standard deviation of ln t, or of logit t in flow time"),
+    "mid_t":     dict(type=positive_float, help="time of the second sampling step, stored in the result"),
 }
+
+
+def peek_flag(flag, default, choices=None):
+    """The value of `flag` on the command line, read before the others because their defaults depend on it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(flag, dest="value", default=default, choices=choices)
+    return first.parse_known_args()[0].value
 
 
 def typed(flag):
@@ -1141,6 +1063,52 @@ def refuse_typed(*flags, because):
     """Raise UserError where one of these flags was typed though it would have no effect."""
     for flag in flags:
         if typed(flag): raise UserError(f"{flag} would have no effect: {because}. Leave it out.")
+
+
+def parser(doc, recipes, reads, writes, precision=None, compile=True):
+    """The flags that all training stages share. --data picks the entry of `recipes` that holds the defaults,
+    also those that --help prints. `reads` (None for the first stage) and `writes` name files in runs/D/."""
+    recipe_name, name, path = find_data(peek_flag("--data", "digits"))
+    if recipe_name not in recipes:
+        raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
+    recipe = {"beta1": 0.9} | recipes[recipe_name]
+    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and recipe_name not in ("digits", "custom")
+    p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    add = p.add_argument
+    add("--data", default="digits", metavar="NAME|PATH.npz",
+        help=f"{', '.join(DATASETS)} or another prepared data/NAME.npz")
+    if reads:
+        add("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
+            help="weights to start from")
+    elif recipe_name == "custom":
+        add("--width", type=multiple_of_8, action=SetNetwork, metavar="CHANNELS",
+            help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
+    add("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
+        help="result; NAME.resume.safetensors beside it continues")
+    for hyperparameter, options in HYPERPARAMETERS.items():
+        if hyperparameter in recipe:
+            add("--" + hyperparameter.replace("_", "-"), dest=hyperparameter, **options)
+    if DATASETS.get(recipe_name, {}).get("network", {}).get("class") != "SiT":
+        add("--dropout", type=fraction, action=SetNetwork, metavar="P",
+            help="of the network (default: the recipe's, else that of --init)")
+    add("--microbatch", type=positive, metavar="N",
+        help="samples per forward and backward pass of a GPU, to save memory (default: all of its batch)")
+    add("--seed", type=not_negative_int, default=0, help="of all random numbers")
+    add("--save-every", type=positive, metavar="STEPS",
+        help="steps between saves (default: a save every 10 minutes)")
+    add("--keep", action="store_true", help="keep NAME-STEP.safetensors of every save; with --save-every")
+    add("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
+    add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
+        help="of the network's backbone; everything else is fp32, or TF32 with tf32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
+        default=compile and torch.cuda.is_available() and recipe_name != "digits")           # too small
+    add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")
+    add("--world", type=positive, metavar="GPUS",
+        help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
+    if typed("--keep") and not typed("--save-every"): raise UserError("--keep needs --save-every STEPS.")
+    if "--dry-run" not in sys.argv: refuse_typed("--world", because="it belongs to --dry-run")
+    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
+    return p
 
 
 def setup(batch, precision="fp32"):
@@ -1167,17 +1135,20 @@ def setup(batch, precision="fp32"):
                             "start the processes with torchrun, or unset both for one process.")
         # A restarted job must not read the addresses that its dead processes left in the store.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        if cuda:
-            gpu = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
-            store.set(f"gpu {rank}", gpu)
-            if gpu in (store.get(f"gpu {other}").decode() for other in range(rank)):
-                raise UserError(f"rank {rank} would share its GPU with another process; start at most one "
-                                f"process per GPU ({torch.cuda.device_count()} visible here).")
         # gloo as well: exchanges of CPU tensors do not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(minutes=30),
                                 device_id=device if cuda else None)
     return rank, world, device, batch and batch // world
+
+
+def is_rank_0():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text):
+    """Print on rank 0."""
+    if is_rank_0(): print(text, flush=True)
 
 
 def parallel(net, world):
@@ -1200,8 +1171,7 @@ def compiled(function, wanted):
 
 
 def optimizer(args, net):
-    """--optimizer with its learning rate and betas. On a GPU Adam runs as one fused kernel; RAdam has
-    none."""
+    """The optimizer of --optimizer. On a GPU Adam runs as one fused kernel; RAdam has none."""
     fused = args.optimizer != "RAdam" and next(net.parameters()).is_cuda
     return getattr(torch.optim, args.optimizer)(
         net.parameters(), args.lr, betas=(args.beta1, args.beta2), eps=1e-8, weight_decay=0.0,
@@ -1244,46 +1214,68 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def load_predecessor(path, command, stages=None, **kwargs):
-    """The file a stage starts from: `load`, and if it is missing or of a stage not in `stages`, a sentence
-    with the command to make it."""
+# --- the files that a stage starts from ---------------------------------------------------------------------
+
+def load_predecessor(args, flag, stages, device, dataset=None, **network):
+    """The checkpoint of --init or --teacher -> (model, header). It has to be of one of `stages`, for the
+    shape and classes of `dataset`, and trained on the data of --data. args.reads holds the command that makes
+    a missing file. `network`: as in `load`."""
+    path = getattr(args, flag)
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist; `{command}` makes such a file.")
-    model, header = load(path, **kwargs)
-    if stages and header["stage"] not in stages:
-        raise UserError(f"{path} was written by stage {header['stage']}, this has to be a "
-                      f"{' or '.join(stages)} file; `{command}` makes one.")
+        raise UserError(f"{path} does not exist; `{args.reads[path]}` makes such a file"
+                        + ("; --init none starts anew." if flag == "init" else "."))
+    model, header = load(path, device, **network)
+    if header["stage"] not in stages:
+        raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
+                        f"{' or '.join(stages)} file; `{args.reads[path]}` makes one.")
     if header["step"] < header["steps"]:
-        print(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
-              "the command that made it continues it.")
+        say(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
+            "the command that made it continues it.")
+    if dataset: check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"])
+    check_same_data(path, header, args)
     return model, header
 
 
-def first_weights(init, command, dataset, kind, device, **network):
-    """--init FILE|none -> (model, header): the file's, which has to be of that kind, or a new one for
-    the dataset config. `network`: constructor arguments that replace either's."""
-    if init == "none":
-        header = fresh_header(dataset, kind, **network)
-        return build(header).to(device), header
-    stages = [s for s, k in KIND.items() if k == kind]
-    try: return load_predecessor(init, command, stages, device=device, **network)
-    except UserError as e: raise UserError(f"--init {str(e)[:-1]}; --init none starts anew.")
+def first_weights(args, kind, dataset, device, **network):
+    """--init FILE|none -> (model, header): the file's, or a new network of `kind` for the dataset config.
+    `network`: constructor arguments that replace either's."""
+    if args.init != "none":
+        stages = [stage for stage, k in KIND.items() if k == kind]
+        return load_predecessor(args, "init", stages, device, dataset, **network)
+    header = fresh_header(dataset, kind, **network)
+    return build(header).to(device), header
 
 
-def check_fit(init, header, source, shape, classes):
-    """The weights in `init` have to be for the images and classes of `source`, data or a teacher."""
-    mine = image_shape(header), header["network"]["label_dim"]
-    if mine != (tuple(shape), classes):
-        raise UserError(f"{init} is for {mine[0]} images and {mine[1]} classes, {source} for {tuple(shape)} "
-                      f"and {classes}; they have to agree.")
+def check_fit(path, header, source, shape, classes):
+    """The weights in `path` have to be for the images and classes of `source`, data or a teacher."""
+    its = image_shape(header), header["network"]["label_dim"]
+    if its != (tuple(shape), classes):
+        raise UserError(f"{path} is for {its[0]} images and {its[1]} classes, {source} for {tuple(shape)} "
+                        f"and {classes}; they have to agree.")
+
+
+def check_same_data(path, header, args):
+    """The model in `path` and the data of --data should have the same identity. Two known and different ones
+    are refused where the path is a default, since another dataset of the same name may have left the file,
+    and allowed with a warning where it was typed: fine-tuning."""
+    if not os.path.exists(args.path) or not header.get("data_identity"): return
+    if header["data_identity"] == data_identity(args.path): return
+    text = f"{path} was trained on other data than {args.path} ({header['data_identity']})"
+    if not typed("--init") and not typed("--teacher"):
+        raise UserError(f"{text}. Give --init or --teacher {path} if that is meant, or prepare the data "
+                        "under another name.")
+    say(f"warning: {text}.")
+
+
+def check_mid_t(mid_t, header):
+    """-> mid_t, which has to lie between the model's t_min and t_max. Raises UserError"""
+    if header["t_min"] < mid_t < header["t_max"]: return mid_t
+    raise UserError(f"--mid-t {mid_t:g} is not between {header['t_min']:g} and {header['t_max']:g}.")
 
 
 # What may differ between a run and its continuation without changing the result.
-FREE = {"kind", "stage", "init_command", "out", "save_every", "keep", "log_every", "data", "path", "init",
-        "teacher", "teacher_command", "trajectories", "guide", "lpips", "compile", "dry_run", "world",
-        "recipe"}
-
-
+FREE = {"kind", "stage", "reads", "out", "save_every", "keep", "log_every", "data", "path", "init", "teacher",
+        "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe"}
 # What a continued run may also change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision"}
 
@@ -1305,106 +1297,7 @@ def run_metadata(args, stage, unit, world, data=None, **files):
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
-def check_same_data(path, header, args, flag):
-    """The model in `path`, read for `flag`, and the data of --data should have the same identity. Two known
-    and different ones are refused where the path is a default, since another dataset of the same name may
-    have left the file, and allowed with a warning where it was typed: fine-tuning."""
-    if not os.path.exists(args.path): return
-    ours, its = data_identity(args.path), header.get("data_identity")
-    if not its or ours == its: return
-    text = f"{path} was trained on other data ({its}) than {args.path} ({ours})"
-    if not peek_flag(flag, None):
-        raise UserError(f"{text}. Give {flag} {path} if that is meant, or prepare the data under another "
-                        "name.")
-    if int(os.environ.get("RANK", 0)) == 0: print(f"warning: {text}.", flush=True)
-
-
-def check_mid_t(mid_t, header):
-    """-> mid_t, which has to lie between the model's t_min and t_max. Raises UserError"""
-    if header["t_min"] < mid_t < header["t_max"]: return mid_t
-    raise UserError(f"--mid-t {mid_t:g} is not between {header['t_min']:g} and {header['t_max']:g}.")
-
-
-def expected_header(init, args, kind, kinds=(), **network):
-    """The header that a run would start from, of `init` or of a new network; None where nothing at hand says
-    what that would be."""
-    if init and os.path.isfile(init):
-        header = read(init, tensors=False)[1]
-        if header.get("kind") not in (kinds or (kind,)):
-            raise UserError(f"{init} holds {header.get('kind', 'no network')}, and a {kind} is needed.")
-        return header | {"network": header["network"] | network}
-    if args.recipe_name == "custom" and not os.path.exists(args.path): return None
-    dataset = DATASETS.get(args.recipe_name) or open_data(args)[1]
-    return fresh_header(dataset, kind, **network)
-
-
-def cost(header, precision, samples):
-    """Estimate of a network in training, on the meta device. -> parameters, FLOPs of the forward pass of one
-    sample, bytes of activations kept for the backward pass of `samples`"""
-    from torch.utils.flop_counter import FlopCounterMode
-    kept = []
-    with torch.device("meta"):
-        net = build(header).train()
-        net.backbone_dtype = DTYPES[precision]
-        weights = {p.untyped_storage()._cdata for p in net.parameters()}
-        for n in (1, 2):
-            t, seen = torch.ones(n), {}
-            def keep(x):
-                storage = x.untyped_storage()
-                if storage._cdata not in weights: seen[storage._cdata] = storage.nbytes()
-                return x
-            times = (t,) if header["kind"] == "Denoiser" else (t, t)
-            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-            with hooks, FlopCounterMode(display=False) as counter:
-                out = net(torch.ones(n, *image_shape(header)), *times, torch.zeros(n, dtype=torch.int64))
-            kept.append(sum(seen.values()))
-    count = sum(p.numel() for p in net.parameters())
-    return count, counter.get_total_flops() / n, kept[0] + (samples - 1) * (kept[1] - kept[0])
-
-
-def memory_parts(parameters, activations, teacher_parameters=0, teacher_dtype=torch.float32):
-    """What a training step with Adam or RAdam keeps on a GPU -> {part: bytes}"""
-    return {"weights": 4 * parameters, "gradients": 4 * parameters, "moments": 8 * parameters,
-            "EMA": 4 * parameters, "teacher": teacher_dtype.itemsize * teacher_parameters,
-            "activations": activations}
-
-
-def dry_run(args, unit, header, forwards, reads, teacher=None, teacher_forwards=0, notes=(),
-            teacher_dtype=torch.float32):
-    """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: passes
-    per sample without gradient; reads: {path: what makes it}; teacher: its header, with teacher_forwards per
-    sample."""
-    small = args.recipe_name in ("digits", "custom")
-    world = args.world or int(os.environ.get("WORLD_SIZE", 1 if small else 8))
-    if args.batch % world:
-        raise UserError(f"--batch {args.batch} cannot be split evenly over {world} processes.")
-    samples = args.batch // world
-    print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
-    for k, v in args.recipe.items():
-        if k in ("precision", "teacher_command", "teacher_network", "init", "teacher", "guide"): continue
-        value = getattr(args, k)
-        if isinstance(value, dict): value = ", ".join(f"{a} {b}" for a, b in value.items()) or "unchanged"
-        shown = f"{value:,}" if isinstance(value, int) else str(value)
-        if k == "warmup": shown += f" {unit}"
-        flags = ("--dropout", "--width") if k == "network" else ("--" + k.replace("_", "-"),)
-        print(f"  {k:<12}{shown}" + "  (command line)" * any(typed(flag) for flag in flags))
-    print(f"  {'precision':<12}{args.precision}")
-    for path, command in reads.items():
-        if path != "none" and not os.path.exists(path): print(f"missing   {path}: {command}")
-    if not header: return print("The network follows from the images, which are missing.")
-
-    P, flops, kept = cost(header, args.precision, min(args.microbatch or samples, samples))
-    Q, teacher_flops = cost(teacher, args.precision, 1)[:2] if teacher else (0, 0)
-    each = (3 + forwards) * flops + teacher_forwards * teacher_flops
-    print(f"network   {header['network']['class']}, {P:,} parameters"
-          + (f"; teacher {teacher['network']['class']}, {Q:,}" if teacher else ""))
-    print(f"batch     {samples:,} {unit} a GPU and step" + "".join(f", {n}" for n in notes))
-    parts = memory_parts(P, kept, Q, teacher_dtype)
-    print(f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
-          + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))
-    print(f"compute   {each / 1e9:,.3g} GFLOP for each of the {unit}, "
-          f"{each * args.steps * args.batch / 1e15:,.3g} PFLOP in all")
-
+# --- save, resume, stop, log --------------------------------------------------------------------------------
 
 def beside(out, ending):
     """--out with another ending than .safetensors"""
@@ -1415,14 +1308,9 @@ def resume_file(out):
     return beside(out, ".resume.safetensors")
 
 
-def snapshot(out, step):
-    return beside(out, f"-{step:06d}.safetensors")
-
-
 class SaveTimer:
     """due(step): is it time for a periodic save? Every --save-every steps, by default every 10 minutes,
-    because a save of a large model every few hundred steps takes a good part of a run. Rank 0 asks and
-    saves."""
+    because a save of a large model every few hundred steps takes a good part of a run."""
     def __init__(self, args):
         self.every, self.last = args.save_every, time.monotonic()
 
@@ -1458,20 +1346,19 @@ def save_run(args, step, net, ema, opt, header):
     for name, p in net.named_parameters():
         state |= {f"opt.{slot}.{name}": v for slot, v in opt.state[p].items()}
     header = header | {"step": step, header["unit"]: step * header["settings"]["batch"]}
-    if args.keep: save(snapshot(args.out, step), ema.state_dict(), header)
+    if args.keep: save(beside(args.out, f"-{step:06d}.safetensors"), ema.state_dict(), header)
     save(resume_file(args.out), state, header)
     save(args.out, ema.state_dict(), header)
     seconds = time.monotonic() - started
-    print(f"{args.out} is finished ({step:,} steps)." if step == args.steps else
-          f"saved {args.out} at step {step:,} in {seconds:.1f} s", flush=True)
+    say(f"{args.out} is finished ({step:,} steps)." if step == args.steps else
+        f"saved {args.out} at step {step:,} in {seconds:.1f} s")
     if seconds > 20:
-        print(f"warning: the save took {seconds:.0f} s. torchrun kills a job 30 s after SIGTERM; a run that "
-              "is interrupted then continues from the save before.", flush=True)
+        say(f"warning: the save took {seconds:.0f} s. torchrun kills a job 30 s after SIGTERM; a run that "
+            "is interrupted then continues from the save before.")
 
 
 def check_replaceable(out, stage):
-    """Raise UserError if `out` exists and is not an earlier result of this stage: an imported teacher,
-    say."""
+    """Raise UserError if `out` exists and is no earlier result of this stage: an imported teacher, say."""
     if not os.path.exists(out): return
     try: old = read(out, tensors=False)[1]
     except UserError: old = {}
@@ -1480,51 +1367,60 @@ def check_replaceable(out, stage):
         raise UserError(f"{out} exists, and is {what}; choose another --out, or move it away.")
 
 
-def resume_run(out, net, ema, opt, header):
-    """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
-    path, rank = resume_file(out), int(os.environ.get("RANK", 0))
-    if dist.is_initialized():
-        seen = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, os.path.exists(path))
-        if len(set(seen)) > 1:
-            raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
-    if not os.path.exists(path):
-        check_replaceable(out, header["stage"])
-        if rank == 0:
-            print(f"starting {out}: {header['network']['class']}, "
-                  f"{sum(p.numel() for p in net.parameters()):,} parameters", flush=True)
-            settings = header["settings"]
-            if settings["warmup"] > settings["steps"] * settings["batch"]:
-                print(f"warning: the learning rate warms up over {settings['warmup']:,} images, and the run "
-                      "ends before. Give more --steps, or a smaller --warmup.", flush=True)
-        return 0
-    state, old = read(path)
-    if old.get("stage") != header["stage"] or not any(k.startswith("net.") for k in state):
-        raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
-                        "choose another --out.")
+def start_run(out, net, header):
+    """Say what starts, if `out` may be written."""
+    check_replaceable(out, header["stage"])
+    say(f"starting {out}: {header['network']['class']}, "
+        f"{sum(p.numel() for p in net.parameters()):,} parameters")
+    settings = header["settings"]
+    if settings["warmup"] > settings["steps"] * settings["batch"]:
+        say(f"warning: the learning rate warms up over {settings['warmup']:,} images, and the run ends "
+            "before. Give more --steps, or a smaller --warmup.")
+
+
+def check_settings(path, old, header):
+    """Raise UserError unless a run with `header` continues the run whose state is in `path`."""
     was, now = old["settings"], header["settings"]
     free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
     different = {k for k in was.keys() & now.keys() - free if was[k] != now[k]}    # one may lack a new flag
     if changed := [f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                         "settings to continue it, another --out to keep both, or delete it to start over.")
-    if different and rank == 0:
-        print(f"continuing with another {', '.join(sorted(different))}: the result is not bit for bit that "
-              "of an uninterrupted run.", flush=True)
     if now["steps"] < old["step"]:
         raise UserError(f"{path} is at step {old['step']:,} already; give more --steps, or another --out.")
+    if different:
+        say(f"continuing with another {', '.join(sorted(different))}: the result is not bit for bit that "
+            "of an uninterrupted run.")
+
+
+def resume_run(out, net, ema, opt, header):
+    """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
+    path = resume_file(out)
+    if dist.is_initialized():
+        seen = [None] * dist.get_world_size()
+        dist.all_gather_object(seen, os.path.exists(path))
+        if len(set(seen)) > 1:
+            raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
+    if not os.path.exists(path):
+        start_run(out, net, header)
+        return 0
+    state, old = read(path)
+    if old.get("stage") != header["stage"] or not any(k.startswith("net.") for k in state):
+        raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
+                        "choose another --out.")
+    check_settings(path, old, header)
     def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     net.load_state_dict(part("net."))
     ema.load_state_dict(part("ema."))
     slots = {k.split(".")[1] for k in state if k.startswith("opt.")}
     moments = [{slot: state[f"opt.{slot}.{name}"] for slot in slots} for name, _ in net.named_parameters()]
     opt.load_state_dict(opt.state_dict() | {"state": dict(enumerate(moments))})
-    if rank == 0:
+    if is_rank_0():
         try: current = read(out)[1] == old
         except UserError: current = False                    # killed between the two saves, or damaged since
         if not current: save(out, ema.state_dict(), old)
-        print(f"{out} is finished ({old['step']:,} steps)." if old["step"] == now["steps"] else
-              f"continuing {out} at step {old['step']:,}.", flush=True)
+    say(f"{out} is finished ({old['step']:,} steps)." if old["step"] == header["settings"]["steps"] else
+        f"continuing {out} at step {old['step']:,}.")
     return old["step"]
 
 
@@ -1546,8 +1442,7 @@ class Stop:
         # step.
         stop = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
         if self.world > 1: dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if stop and int(os.environ.get("RANK", 0)) == 0:
-            print(f"asked to stop: ends after step {step:,}, saved; the same command continues.", flush=True)
+        if stop: say(f"asked to stop: ends after step {step:,}, saved; the same command continues.")
         return bool(stop)
 
 
@@ -1562,24 +1457,12 @@ def peak_memory():
 class Log:
     """Rank 0: one line per --log-every steps and the same as JSON in NAME.jsonl beside the checkpoint: mean
     loss since the last line over all ranks, its parts, gradient norm, rate, time left, memory at its highest.
-    Raises Diverged after 10 skipped steps in a row."""
+    A resumed run appends, so of two lines with the same step the last one counts. Raises Diverged after 10
+    skipped steps in a row."""
     def __init__(self, args, unit, world, step):
-        self.args, self.unit, self.world, self.rank = args, unit, world, int(os.environ.get("RANK", 0))
+        self.args, self.unit, self.world = args, unit, world
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
         self.start = self.last = step
-        self.file = Path(beside(args.out, ".jsonl"))
-        if self.rank == 0 and self.file.is_file():          # lines after the last save are written again
-            lines = self.file.read_text(errors="replace").splitlines()
-            with atomic_write(self.file) as part:
-                part.write_text("".join(f"{line}\n" for line in lines if self.step_of(line) <= step))
-
-    def saved(self):
-        return "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
-
-    @staticmethod
-    def step_of(line):
-        try: return json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError): return math.inf              # cut off by a full disk
 
     def __call__(self, step, loss, norm, lr, parts={}):
         if math.isfinite(norm):
@@ -1587,40 +1470,41 @@ class Log:
             self.in_a_row = 0
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            if self.in_a_row == 10:
-                raise Diverged(f"the gradient was not finite for 10 steps in a row, the last one {step}; "
-                               f"{self.saved()}. Try a smaller --lr or --precision fp32, with another --out.")
-        if step == self.args.steps and self.in_a_row == step - self.start:
-            raise Diverged(f"no step of this run had a finite gradient; {self.saved()}. Try a smaller --lr, "
-                           "or look at the data and the teacher.")
-        if step % self.args.log_every and step not in (1, 2, 5, 10, self.args.steps): return
-        nothing = loss.new_full((1 + len(parts),), math.nan)
-        mean = torch.stack(self.losses).mean(0) / self.world if self.losses else nothing
+        if self.in_a_row == 10 or step == self.args.steps and self.in_a_row == step - self.start:
+            saved = "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
+            raise Diverged(f"the gradient was not finite for {self.in_a_row} steps in a row, the last one "
+                           f"{step}; {saved}. Try a smaller --lr or --precision fp32, with another --out.")
+        if step % self.args.log_every == 0 or step in (1, 2, 5, 10, self.args.steps):
+            self.write(step, ["loss", *parts], norm, lr)
+
+    def write(self, step, names, norm, lr):
+        mean = torch.stack(self.losses).mean(0) if self.losses else torch.full((len(names),), math.nan)
+        mean = mean.cpu() / self.world
         if self.world > 1: dist.all_reduce(mean)
-        if self.rank == 0:
-            seconds = (time.time() - self.clock) / (step - self.last)
-            gib = peak_memory() / 2 ** 30
-            found = dict(zip(["loss", *parts], mean.tolist()))
-            line = {"step": step, self.unit: step * self.args.batch, **found, "grad": norm, "lr": lr,
-                    f"{self.unit}/s": self.args.batch / seconds, "left": (self.args.steps - step) * seconds,
-                    "GiB": gib, "skipped": self.skipped}
-            line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
-            print(f"step {step:>7,}/{self.args.steps:,}  {self.unit} {step * self.args.batch:,}  "
-                  + "  ".join(f"{k} {v:.5f}" for k, v in found.items()) + f"  grad {norm:.3f}  lr {lr:.2e}  "
-                  f"{self.args.batch / seconds:,.0f} {self.unit}/s  "
-                  f"left {(self.args.steps - step) * seconds:,.0f} s  {gib:.1f} GiB"
-                  + (f"  skipped {self.skipped}" if self.skipped else ""), flush=True)
-            with contextlib.suppress(OSError):             # a full disk is the save's to tell
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.file, "a") as f: f.write(json.dumps(line) + "\n")
+        seconds = (time.time() - self.clock) / (step - self.last)
         self.losses, self.last, self.clock = [], step, time.time()
+        if not is_rank_0(): return
+        unit, batch, steps = self.unit, self.args.batch, self.args.steps
+        found, rate, left = dict(zip(names, mean.tolist())), batch / seconds, (steps - step) * seconds
+        gib = peak_memory() / 2 ** 30
+        say(f"step {step:>7,}/{steps:,}  {unit} {step * batch:,}  "
+            + "".join(f"{k} {v:.5f}  " for k, v in found.items()) + f"grad {norm:.3f}  lr {lr:.2e}  "
+            f"{rate:,.0f} {unit}/s  left {left:,.0f} s  {gib:.1f} GiB"
+            + (f"  skipped {self.skipped}" if self.skipped else ""))
+        line = {"step": step, unit: step * batch, **found, "grad": norm, "lr": lr, f"{unit}/s": rate,
+                "left": left, "GiB": gib, "skipped": self.skipped}
+        line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
+        file = Path(beside(self.args.out, ".jsonl"))
+        with contextlib.suppress(OSError):                 # a full disk is the save's to tell
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a") as f: f.write(json.dumps(line) + "\n")
 
 
 def run(main):
     """Call a script's main. A UserError becomes one sentence on stderr and exit code 2 (3: diverged). With
     several processes any exception ends this one at once, without waiting for the others: torchrun then ends
     them."""
-    rank = int(os.environ.get("RANK", 0))
+    name = Path(sys.argv[0]).name
     for stream in (sys.stdout, sys.stderr):                # a terminal may know ASCII only
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
@@ -1632,11 +1516,10 @@ def run(main):
             dist.destroy_process_group()
         return
     except UserError as e:
-        print(f"{'' if rank == 0 else f'[rank {rank}] '}{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        print(f"{'' if is_rank_0() else '[rank ' + os.environ['RANK'] + '] '}{name}: {e}", file=sys.stderr)
         code = e.code
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped at once; what was saved before is untouched.",
-              file=sys.stderr)
+        print(f"{name}: stopped at once; what was saved before is untouched.", file=sys.stderr)
         code = 130
     except BrokenPipeError:                                # `| head` closed stdout
         sys.stdout = open(os.devnull, "w")

@@ -26,6 +26,7 @@ import copy, math, os, shlex
 import torch
 
 import model, solve
+from tools import dry_run
 
 # q: the gap is t - r = t n(t) / q^(k+1), see `ect_r`. double: steps after which k grows by 1; 0 keeps k = 0,
 # as after mid-training. c: of pseudo-Huber, 0 for the plain l2 norm. weight: "gap" 1/(t-r), "denoising" as in
@@ -122,7 +123,7 @@ def ect_r(t, q, doublings=0):
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
+    """The command line -> args. args.reads: {input file: the command that makes it}"""
     p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
     p.add_argument("--q", type=model.number(int, 2, 2 ** 16 + 1, "an integer in [2, 65536]"),
                    help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
@@ -142,54 +143,34 @@ def flags():
         model.refuse_typed("--teacher", "--solver", "--guidance", "--guide",
                            because="--loss ect has no teacher")
     if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
-    args.init_command, args.teacher_command = (f"python {stage} --data {shlex.quote(args.data)}"
-                                     for stage in ("midtrain.py", "pretrain.py"))
-    public = model.DATASETS.get(args.recipe_name, {}).get("public")
-    if args.teacher in PUBLIC_TEACHERS:
-        args.teacher_command = model.import_command(PUBLIC_TEACHERS[args.teacher], args.data, args.teacher)
-    elif public: args.teacher_command = model.import_command(public, args.data)
-    return args
-
-
-def dry_run(args):
-    header = model.expected_header(args.init, args, "Denoiser", **args.network)
-    reads, teacher, nfe = {}, None, 0
-    public = model.DATASETS.get(args.recipe_name, {}).get("public")
+    data, public = shlex.quote(args.data), model.DATASETS.get(args.recipe_name, {}).get("public")
+    pretrain = model.import_command(public, args.data) if public else f"python pretrain.py --data {data}"
+    args.reads = {args.path: model.prepare_command(args.name), args.init: f"python midtrain.py --data {data}"}
     if not model.typed("--init") and not os.path.exists(args.init):                # what midtrain.py needs
-        reads[f"runs/{args.name}/pretrain.safetensors"] = (
-            model.import_command(public, args.data) if public else
-            f"python pretrain.py --data {shlex.quote(args.data)}")
-    reads |= {args.path: model.prepare_command(args.name), args.init: args.init_command}
+        args.reads = {pretrained: pretrain} | args.reads
     if args.loss == "ecd":
-        reads[args.teacher] = args.teacher_command
-        if guide := solve.guide_file(args):
-            reads[guide] = model.import_command(PUBLIC_TEACHERS.get(guide, "URL"), args.data, guide)
-        nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
-        teacher = model.expected_header(args.teacher, args, "Denoiser")
-    model.dry_run(args, "images", header, 1, reads, teacher, nfe)
+        for file in filter(None, (args.teacher, solve.guide_file(args))):
+            url = PUBLIC_TEACHERS.get(file)
+            args.reads[file] = model.import_command(url, args.data, file) if url else pretrain
+    return args
 
 
 def load_teacher(args, dataset, device):
     """--teacher, frozen and guided as the flags say. -> a function of (x, t, y), compiled if --compile"""
-    teacher, header = model.load_predecessor(args.teacher, args.teacher_command, ["pretrain"], device=device)
-    model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
-    model.check_same_data(args.teacher, header, args, "--teacher")
+    teacher, header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
     model.freeze(teacher, header, torch.float32)
     return model.compiled(solve.guide_teacher(teacher, header, args, args.teacher), args.compile)
 
 
 def main():
     args = flags()
-    if args.dry_run: return dry_run(args)
+    if args.dry_run: return dry_run.posttrain_cm(args)
     # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, args.init_command, dataset, "Denoiser", device,
-                                      **args.network)
-    model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
-    model.check_same_data(args.init, header, args, "--init")
+    net, header = model.first_weights(args, "Denoiser", dataset, device, **args.network)
     files = dict(init=args.init, data=data)
     if args.loss == "ecd":
         teacher = load_teacher(args, dataset, device)

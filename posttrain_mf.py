@@ -22,11 +22,9 @@ On a GPU the backbone runs in bf16, which is precise enough for the exact deriva
 import copy, math, shlex
 
 import torch
-import torch.nn.functional as F
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 import model
+from tools import dry_run
 
 # jumps: how many of every four samples have r < t, 1 to 3. logit t and logit r ~ N(P_mean, P_std^2). p, c: of
 # the adaptive weight (on digits p = 1 gives better one-step and worse two-step samples than p = 0, one seed).
@@ -110,36 +108,10 @@ def two_times(n, jumps, mean, std, device):
     return torch.where(torch.arange(n, device=device) % 4 < jumps, r, t), t
 
 
-# === a faster forward mode =================================================================================
-
-class FixedWeights(TorchFunctionMode):
-    """`with FixedWeights():` the layers of torch take forward-mode derivatives by their input only. torch's
-    own rules give the same result, but also multiply by the tangents of the weights, which are zero, and
-    split a normalisation into many operations (`make bench` compares). Layers whose weights have a tangent
-    keep torch's rules."""
-    def __torch_function__(self, function, types, args=(), kwargs={}):
-        rule = {F.linear: self.linear, F.conv2d: self.linear, F.group_norm: self.normalise}.get(function)
-        if not rule: return function(*args, **kwargs)
-        tangents = [forward_ad.unpack_dual(a).tangent is not None for a in (*args, *kwargs.values())
-                    if torch.is_tensor(a)]
-        if not tangents[0] or any(tangents[1:]): return function(*args, **kwargs)
-        return forward_ad.make_dual(*rule(function, *forward_ad.unpack_dual(args[0]), *args[1:], **kwargs))
-
-    def linear(self, layer, x, v, weight, bias=None, *args, **kwargs):
-        return layer(x, weight, bias, *args, **kwargs), layer(v, weight, None, *args, **kwargs)
-
-    def normalise(self, layer, x, v, num_groups, weight=None, bias=None, eps=1e-5):
-        # The Jacobian of x -> (x - mean) / std is symmetric: the kernel of the backward pass applies it to v.
-        x, v, shape = x.contiguous(), v.contiguous(), (x.shape[0], x.shape[1], x[0, 0].numel(), num_groups)
-        out, mean, rstd = torch.native_group_norm(x, weight, bias, *shape, eps)
-        v = torch.ops.aten.native_group_norm_backward(v, x, mean, rstd, None, *shape, [True, False, False])[0]
-        return out, v if weight is None else weight.view(-1, *[1] * (x.dim() - 2)) * v
-
-
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args; args.init_command and args.teacher_command say how to make missing files"""
+    """The command line -> args. args.reads: {input file: the command that makes it}"""
     precision = "fp32" if model.peek_flag("--derivative", "jvp") == "difference" else None
     p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision=precision,
                      compile=False)
@@ -149,6 +121,10 @@ def flags():
                    metavar="FILE", help="flow-matching model, for --velocity teacher")
     p.add_argument("--derivative", choices=["jvp", "difference"], default="jvp",
                    help="along the trajectory: exact, or by central differences")
+    p.add_argument("--jumps", type=model.number(int, 1, 4, "1, 2 or 3"),
+                   help="how many of every four samples have r < t")
+    p.add_argument("--p", type=model.number(float, 0, 2, "a number in [0, 2)"),
+                   help="exponent of the adaptive weight")
     p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
                    help="constant of the adaptive weight")
     p.add_argument("--omega", type=model.finite, help="guidance: weight of v")
@@ -170,33 +146,22 @@ def flags():
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
     data = shlex.quote(args.data)
-    args.init_command = f"python midtrain.py --target mf --data {data}"
-    args.teacher_command = f"python pretrain.py --objective flow --data {data}"
-    return args
-
-
-def dry_run(args):
-    header = model.expected_header(args.init, args, "MeanVelocity", **args.network, interval=True)
-    reads, teacher = {args.path: model.prepare_command(args.name), args.init: args.init_command}, None
+    args.reads = {args.path: model.prepare_command(args.name),
+                  args.init: f"python midtrain.py --target mf --data {data}"}
     if args.velocity == "teacher":
-        teacher = model.expected_header(args.teacher, args, "MeanVelocity")
-        reads[args.teacher] = args.teacher_command
-    guided = (args.omega, args.kappa) != (1, 0)
-    model.dry_run(args, "images", header, args.jumps / 2 + 2 * guided, reads, teacher, 1)
+        args.reads[args.teacher] = f"python pretrain.py --objective flow --data {data}"
+    return args
 
 
 def load_teacher(args, dataset, device):
     """--teacher, frozen. -> a function of (z, r, t, y), compiled if --compile"""
-    teacher, header = model.load_predecessor(args.teacher, args.teacher_command, ["pretrain_flow"],
-                                             device=device)
-    model.check_fit(args.teacher, header, args.path, dataset["shape"], dataset["classes"])
-    model.check_same_data(args.teacher, header, args, "--teacher")
+    teacher, header = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
     return model.compiled(model.freeze(teacher, header, torch.float32), args.compile)
 
 
 def main():
     args = flags()
-    if args.dry_run: return dry_run(args)
+    if args.dry_run: return dry_run.posttrain_mf(args)
     # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
     if local_batch % 4:
@@ -205,10 +170,7 @@ def main():
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    net, header = model.first_weights(args.init, args.init_command, dataset, "MeanVelocity", device,
-                                      interval=True, **args.network)
-    model.check_fit(args.init, header, args.path, dataset["shape"], dataset["classes"])
-    model.check_same_data(args.init, header, args, "--init")
+    net, header = model.first_weights(args, "MeanVelocity", dataset, device, interval=True, **args.network)
     teacher, files = None, dict(init=args.init, data=data)
     if args.velocity == "teacher":
         teacher, files["teacher"] = load_teacher(args, dataset, device), args.teacher
@@ -252,7 +214,7 @@ def main():
             groups_of_4 = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :args.jumps].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, args.jumps:].flatten(0, 1) for a in groups_of_4]
-            with FixedWeights(): dudt = derivative(net, *r_below_t)
+            dudt = derivative(net, *r_below_t)
             below = meanflow_loss(ddp, *r_below_t, dudt, args.p, args.c)
             equal = meanflow_loss(ddp, *r_equals_t, 0, args.p, args.c)
             loss = torch.cat([below, equal]).sum() / local_batch

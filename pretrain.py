@@ -16,6 +16,7 @@ import copy, math
 import torch
 
 import model
+from tools import dry_run
 
 # warmup: images over which the learning rate rises. decay: the learning rate falls linearly to 0, stays
 # constant, or falls as 1/sqrt from a step on. P_mean, P_std: of ln t (edm), of logit t (flow). network:
@@ -81,15 +82,13 @@ def flags():
     p.add_argument("--objective", choices=RECIPES, default="edm", help="edm: denoising; flow: flow matching")
     args = p.parse_args()
     args.kind, args.stage = model.KIND[stage], stage
+    args.reads = {args.path: model.prepare_command(args.name)}      # the command that makes each input
     return args
 
 
 def main():
     args = flags()
-    if args.dry_run:
-        header = model.expected_header(None, args, args.kind, **args.network)
-        return model.dry_run(args, "images", header, forwards=0,
-                             reads={args.path: model.prepare_command(args.name)})
+    if args.dry_run: return dry_run.pretrain(args)
     # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 

@@ -248,7 +248,7 @@ def error_table(teacher, header, x, y):
 
 
 def main():
-    name = model.find_data(model.peek_flag("--data", "digits"))[1]
+    _, name, path = model.find_data(model.peek_flag("--data", "digits"))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH",
                    help="names the runs/D/ of the default paths")
@@ -269,8 +269,8 @@ def main():
         raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
-    command = f"python pretrain.py --data {shlex.quote(args.data)}"
-    teacher, header = model.load_predecessor(args.teacher, command, TEACHERS, device=device)
+    args.path, args.reads = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
+    teacher, header = model.load_predecessor(args, "teacher", TEACHERS, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)
     teacher = guide_teacher(teacher, header, args, args.teacher)

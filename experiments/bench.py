@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import fid, midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
+from tools import dry_run
 
 
 def seconds(step, device):
@@ -94,17 +95,14 @@ def losses(name, batch, device):
     t = 0.1 + 0.8 * torch.rand(batch, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def meanflow(derivative, share=0.25, fixed=posttrain_mf.FixedWeights):
+    def meanflow(derivative, share=0.25):
         k = round(share * batch)
-        jumping, others = [x[:k], 0.5 * t[:k], t[:k], y[:k], eps[:k]], [x[k:], t[k:], t[k:], y[k:], eps[k:]]
-        with fixed(): dudt = derivative(u, *jumping)
-        loss = posttrain_mf.meanflow_loss(u, *jumping, dudt)
-        return torch.cat([loss, posttrain_mf.meanflow_loss(u, *others, 0)]) if k < batch else loss
+        r_below_t, r_equals_t = [x[:k], 0.5 * t[:k], t[:k], y[:k], eps[:k]], [x[k:], t[k:], t[k:], y[k:], eps[k:]]
+        dudt = derivative(u, *r_below_t)
+        loss = posttrain_mf.meanflow_loss(u, *r_below_t, dudt)
+        return torch.cat([loss, posttrain_mf.meanflow_loss(u, *r_equals_t, 0)]) if k < batch else loss
 
     jvp, difference = posttrain_mf.derivative_jvp, posttrain_mf.derivative_difference
-    with posttrain_mf.FixedWeights(): ours = jvp(u, x, 0.5 * t, t, y, eps)
-    print(f"{name}: the JVP with fixed weights differs from torch's by "
-          f"{relative_error(ours, jvp(u, x, 0.5 * t, t, y, eps)):.1e}")
     return {"denoising": {
         "denoising": lambda: pretrain.edm_loss(f, x, eps, t, y),
         "CMT (given trajectories)": lambda: midtrain.cmt_loss(f, x, t, eps, y, midtrain.huber),
@@ -113,7 +111,6 @@ def losses(name, batch, device):
         "flow matching": lambda: pretrain.flow_loss(u, x, eps, t, y),
         "CMT, Mean Flow (given trajectories)": lambda: midtrain.cmt_meanflow_loss(u, x, eps, 0.5 * t, t, y),
         "MeanFlow, JVP": lambda: meanflow(jvp),
-        "MeanFlow, JVP by torch's rules": lambda: meanflow(jvp, fixed=contextlib.nullcontext),
         "MeanFlow, central difference": lambda: meanflow(difference),
         "MeanFlow, JVP of the whole batch": lambda: meanflow(jvp, 1.0),
     }}
@@ -360,7 +357,7 @@ def flops(device):
             (slow(x, *times, y) - end - x).square().mean().backward()
         for _ in range(3): step()
         took = statistics.median(seconds(step, device) for _ in range(10))
-        work = 4 * model.cost(header, "bf16", 1)[1] * batch
+        work = 4 * dry_run.cost(header, "bf16", 1)[1] * batch
         size, peak = sum(p.numel() for p in net.parameters()), torch.cuda.max_memory_allocated()
         print(f"{name}, {size / 1e6:,.0f}M, batch {batch}: {batch / took:,.0f} pairs/s, "
               f"{work / took / 1e12:,.0f} TFLOP/s, {work / took / product:.0%} of the product, "

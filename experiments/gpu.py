@@ -19,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
+from tools import dry_run
 
 GiB = 2 ** 30
 STAGES = [("pretrain",), ("pretrain", "--objective", "flow"), ("midtrain",), ("midtrain", "--target", "mf"),
@@ -96,7 +97,7 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
         v = posttrain_mf.guided_velocity(net, z, t, y, v, args.omega, args.kappa, K, *args.guide_times)
         k = len(z) * args.jumps // 4
         below, equal = ([a[part] for a in (z, r, t, y, v)] for part in (slice(k), slice(k, None)))
-        with posttrain_mf.FixedWeights(): dudt = posttrain_mf.derivative_jvp(net, *below)
+        dudt = posttrain_mf.derivative_jvp(net, *below)
         return torch.cat([posttrain_mf.meanflow_loss(f, *below, dudt, args.p, args.c),
                           posttrain_mf.meanflow_loss(f, *equal, 0, args.p, args.c)])
     return loss, (x0, r, t, y, eps - x0)
@@ -126,8 +127,8 @@ def recipe_step(command, data, device, gpus=8):
         if stage == "midtrain": teacher_dtype = model.DTYPES[args.precision]
         model.freeze(teacher, teacher_header, teacher_dtype)
     def estimate():
-        P, _, activations = model.cost(header, args.precision, args.microbatch or batch)
-        return sum(model.memory_parts(P, activations, teacher_parameters, teacher_dtype).values()) / GiB
+        P, _, activations = dry_run.cost(header, args.precision, args.microbatch or batch)
+        return sum(dry_run.memory_parts(P, activations, teacher_parameters, teacher_dtype).values()) / GiB
     memory = torch.cuda.get_device_properties(device).total_memory / GiB if device.type == "cuda" else 1000
     while estimate() > 0.9 * memory and (args.microbatch or batch) > 4:
         args.microbatch = (args.microbatch or batch) // 2

@@ -305,7 +305,7 @@ def test_a_dry_run_reads_the_files_at_hand_and_the_command_line(run, chain, monk
     assert done.code == 0 and "missing" not in done.out and "16 pairs a GPU" in done.out
     lr = [line.split() for line in done.out.splitlines() if " lr " in line]
     assert lr == [["lr", "0.5", "(command", "line)"]]
-    assert "of 4 trajectories" in done.out
+    assert "1 NFE for each of the pairs" in done.out
     refused(run("midtrain", "--dry-run", "--world", 7), "--batch 64", "7 processes")
     done = run("pretrain", "--data", "nowhere.npz", "--dry-run")
     assert done.code == 0 and "missing   nowhere.npz" in done.out

@@ -383,7 +383,7 @@ def test_the_wrong_kind_of_file_is_named(run, here, tmp_path):
     ("posttrain_mf", "--omega", 1e38)], ids=lambda c: " ".join(map(str, c)))
 def test_a_run_without_a_finite_step_is_not_finished(run, here, tmp_path, command):
     done = run(*command, "--steps", 5, "--batch", 8, "--out", tmp_path / "a.safetensors")
-    assert done.code == 3 and "no step of this run" in done.err and "finished" not in done.out
+    assert done.code == 3 and "not finite for 5 steps in a row" in done.err and "finished" not in done.out
     assert not (tmp_path / "a.safetensors").exists()
 
 

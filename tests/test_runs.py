@@ -88,7 +88,7 @@ def test_interrupted_run_continues_bit_for_bit(run, chain, tmp_path, monkeypatch
     monkeypatch.setattr(model, "save_run", save_run)
     assert model.read(cut)[1]["step"] == 3
     assert "continuing" in run(script, *args, "--out", cut, "--keep").out
-    for step in (3, 6): assert model.read(model.snapshot(cut, step))[1]["step"] == step
+    for step in (3, 6): assert model.read(model.beside(cut, f"-{step:06d}.safetensors"))[1]["step"] == step
     for name in ("whole", "cut"): assert model.read(tmp_path / f"{name}.safetensors")[1]["step"] == 6
     for suffix in (".safetensors", ".resume.safetensors"):
         a, b = (model.read(tmp_path / (name + suffix))[0] for name in ("whole", "cut"))

@@ -1,0 +1,117 @@
+"""What `--dry-run` of a training stage prints: the recipe, the missing files with the commands that make them, and
+estimates of memory and compute. The estimates run the network on the meta device, which takes no memory."""
+import os, sys
+from pathlib import Path
+
+import torch
+
+import model, solve
+
+
+def pretrain(args):
+    report(args, "images", expected_header(None, args, [args.kind], **args.network))
+
+
+def midtrain(args, kind):
+    header = expected_header(args.init, args, [kind], **args.network)
+    kinds = ["MeanVelocity", "Denoiser"] if args.target == "mf" else [kind]
+    teacher = expected_header(args.teacher, args, kinds, **args.recipe.get("teacher_network", {}))
+    nfe, pairs_per_trajectory = args.nfe * (1 if args.guidance == 1 else 2), 1
+    if teacher:
+        solver = args.solver or solve.default_solver(teacher)
+        solve.check_solver(solver, args.teacher, teacher)
+        if args.pairing == "cmt": pairs_per_trajectory = len(solve.solver_times(teacher, args.nfe, solver)) - 1
+    report(args, "pairs", header, 0, teacher, nfe / pairs_per_trajectory, model.DTYPES[args.precision])
+
+
+def posttrain_cm(args):
+    header, teacher, nfe = expected_header(args.init, args, ["Denoiser"], **args.network), None, 0
+    if args.loss == "ecd":
+        teacher = expected_header(args.teacher, args, ["Denoiser"])
+        nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
+    report(args, "images", header, 1, teacher, nfe)
+
+
+def posttrain_mf(args):
+    header = expected_header(args.init, args, ["MeanVelocity"], **args.network, interval=True)
+    teacher = expected_header(args.teacher, args, ["MeanVelocity"]) if args.velocity == "teacher" else None
+    guided = (args.omega, args.kappa) != (1, 0)
+    report(args, "images", header, args.jumps / 2 + 2 * guided, teacher, 1)
+
+
+def expected_header(path, args, kinds, **network):
+    """The header that a run would read from `path`, or that of a new network of the first of `kinds`; None
+    where nothing at hand says what that would be."""
+    if path and os.path.isfile(path):
+        header = model.read(path, tensors=False)[1]
+        if header.get("kind") not in kinds:
+            found = header.get("kind", "no network")
+            raise model.UserError(f"{path} holds {found}, and a {kinds[0]} is needed.")
+        return header | {"network": header["network"] | network}
+    if args.recipe_name == "custom" and not os.path.exists(args.path): return None
+    dataset = model.DATASETS.get(args.recipe_name) or model.open_data(args)[1]
+    return model.fresh_header(dataset, kinds[0], **network)
+
+
+def cost(header, precision, samples):
+    """Estimate of a network in training, on the meta device. -> parameters, FLOPs of the forward pass of one
+    sample, bytes of activations kept for the backward pass of `samples`"""
+    from torch.utils.flop_counter import FlopCounterMode
+    kept = []
+    with torch.device("meta"):
+        net = model.build(header).train()
+        net.backbone_dtype = model.DTYPES[precision]
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
+        for n in (1, 2):
+            t, seen = torch.ones(n), {}
+            def keep(x):
+                storage = x.untyped_storage()
+                if storage._cdata not in weights: seen[storage._cdata] = storage.nbytes()
+                return x
+            times = (t,) if header["kind"] == "Denoiser" else (t, t)
+            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+            with hooks, FlopCounterMode(display=False) as counter:
+                net(torch.ones(n, *model.image_shape(header)), *times, torch.zeros(n, dtype=torch.int64))
+            kept.append(sum(seen.values()))
+    count = sum(p.numel() for p in net.parameters())
+    return count, counter.get_total_flops() / n, kept[0] + (samples - 1) * (kept[1] - kept[0])
+
+
+def memory_parts(parameters, activations, teacher_parameters=0, teacher_dtype=torch.float32):
+    """What a training step with Adam or RAdam keeps on a GPU -> {part: bytes}"""
+    return {"weights": 4 * parameters, "gradients": 4 * parameters, "moments": 8 * parameters,
+            "EMA": 4 * parameters, "teacher": teacher_dtype.itemsize * teacher_parameters,
+            "activations": activations}
+
+
+def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0, teacher_dtype=torch.float32):
+    """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: passes
+    per sample without gradient; teacher: its header, with teacher_nfe forwards per sample."""
+    gpus = 1 if args.recipe_name in ("digits", "custom") else 8
+    world = args.world or int(os.environ.get("WORLD_SIZE", gpus))
+    if args.batch % world:
+        raise model.UserError(f"--batch {args.batch} cannot be split evenly over {world} processes.")
+    print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
+    hidden = {"teacher_network", "teacher_command", "init", "teacher", "guide", "precision"}
+    for k in [*(k for k in args.recipe if k not in hidden), "precision"]:
+        flags = ("--dropout", "--width") if k == "network" else ("--" + k.replace("_", "-"),)
+        value = getattr(args, k)
+        print(f"  {k:<12}{f'{value:,}' if isinstance(value, int) else value}"
+              + "  (command line)" * any(model.typed(flag) for flag in flags))
+    for path, command in args.reads.items():
+        if path != "none" and not os.path.exists(path): print(f"missing   {path}: {command}")
+    if not header: return print("The network follows from the images, which are missing.")
+
+    samples = args.batch // world
+    P, flops, kept = cost(header, args.precision, min(args.microbatch or samples, samples))
+    Q, teacher_flops = cost(teacher, args.precision, 1)[:2] if teacher else (0, 0)
+    each = (3 + forwards) * flops + teacher_nfe * teacher_flops
+    print(f"network   {header['network']['class']}, {P:,} parameters"
+          + (f"; teacher {teacher['network']['class']}, {Q:,}, {teacher_nfe:g} NFE for each of the {unit}"
+             if teacher else ""))
+    parts = memory_parts(P, kept, Q, teacher_dtype)
+    print(f"batch     {samples:,} {unit} a GPU and step\n"
+          f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
+          + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))
+    print(f"compute   {each / 1e9:,.3g} GFLOP for each of the {unit}, "
+          f"{each * args.steps * args.batch / 1e15:,.3g} PFLOP in all")

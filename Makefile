@@ -27,10 +27,10 @@ bench precision ablation curves choose gpu: $(ENV)
 	$(PY) experiments/$@.py
 
 compare: $(ENV)
-	$(PY) experiments/demo.py --seeds 2 --n 10000 --intervals 95 125 190
+	$(PY) experiments/demo.py --seeds 0-4 --n 10000 --intervals 35 50 70 95 125
 
 compare-mf: $(ENV)
-	$(PY) experiments/demo.py --branch mf --seeds 2 --n 10000 $(FLAGS)
+	$(PY) experiments/demo.py --branch mf --seeds 0-1 --n 10000 $(FLAGS)
 
 theory: $(ENV)
 	$(PY) tests/test_gradient_bias.py

@@ -16,20 +16,15 @@ example, FID-10k: FID is biased upwards for small N.
 `--features pixels` compares raw images in [-1, 1] of at most 3,072 values. The result is called FD-pixels; it
 is not FID. It is for images that are too small for Inception.
 """
-import argparse, hashlib, json, os, sys, time
+import argparse, hashlib, json, os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from einops import rearrange
-from torch import nn
 
 import model, sample, solve
-
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-WHERE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+from tools import feature_networks
 
 
 # === the method =============================================================================================
@@ -69,127 +64,6 @@ def moments(n, total, outer):
     return mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
 
 
-def resize_tf1(x, size=299):
-    """TensorFlow 1's bilinear resize: output pixel i reads from i n / size, without the half-pixel shift of
-    today's filters, and without antialiasing. x (B,C,H,W) -> (B,C,size,size)"""
-    for dim in (3, 2):
-        n = x.shape[dim]
-        at = torch.arange(size, device=x.device, dtype=torch.float32) * (
-            torch.tensor(n, dtype=torch.float32) / size).to(x.device)
-        low = at.long().clamp(max=n - 1)
-        weight = (at - low).to(x.dtype).reshape(-1, *[1] * (3 - dim))
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
-        x = a + (b - a) * weight
-    return x
-
-
-# === Inception-v3, the form that FID is measured with =======================================================
-# Layers are named as in the weights file. A branch is a list of convolutions (name, channels, kernel); two in
-# brackets work side by side. In a block that halves the size ("stride") the last of each branch has stride 2.
-
-class Conv(nn.Module):
-    def __init__(self, c_in, c_out, kernel, stride=1, pad=True):
-        super().__init__()
-        kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        pad = [k // 2 * pad for k in kernel]
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, pad, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, 1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Mixed(nn.Module):
-    def __init__(self, c_in, branches, pool=None, max_pool=False, stride=1):
-        super().__init__()
-        self.branches, self.max_pool, self.stride = branches, max_pool or stride == 2, stride
-        for branch in branches:
-            c = c_in
-            for step in branch:
-                parallel = step if isinstance(step, list) else [step]
-                last = stride == 2 and step is branch[-1]
-                for name, c_out, kernel in parallel:
-                    self.add_module(name, Conv(c, c_out, kernel, 2 if last else 1, pad=not last))
-                c = parallel[0][1]
-        self.branch_pool = Conv(c_in, pool, 1) if pool else None
-
-    def forward(self, x):
-        out = []
-        for branch in self.branches:
-            h = x
-            for step in branch:
-                parallel = step if isinstance(step, list) else [step]
-                h = torch.cat([getattr(self, name)(h) for name, _, _ in parallel], 1)
-            out.append(h)
-        if self.stride == 2:  pooled = F.max_pool2d(x, 3, 2)
-        elif self.max_pool:   pooled = F.max_pool2d(x, 3, 1, 1)
-        else:                 pooled = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        return torch.cat([*out, self.branch_pool(pooled) if self.branch_pool else pooled], 1)
-
-
-def mixed_a(c_in, pool):
-    return Mixed(c_in, [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-                        [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]],
-                 pool)
-
-
-def mixed_c(c):
-    return Mixed(768, [[("branch1x1", 192, 1)],
-                       [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-                       [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)),
-                        ("branch7x7dbl_3", c, (1, 7)), ("branch7x7dbl_4", c, (7, 1)),
-                        ("branch7x7dbl_5", 192, (1, 7))]], 192)
-
-
-def mixed_e(c_in, max_pool):
-    split = lambda name: [(f"{name}a", 384, (1, 3)), (f"{name}b", 384, (3, 1))]
-    return Mixed(c_in, [[("branch1x1", 320, 1)], [("branch3x3_1", 384, 1), split("branch3x3_2")],
-                        [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3), split("branch3x3dbl_3")]],
-                 192, max_pool)
-
-
-class Inception(nn.Module):
-    """uint8 (n,H,W,C), C 1 (repeated) or 3 -> features (n,2048), the last mean over pixels."""
-    def __init__(self):
-        super().__init__()
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, 2, pad=False)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, pad=False)
-        self.Conv2d_2b_3x3 = Conv(32, 64, 3)
-        self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, pad=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = mixed_a(192, 32), mixed_a(256, 64), mixed_a(288, 64)
-        self.Mixed_6a = Mixed(288, [[("branch3x3", 384, 3)], [
-            ("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)]], stride=2)
-        self.Mixed_6b, self.Mixed_6c = mixed_c(128), mixed_c(160)
-        self.Mixed_6d, self.Mixed_6e = mixed_c(160), mixed_c(192)
-        self.Mixed_7a = Mixed(768, [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)], [
-            ("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-            ("branch7x7x3_4", 192, 3)]], stride=2)
-        self.Mixed_7b, self.Mixed_7c = mixed_e(1280, False), mixed_e(2048, True)
-
-    def forward(self, images):
-        x = rearrange(torch.as_tensor(images), "n h w c -> n c h w").to(self.Conv2d_1a_3x3.conv.weight)
-        x = (resize_tf1(x.expand(-1, 3, -1, -1)) - 128) / 128
-        for name, layer in self.named_children():
-            if name in ("Conv2d_3b_1x1", "Mixed_5b"): x = F.max_pool2d(x, 3, 2)
-            x = layer(x)
-        return x.mean((2, 3))
-
-
-def load_inception(path):
-    """The published weights (see WHERE) -> Inception in eval mode. Raises UserError."""
-    if not os.path.exists(path):
-        raise model.UserError(f"{path} does not exist; fetch {WHERE} and give it as --inception.")
-    net = Inception()
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
-    except Exception as e:                                 # damaged, or another network
-        raise model.UserError(f"{path} is not {INCEPTION} ({type(e).__name__}: {str(e).splitlines()[0]}); "
-                            f"fetch {WHERE}.")
-    return net.eval().requires_grad_(False)
-
-
 # === the run ================================================================================================
 
 def pixels(images):
@@ -212,21 +86,6 @@ def read(path, rank, world):
     else:
         from tools import prepare_data
         yield from prepare_data.image_batches(prepare_data.open_source(path, classes="none"), 64, rank, world)
-
-
-def progress(batches, total, rank, world):
-    """Pass batches on, and print rate and time left every ten seconds."""
-    started = last = time.time()
-    done = 0
-    for images in batches:
-        yield images
-        done += len(images) * world                        # the other ranks are about as fast
-        if rank == 0 and time.time() - last > 10:
-            last = time.time()
-            rate = done / (last - started)
-            left = max(0, total - done) / rate
-            print(f"{min(done, total):,} of {total:,} images  {rate:,.0f} images/s  left {left:,.0f} s",
-                  file=sys.stderr, flush=True)
 
 
 def is_images(path):
@@ -321,7 +180,7 @@ def main():
     p.add_argument("--ref", metavar="NAME|PATH",
                    help="what to compare with (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["inception", "pixels"], default="inception", help="what to compare")
-    p.add_argument("--inception", default=f"data/{INCEPTION}", metavar="FILE", help="weights")
+    p.add_argument("--inception", default=f"data/{feature_networks.INCEPTION}", metavar="FILE", help="weights")
     p.add_argument("--save-stats", metavar="X.npz", help="write mu and sigma of FILE, in EDM's layout")
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
@@ -341,7 +200,7 @@ def main():
     rank, world, device, _ = model.setup(0, args.precision)
     features = pixels
     if args.features == "inception":
-        net = load_inception(args.inception).to(device)
+        net = feature_networks.load_inception(args.inception).to(device)
         features = lambda images: net(torch.as_tensor(images).to(device))
     for file in args.files: evaluate(file, args, features, rank, world, device)
 
@@ -369,7 +228,7 @@ def evaluate(file, args, features, rank, world, device):
         if header["stage"] in solve.TEACHERS: what["solver"] = args.solver or solve.default_solver(header)
         if args.labels.isdigit() and rank == 0:
             print(f"note: samples of class {args.labels} only; --ref should have images of that class only")
-        batches = progress(batches, len(seeds), rank, world)
+        batches = sample.progress(batches, len(seeds), world)
     found = None
     if args.ref or not args.save_stats: found = reference(args, header, features, rank, world, device)
     n, mu, cov = reduced(*sums(features(x) for x in batches), device)

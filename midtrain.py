@@ -24,10 +24,9 @@ its own predictions. All pairs of times are equally likely and have weight 1.
 import copy, itertools, math, shlex
 
 import torch
-import torch.nn.functional as F
 
-import model, solve
-from tools import dry_run
+import model, sample, solve
+from tools import dry_run, feature_networks
 
 # batch: pairs (state, target). nfe: function evaluations of a trajectory. network: constructor arguments that
 # differ from those of --init. mid_t: time of the second of two sampling steps. decay: the learning rate falls
@@ -67,8 +66,9 @@ RECIPES = {
                                  teacher="runs/imagenet256/teacher_mf.safetensors",
                                  teacher_network=dict(patch_size=4, hidden_size=768, depth=12, num_heads=12,
                                                       interval=True),
-                                 teacher_command="python posttrain_mf.py --data imagenet256 --omega 1 "
-                                     "--kappa 0.5 --guide-times 0 1 "
+                                 teacher_command="python pretrain.py --data imagenet256 --objective flow && "
+                                     "python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
+                                     "--guide-times 0 1 "
                                      "--init runs/imagenet256/pretrain_flow.safetensors "
                                      "--out runs/imagenet256/teacher_mf.safetensors"),
         "custom":      MF | dict(steps=10_000, batch=128, lr=1e-3, ema=0.999),                    # ours
@@ -136,72 +136,6 @@ def draw_pairs(trajectories, count, M, device):
     return chosen[torch.randperm(len(chosen), device=device)]
 
 
-# === the paper's distance of pixels =========================================================================
-
-class LPIPS(torch.nn.Module):
-    """LPIPS of VGG-16 (1801.03924): features of both images, of unit length in each pixel, their squared
-    difference, channels weighted, mean over pixels, sum over five depths. In fp32, at the images' resolution.
-    vgg, lin: state dicts of torchvision's vgg16 and of the lpips package's linear layers.
-
-    forward(a, b): (B,C,H,W) in [-1, 1], C 1 (repeated) or 3, H and W >= 16 -> (B,)"""
-    DEPTHS = (0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)      # convolutions between poolings
-
-    def __init__(self, vgg, lin):
-        super().__init__()
-        for n in sum(self.DEPTHS, ()):
-            self.register_buffer(f"weight{n}", vgg[f"features.{n}.weight"].float())
-            self.register_buffer(f"bias{n}", vgg[f"features.{n}.bias"].float())
-        for k in range(len(self.DEPTHS)):
-            self.register_buffer(f"lin{k}", lin[f"lin{k}.model.1.weight"].float())      # (1, channels, 1, 1)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
-
-    def features(self, x):
-        x = (x.expand(-1, 3, -1, -1) - self.shift) / self.scale
-        for k, depth in enumerate(self.DEPTHS):
-            if k: x = F.max_pool2d(x, 2)
-            for n in depth:
-                x = F.conv2d(x, getattr(self, f"weight{n}"), getattr(self, f"bias{n}"), padding=1).relu()
-            yield x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10)
-
-    def forward(self, a, b):
-        return sum((getattr(self, f"lin{k}") * (f - g).square()).sum(1).mean((1, 2))
-                   for k, (f, g) in enumerate(zip(self.features(a), self.features(b))))
-
-
-def load_lpips(files, header):
-    """--lpips VGG.pth LIN.pth -> LPIPS, for images as the header says. Raises UserError."""
-    where = ("torchvision's vgg16-397923af.pth from download.pytorch.org/models and "
-             "lpips/weights/v0.1/vgg.pth from github.com/richzhang/PerceptualSimilarity")
-    if not files: raise model.UserError(f"--distance lpips needs --lpips VGG.pth LIN.pth, {where}.")
-    C, H, _ = model.image_shape(header)
-    if C not in (1, 3) or H < 16:
-        raise model.UserError("--distance lpips is for images of at least 16x16 pixels, "
-                              f"not for {C}x{H}x{H}.")
-    if C == 1: print("LPIPS: the one channel is repeated to three")
-    try:
-        return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
-    except Exception as e:                                 # missing, damaged, or of another network
-        raise model.UserError(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); it "
-                            f"takes {where}.")
-
-
-def load_elatentlpips(header, device):
-    """--distance elatentlpips -> E-LatentLPIPS (2405.05967), the paper's distance of latents, for latents
-    scaled as the header says. The package downloads its weights, for the latents of Stable Diffusion 1.5,
-    into ckpt/. Not tried with these weights yet. Raises UserError."""
-    if "latents" not in header:
-        raise model.UserError("--distance elatentlpips is for latents; images have --distance lpips.")
-    try: from elatentlpips import ELatentLPIPS
-    except ImportError as e:
-        raise model.UserError(f"--distance elatentlpips needs `pip install elatentlpips` ({e}).")
-    net = ELatentLPIPS(encoder="sd15", augment="bg", verbose=False).to(device).requires_grad_(False)
-    def distance(a, b):
-        mean, scale = model.latent_scale(a, header)
-        return net(a / scale + mean, b / scale + mean, normalize=True).flatten()           # (B,1,1,1) -> (B,)
-    return distance
-
-
 # === the run ================================================================================================
 
 DISTANCES = {"huber": huber, "l2": l2}         # add your own: a function of two (B,C,H,W) that returns (B,)
@@ -209,8 +143,9 @@ DISTANCES = {"huber": huber, "l2": l2}         # add your own: a function of two
 
 def load_distance(args, header, device):
     """--distance -> a function of two (B,C,H,W) that returns (B,)"""
-    if args.distance == "lpips": return load_lpips(args.lpips, header).to(device)
-    return load_elatentlpips(header, device) if args.distance == "elatentlpips" else DISTANCES[args.distance]
+    if args.distance == "lpips": return feature_networks.load_lpips(args.lpips, header).to(device)
+    if args.distance == "elatentlpips": return feature_networks.load_elatentlpips(header, device)
+    return DISTANCES[args.distance]
 
 
 def flags():
@@ -235,7 +170,7 @@ def flags():
     args = p.parse_args()
     if target == "mf" and args.distance != "l2":
         raise model.UserError(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
-    if args.distance == "lpips" and not args.lpips: load_lpips(None, None)
+    if args.distance == "lpips" and not args.lpips: feature_networks.load_lpips(None, None)
     if args.distance != "lpips": model.refuse_typed("--lpips", because="the distance is not lpips")
     if args.trajectories:
         model.refuse_typed("--nfe", "--solver", because=f"{args.trajectories} has its own solver and NFE")
@@ -385,6 +320,7 @@ def main():
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
+            if args.preview: sample.write_preview(ema, header, args)
         if done: break
 
         pairs = next(batches)                                                      # x_t, t, x_r, r, y

@@ -1102,6 +1102,8 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
         default=compile and torch.cuda.is_available() and recipe_name != "digits")           # too small
+    add("--no-preview", dest="preview", action="store_false", help="write no picture of samples at each save")
+    add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of the picture")
     add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")
     add("--world", type=positive, metavar="GPUS",
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
@@ -1275,7 +1277,7 @@ def check_mid_t(mid_t, header):
 
 # What may differ between a run and its continuation without changing the result.
 FREE = {"kind", "stage", "reads", "out", "save_every", "keep", "log_every", "data", "path", "init", "teacher",
-        "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe"}
+        "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe", "preview", "vae"}
 # What a continued run may also change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision"}
 

@@ -25,7 +25,7 @@ import copy, math, os, shlex
 
 import torch
 
-import model, solve
+import model, sample, solve
 from tools import dry_run
 
 # q: the gap is t - r = t n(t) / q^(k+1), see `ect_r`. double: steps after which k grows by 1; 0 keeps k = 0,
@@ -191,6 +191,7 @@ def main():
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
+            if args.preview: sample.write_preview(ema, header, args)
         if done: break
 
         model.reseed(args.seed, rank, step)

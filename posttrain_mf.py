@@ -23,7 +23,7 @@ import copy, math, shlex
 
 import torch
 
-import model
+import model, sample
 from tools import dry_run
 
 # jumps: how many of every four samples have r < t, 1 to 3. logit t and logit r ~ N(P_mean, P_std^2). p, c: of
@@ -192,6 +192,7 @@ def main():
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
+            if args.preview: sample.write_preview(ema, header, args)
         if done: break
 
         model.reseed(args.seed, rank, step)

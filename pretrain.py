@@ -15,7 +15,7 @@ import copy, math
 
 import torch
 
-import model
+import model, sample
 from tools import dry_run
 
 # warmup: images over which the learning rate rises. decay: the learning rate falls linearly to 0, stays
@@ -111,6 +111,7 @@ def main():
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
+            if args.preview: sample.write_preview(ema, header, args)
         if done: break
 
         model.reseed(args.seed, rank, step)

@@ -1,9 +1,12 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
   reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE)
-  writes  runs/D/samples.png     the first 20 images, one row per FILE:STEPS, the same seeds in each column
+  writes  runs/D/samples.png     the first 64 images of one FILE; of several the first 20, one row per
+                                 FILE:STEPS, the same seeds in each column
           runs/D/samples.npz     with one FILE only: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
-  run     python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
+          FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
+  run     python sample.py data/digits_cmt.safetensors:1 --n 64        # trained digits, ten seconds
+          python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
   cost    STEPS NFE per image
@@ -13,7 +16,7 @@ in the last bits, so seeds are always sampled in blocks of 64 (block = seed // 6
 number of processes gives the same images. Images are written in parts of 1,024; the same command continues an
 interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
 """
-import argparse, contextlib, hashlib, itertools, json, os, time, zipfile
+import argparse, contextlib, hashlib, itertools, json, os, sys, time, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +98,16 @@ def to_images(x, header, vae):
     return rearrange(x, "b c h w -> b h w c").cpu().numpy()
 
 
+def draw_samples(net, header, eps, y, steps, times, solver):
+    """Noise eps (S,B,C,H,W) -> samples (B,C,H,W). Without a solver by consistency sampling at `times`, with
+    "jump" by Mean Flow steps at `times`, else by the teacher's ODE."""
+    if not solver: return consistency_sampler(net, eps, times, y)
+    x = header["t_max"] * eps[0]
+    if solver != "jump": return solve.solve_teacher(net, header, x, y, steps, solver)[0][-1]
+    grid = torch.tensor([*times, header["t_min"]], dtype=torch.float64)
+    return solve.flow_map(lambda z, r, t: net(z, r, t, y), x, grid)[0][-1]
+
+
 @torch.no_grad()
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
              rank=0, world=1, solver=None):
@@ -123,15 +136,7 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
         elif labels != "random": y = torch.full((64,), int(labels))
-        y_, eps = y.to(device), eps.to(device)
-        x = header["t_max"] * eps[0]
-        if consistency:
-            x = consistency_sampler(net, eps, times, y_)
-        elif solver == "jump":
-            grid = torch.tensor([*times, header["t_min"]], dtype=torch.float64)
-            x = solve.flow_map(lambda z, r, t: net(z, r, t, y_), x, grid)[0][-1]
-        else:
-            x = solve.solve_teacher(net, header, x, y_, steps, solver)[0][-1]
+        x = draw_samples(net, header, eps.to(device), y.to(device), steps, times, solver)
         keep = slice(max(seeds.start - 64 * block, 0), min(seeds.stop - 64 * block, 64))
         yield to_images(x[keep], header, vae), y.numpy()[keep]
 
@@ -143,6 +148,41 @@ LABELS = {"pretrain": "teacher", "pretrain_flow": "teacher", "midtrain_cm": "aft
 PART = 1024                                                # images a part, a multiple of 64
 
 
+@torch.no_grad()
+def write_preview(ema, header, args):
+    """Write NAME.png beside the checkpoint of a training stage: samples of seeds 0 to 15, in 16 NFE of a
+    teacher, in one step and in two of other models. It never ends a run: what goes wrong is printed."""
+    device, K = next(ema.parameters()).device, header["network"]["label_dim"]
+    picture, rows, names = model.beside(args.out, ".png"), [], []
+    try:
+        vae = open_vae(header, args.vae, device)
+        y, eps = torch.arange(16) % max(1, K), draw_block(0, 2, model.image_shape(header), K)[1][:, :16]
+        solver = solve.default_solver(header) if header["stage"] in solve.TEACHERS else None
+        for steps in [16] if header["stage"].startswith("pretrain") else [1, 2]:
+            times = step_times(header, steps) if solver in (None, "jump") else None
+            x = draw_samples(ema, header, eps[:steps].to(device), y.to(device), steps, times, solver)
+            rows.append(to_images(x, header, vae))
+            names.append(f"{steps} NFE")
+        model.save_grid(picture, rows, names)
+        print(f"samples in {picture}", flush=True)
+    except (model.UserError, ImportError) as e: print(f"no preview: {e}", flush=True)
+
+
+def progress(batches, total, world=1, size=len):
+    """Pass batches on, and print rate and time left every ten seconds, if called on rank 0. size: how many
+    images a batch has; the other ranks are about as fast."""
+    started = last = time.time()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += size(batch) * world
+        if model.is_rank_0() and time.time() - last > 10:
+            last = time.time()
+            rate = done / (last - started)
+            print(f"{min(done, total):,} of {total:,} images  {rate:,.0f} images/s  "
+                  f"left {max(0, total - done) / rate:,.0f} s", file=sys.stderr, flush=True)
+
+
 def is_whole_npz(path):
     """Does this .npz exist, and can all of it be read?"""
     try:
@@ -150,9 +190,13 @@ def is_whole_npz(path):
     except Exception: return False                         # damaged files raise anything
 
 
-def check_replaceable(path):
+def check_replaceable(path, seeds):
     """Raise UserError if `path` exists and was not written by this script: samples have arr_0 and arr_1 only,
-    and data/ is for prepared data."""
+    and data/ is for prepared data. A folder may have images of these seeds only."""
+    if path.suffix != ".npz" and path.is_dir():
+        others = {name for name in os.listdir(path)} - {f"{seed:06d}.png" for seed in seeds}
+        if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
+        return
     if not os.path.exists(path) or os.path.isfile(path) and os.path.getsize(path) == 0: return
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if set(names) != {"arr_0.npy", "arr_1.npy"} or Path(path).absolute().parent.name == "data":
@@ -166,16 +210,11 @@ def draw_parts(draw, seeds, folder, key, rank, world):
     bounds = [seeds.start, *range(seeds.start // PART * PART + PART, seeds.stop, PART), seeds.stop]
     parts = [(range(a, b), folder / f"{name}-{a}-{b}.npz") for a, b in itertools.pairwise(bounds)]
     todo = [(part, path) for part, path in parts[rank::world] if not is_whole_npz(path)]
-    started, done = time.time(), 0
-    for part, path in todo:
-        images, labels = (np.concatenate(a) for a in zip(*draw(part)))
+    blocks = ((block, path) for part, path in todo for block in draw(part))
+    blocks = progress(blocks, world * sum(len(part) for part, _ in todo), world, lambda b: len(b[0][1]))
+    for path, group in itertools.groupby(blocks, lambda b: b[1]):
+        images, labels = (np.concatenate(a) for a in zip(*(block for block, _ in group)))
         with model.atomic_write(path) as file, open(file, "wb") as f: np.savez(f, arr_0=images, arr_1=labels)
-        done += len(images)
-        rate = done / (time.time() - started)
-        if rank == 0 and len(todo) > 1:
-            left = sum(len(part) for part, _ in todo) - done
-            print(f"{world * done:,} images  {world * rate:,.0f} images/s  left {left / rate:,.0f} s",
-                  flush=True)
     return [path for _, path in parts]
 
 
@@ -196,28 +235,48 @@ def gather_parts(parts, rank, world):
         if rank == 0: yield content
 
 
+def write_npz(arriving, n, out):
+    """Join all parts in `out`, one in memory at a time. -> the first 64 images, all labels"""
+    labels, first = [], None
+    with model.atomic_write(out) as file, zipfile.ZipFile(file, "w") as z:
+        with z.open("arr_0.npy", "w", force_zip64=True) as f:
+            for images, y in arriving:
+                if first is None:
+                    first, shape = images[:64], (n, *images.shape[1:])
+                    np.lib.format.write_array_header_1_0(
+                        f, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                f.write(images.tobytes())
+                labels.append(y)
+        labels = np.concatenate(labels)
+        with z.open("arr_1.npy", "w") as f: np.lib.format.write_array(f, labels)
+    return first, labels
+
+
+def write_folder(arriving, seeds, folder):
+    """Write every image as `folder`/SEED.png. -> the first 64 images, all labels"""
+    from PIL import Image
+    folder.mkdir(parents=True, exist_ok=True)
+    labels, first, names = [], None, (folder / f"{seed:06d}.png" for seed in seeds)
+    for images, y in arriving:
+        if first is None: first = images[:64]
+        labels.append(y)
+        for image in images:
+            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(next(names))
+    return first, np.concatenate(labels)
+
+
 def collect(parts, seeds, out, rank, world):
-    """Join all parts in `out`, one in memory at a time, then remove them. -> first images, labels; on ranks
-    other than 0 None, None"""
-    arriving, labels, first = gather_parts(parts, rank, world), [], None
+    """Write all parts to `out`, an .npz or a folder, then remove them. -> first images, labels; None, None on
+    other ranks than 0"""
+    arriving, result = gather_parts(parts, rank, world), (None, None)
     if rank:
         for _ in arriving: pass
-    else:
-        with model.atomic_write(out) as file, zipfile.ZipFile(file, "w") as z:
-            with z.open("arr_0.npy", "w", force_zip64=True) as f:
-                for images, y in arriving:
-                    if first is None:
-                        first, shape = images[:20], (len(seeds), *images.shape[1:])
-                        np.lib.format.write_array_header_1_0(
-                            f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                    f.write(images.tobytes())
-                    labels.append(y)
-            labels = np.concatenate(labels)
-            with z.open("arr_1.npy", "w") as f: np.lib.format.write_array(f, labels)
+    elif out.suffix == ".npz": result = write_npz(arriving, len(seeds), out)
+    else:                      result = write_folder(arriving, seeds, out)
     if world > 1: dist.barrier()                           # nobody removes a part before all have arrived
     for path in parts: path.unlink(missing_ok=True)
     with contextlib.suppress(OSError): parts[0].parent.rmdir()                  # parts of another run stay
-    return (None, None) if rank else (first, labels)
+    return result
 
 
 def path_of(text):
@@ -301,14 +360,14 @@ def main():
     p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")
     p.add_argument("--data", metavar="NAME|PATH.npz",
                    help="where --real finds them (default: what the first FILE was trained on)")
-    p.add_argument("--out", metavar="X.npz",
+    p.add_argument("--out", metavar="X.npz|FOLDER/",
                    help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
     args = p.parse_args()
     if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.refuse_typed("--data", because="it says where --real finds its images")
-    if args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out)):
-        raise model.UserError(f"--out {args.out} is a folder; give a file name, such as "
-                              f"{args.out.rstrip('/')}/x.npz.")
+    folder = args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out))
+    if folder and len(args.files) > 1:
+        raise model.UserError(f"--out {args.out} is a folder, for the images of one FILE. Give X.npz.")
     if all(path_of(file) != file for file in args.files):
         model.refuse_typed("--steps", because="each FILE:STEPS says its number of steps")
     one, seeds = len(args.files) == 1, args.seeds or range(args.n)
@@ -318,21 +377,23 @@ def main():
     for text in args.files:
         net, header, steps = open_model(text, args, device)
         out = (args.out or f"runs/{(headers or [header])[0]['data']}/samples.npz").removesuffix(".npz")
+        out = os.path.normpath(out)
+        result = Path(out if folder else f"{out}.npz")
         vae = open_vae(header, args.vae, device)
         draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device,
                                       solver=args.solver)
         if one:
-            check_replaceable(f"{out}.npz")
-            folder = Path(f"{out}.parts")
+            check_replaceable(result, seeds)
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
             key["sha256"] = [model.sha256(file) for file in (path_of(text), solve.guide_file(args)) if file]
-            parts = draw_parts(draw, seeds, folder, key, rank, world)
+            parts = draw_parts(draw, seeds, Path(f"{out}.parts"), key, rank, world)
         if rank and not one: return
-        images, labels = (collect(parts, seeds, Path(f"{out}.npz"), rank, world) if one else
+        images, labels = (collect(parts, seeds, result, rank, world) if one else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
-        rows.append(images[:20])
-        names.append(f"{LABELS[header['stage']]}, {steps} NFE")
+        whole_sheet = one and not args.real                # several rows of one FILE
+        rows += [images[i:i + 16] for i in range(0, len(images), 16)] if whole_sheet else [images[:20]]
+        names += [f"{LABELS[header['stage']]}, {steps} NFE"] + [""] * (len(rows) - 1) * whole_sheet
         if rank == 0 and header["stage"] in solve.TEACHERS:
             print(f"{text}: solver {args.solver or solve.default_solver(header)}")
         headers.append(header)
@@ -341,7 +402,8 @@ def main():
         rows.insert(0, real_images(path, labels[:20], headers[0], vae))
         names.insert(0, "real")
     model.save_grid(f"{out}.png", rows, names)
-    print(f"{', '.join(names)}: " + (f"{len(seeds):,} images in {out}.npz, " if one else "") + f"{out}.png")
+    print(f"{', '.join(filter(None, names))}: " + (f"{len(seeds):,} images in {result}, " if one else "")
+          + f"picture {out}.png")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,16 @@ def distances(files, n=None, ref="digits"):
     return [json.loads(line)["fd"] for line in lines if line.startswith("{")]
 
 
-def scores(path, n, ref="digits"):
-    """FD-pixels in one step and in two, stored beside the file."""
-    memory = Path(path).with_suffix(".json")
-    if not memory.exists(): memory.write_text(json.dumps(distances([f"{path}:1", f"{path}:2"], n, ref)))
-    return json.loads(memory.read_text())
+def scores(path, n, ref="digits", calls=(1, 2)):
+    """FD-pixels of n samples of a checkpoint for each number of calls, stored beside it as NAME.json."""
+    memory, sha256 = Path(path).with_suffix(".json"), model.sha256(path)[:16]
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    keys = [f"{sha256}: {k} NFE, {n} samples, {ref}" for k in calls]
+    if missing := [k for k, key in zip(calls, keys) if key not in known]:
+        found = distances([f"{path}:{k}" for k in missing], n, ref)
+        known |= {keys[calls.index(k)]: value for k, value in zip(missing, found)}
+        memory.write_text(json.dumps(known, indent=0))
+    return [known[key] for key in keys]
 
 
 def forwards_per_sample(header):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common import command, compute, distances, steps_for
+from common import command, compute, distances, model, scores, steps_for
+from sample import seed_range
 
 
 def halves():
@@ -61,39 +62,54 @@ def train_mf(seed, file, scratch):
     return rows
 
 
+def export(path, out):
+    """Copy a checkpoint in fp16. Its header says which file it was and how that was trained."""
+    tensors, header = model.read(path)
+    model.save(out, {k: v.half() for k, v in tensors.items()},
+               header | {"made by": "python experiments/demo.py --export", "sha256 in fp32": model.sha256(path)})
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--branch", choices=["cm", "mf"], default="cm", help="consistency or mean flow")
-    p.add_argument("--seeds", type=int, default=1, help="training seeds")
+    p.add_argument("--seeds", type=seed_range, default="0-0", metavar="A-B", help="training seeds")
     p.add_argument("--n", type=int, default=2500, help="samples to judge a model by")
     p.add_argument("--intervals", type=int, nargs="+", default=[125],
                    help="steps between two doublings of plain ECT")
+    p.add_argument("--export", action="store_true",
+                   help="also write data/digits_teacher.safetensors and data/digits_cmt.safetensors, in fp16")
     p.add_argument("--scratch", action="store_true", help="also MeanFlow from scratch")
     args = p.parse_args()
     started, mf = time.time(), args.branch == "mf"
 
     table = {}                                            # (row, calls, compute) -> one distance a seed
-    for seed in range(args.seeds):
+    for seed in args.seeds:
         file = lambda name: f"runs/digits/{f'seed{seed}/' if seed else ''}{name}.safetensors"
         rows = train_mf(seed, file, args.scratch) if mf else train_cm(seed, file, args.intervals)
-        cells = [(name, calls, cost, f"{path}:{calls}") for name, path, cost in rows
-                 for calls in ((16, 1) if name == "teacher" else (1, 2))]
-        for (name, calls, cost, _), value in zip(cells, distances([c[-1] for c in cells], args.n)):
-            table.setdefault((name, calls, cost), []).append(value)
-        if seed == 0: shown = [path for _, path, _ in rows[:4 if mf else 3]]
+        for name, path, cost in rows:
+            calls = (16, 1) if name == "teacher" else (1, 2)
+            for k, value in zip(calls, scores(path, args.n, calls=calls)):
+                table.setdefault((name, k, cost), []).append(value)
+        if seed == args.seeds[0]: shown = [path for _, path, _ in rows[:4 if mf else 3]]
+
+    if args.export:
+        export(shown[0], "data/digits_teacher.safetensors")
+        export(shown[1], "data/digits_cmt.safetensors")
 
     floor, picture = halves(), "runs/digits/demo_mf.npz" if mf else "runs/digits/demo.npz"
     calls = [(0, 16), (0, 1), (1, 1), (2, 1), (2, 2)] + ([(3, 1)] if mf else [])
     command("sample", *(f"{shown[i]}:{k}" for i, k in calls), "--real", "--labels", "balanced", "--n", 20,
             "--out", picture)
 
-    print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {args.seeds} training seed(s)"
-          f"\n\n| | NFE | training compute after the teacher, M forwards | FD-pixels |"
-          f"\n|---|---|---|---|"
-          f"\n| real, one half against the other | | | {floor:.3f} |")
+    print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {len(args.seeds)} training seed(s)"
+          f"\n\n| | NFE | training compute after the teacher, M forwards | FD-pixels | median | each seed |"
+          f"\n|---|---|---|---|---|---|"
+          f"\n| real, one half against the other | | | {floor:.3f} | | |")
     for (name, calls, cost), values in table.items():
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        print(f"| {name} | {calls} | {cost / 1e6:.2f} | {statistics.mean(values):.3f}{spread} |")
+        line, each = f"{statistics.mean(values):.3f}", " ".join(f"{value:.3f}" for value in values)
+        if len(values) > 1: line += f" ± {statistics.stdev(values):.3f} | {statistics.median(values):.3f} | {each}"
+        else:               line += " | |"
+        print(f"| {name} | {calls} | {cost / 1e6:.2f} | {line} |")
     print(f"\nThe picture is {Path(picture).with_suffix('.png')}. {time.time() - started:.0f} s.")
 
 

@@ -20,6 +20,7 @@ except (ImportError, RuntimeError) as e:
     pytest.skip(f"torch {torch.__version__} cannot register an emulated device ({e})", allow_module_level=True)
 
 import fid, model, solve
+from tools import feature_networks
 from conftest import ROOT, latents_npz, make_chain
 
 aten, CPU, GPU0 = torch.ops.aten, torch.device("cpu"), torch.device("gpu", 0)
@@ -183,6 +184,6 @@ def test_solvers(on_gpu, solver):
 
 def test_inception(on_gpu):
     with EmulatedGPU():
-        net = fid.Inception().to(GPU0).eval().requires_grad_(False)
+        net = feature_networks.Inception().to(GPU0).eval().requires_grad_(False)
         n, *sums = fid.sums([net(torch.zeros(2, 8, 8, 1, dtype=torch.uint8).to(GPU0))])
         assert all(m.device == GPU0 for m in fid.reduced(n, *sums, GPU0)[1:])

@@ -244,3 +244,34 @@ def test_a_part_that_disappeared_is_explained(run, chain, tmp_path, monkeypatch)
     monkeypatch.setattr(sample, "draw_parts", and_lose_one)
     done = run("sample", "runs/digits/midtrain_cm.safetensors:1", "--n", 8, "--out", tmp_path / "a.npz")
     refused(done, "may be running twice")
+
+
+# --- docs/train.slurm ---------------------------------------------------------------------------------------
+
+def test_the_slurm_script_saves_and_is_queued_again(chain, tmp_path):
+    """SLURM's commands are stubs. The script gets SIGTERM, as two minutes before the time limit: the stage saves,
+    the job is queued again, and the second run of the script finishes the stage."""
+    (tmp_path / "runs").symlink_to(chain / "runs")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").touch()
+    stubs = {"srun": 'exec "$@"', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+             "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi'}
+    for name, line in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1",
+                        "SLURM_JOB_ID": str(free_port() - 20000), "SLURM_JOB_NODELIST": "here"}
+    command = ["bash", ROOT / "docs/train.slurm", ROOT / "midtrain.py", "--steps", "300", "--batch", "8",
+               "--log-every", "5", "--out", "a.safetensors"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    for line in job.stdout:
+        if line.startswith("step      20/"): break
+    job.terminate()
+    assert "ends after step" in job.stdout.read() and job.wait(60) != 0
+    assert (tmp_path / "requeued").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
+    assert 20 <= model.read(tmp_path / "a.safetensors")[1]["step"] < 300
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "continuing" in done.stdout, done.stderr
+    assert model.read(tmp_path / "a.safetensors")[1]["step"] == 300
+    assert (tmp_path / "requeued").read_text().count("\n") == 1

@@ -4,7 +4,7 @@ import json, subprocess, sys
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, refused
 
 
 def test_gpu_without_a_gpu_says_so():
@@ -32,3 +32,38 @@ def test_gpu_reports_a_part_that_fails(monkeypatch, tmp_path):
     with pytest.raises(SystemExit): gpu.main()
     rows = json.loads((tmp_path / "runs/gpu.json").read_text())
     assert [row["result"] for row in rows][1:3] == ["fine", "FAILED: RuntimeError: broken"]
+
+
+# --- tools/plot_log.py, docs/cmt.ipynb ----------------------------------------------------------------------
+
+def test_logs_are_drawn(run, chain, tmp_path):
+    pytest.importorskip("matplotlib")
+    from tools import plot_log
+    logs = sorted(str(p) for p in (chain / "runs/digits").glob("*.jsonl"))
+    assert len(logs) == 6
+    done = run("tools.plot_log", *logs, "--out", tmp_path / "a.png")
+    assert done.code == 0 and (tmp_path / "a.png").stat().st_size > 10_000, done.err
+    (tmp_path / "b.jsonl").write_text("hello}\n")
+    refused(run("tools.plot_log", tmp_path / "b.jsonl"), "b.jsonl", "no log")
+    # a resumed run wrote steps 5 and 10 again, and was killed while it wrote the last line
+    (tmp_path / "c.jsonl").write_text('{"step": 5, "images": 9, "loss": 1.0}\n{"step": 10, "images": 18, "loss": 2.0}\n'
+                                      '{"step": 5, "images": 9, "loss": 3.0}\n{"step": 10, "im')
+    assert plot_log.read_log(tmp_path / "c.jsonl")["loss"] == [3.0, 2.0]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
+    """With two seconds of training instead of two minutes. Committed with its outputs."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    path = ROOT / "docs/cmt.ipynb"
+    cells = json.loads(path.read_text())["cells"]
+    assert len(cells) <= 25 and path.stat().st_size < 10 ** 6
+    monkeypatch.chdir(path.parent)
+    namespace = {}
+    for cell in cells:
+        if cell["cell_type"] != "code": continue
+        assert cell["execution_count"] and not any(out["output_type"] == "error" for out in cell["outputs"])
+        source = "".join(cell["source"]).replace("MINUTES, SAMPLES = 2, 2500", "MINUTES, SAMPLES = 1 / 30, 256")
+        exec(source, namespace)
+    assert namespace["SAMPLES"] == 256 and len(namespace["losses"]) >= 32

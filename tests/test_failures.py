@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fid, midtrain, model, posttrain_cm, posttrain_mf, pretrain, sample, solve
+from tools import feature_networks
 from conftest import ROOT, refused, vectors, write_npz
 from test_runs import SMALL, STAGES
 
@@ -333,7 +334,7 @@ def test_elatentlpips(monkeypatch):
     header = model.fresh_header(model.DATASETS["imagenet512"])
     monkeypatch.setitem(sys.modules, "elatentlpips", None)
     with pytest.raises(model.UserError, match="pip install elatentlpips"):
-        midtrain.load_elatentlpips(header, "cpu")
+        feature_networks.load_elatentlpips(header, "cpu")
     seen = []
     class ELatentLPIPS(torch.nn.Module):
         def __init__(self, encoder, augment, verbose):
@@ -345,7 +346,7 @@ def test_elatentlpips(monkeypatch):
             seen.append(a)
             return (self.conv(a) - self.conv(b)).square().mean((1, 2, 3), keepdim=True)
     monkeypatch.setitem(sys.modules, "elatentlpips", types.SimpleNamespace(ELatentLPIPS=ELatentLPIPS))
-    distance = midtrain.load_elatentlpips(header, "cpu")
+    distance = feature_networks.load_elatentlpips(header, "cpu")
     z = torch.randn(3, 4, 64, 64)
     mean, scale = model.latent_scale(z, header)
     a = ((z - mean) * scale).requires_grad_()
@@ -353,7 +354,7 @@ def test_elatentlpips(monkeypatch):
     d.sum().backward()
     assert d.shape == (3,) and torch.allclose(seen[0], z, atol=1e-5) and a.grad.abs().sum() > 0
     with pytest.raises(model.UserError, match="for latents"):
-        midtrain.load_elatentlpips(model.fresh_header(model.DATASETS["cifar10"]), "cpu")
+        feature_networks.load_elatentlpips(model.fresh_header(model.DATASETS["cifar10"]), "cpu")
 
 
 # --- the wrong kind of file ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import midtrain, model, solve
+from tools import feature_networks
 from conftest import mixture_denoiser, refused, relerr, vector_weights, vectors, write_npz
 
 S = 0.5                                                        # data ~ N(0, S^2): everything is known
@@ -158,7 +159,7 @@ def lpips_weights():
 @pytest.mark.parametrize("size", ["32x32", "64x64"])
 def test_lpips_reproduces_the_reference(size):
     v, _ = vectors("lpips_vgg")
-    lpips = midtrain.LPIPS(*lpips_weights())
+    lpips = feature_networks.LPIPS(*lpips_weights())
     x, y = v[f"in/{size}/x"].float().requires_grad_(), v[f"in/{size}/y"].float()
     distance = lpips(x, y)
     assert relerr(distance.detach(), v[f"out64/{size}/distance"]) < 1e-5
@@ -168,7 +169,7 @@ def test_lpips_reproduces_the_reference(size):
 
 
 def test_lpips_repeats_one_channel_and_has_no_nan_gradient():
-    lpips, a = midtrain.LPIPS(*lpips_weights()), torch.rand(2, 1, 16, 16, requires_grad=True)
+    lpips, a = feature_networks.LPIPS(*lpips_weights()), torch.rand(2, 1, 16, 16, requires_grad=True)
     b = torch.rand(2, 1, 16, 16)
     assert torch.equal(lpips(a, b), lpips(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)))
     lpips(a, a.detach()).sum().backward()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import fid, model, sample
+from tools import feature_networks
 from conftest import ROOT, free_port, refused, relerr, vector_weights, vectors, write_npz
 
 
@@ -113,7 +114,7 @@ def formula_image(H, W, off):
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
     """A weights file as published, fc and counters included, with the weights of the vectors' rule."""
-    path = tmp_path_factory.mktemp("inception") / fid.INCEPTION
+    path = tmp_path_factory.mktemp("inception") / feature_networks.INCEPTION
     weights = vector_weights("inception")
     weights |= {k.replace("running_var", "num_batches_tracked"): torch.tensor(0) for k in list(weights)
                 if k.endswith("running_var")}
@@ -122,12 +123,12 @@ def inception(tmp_path_factory):
 
 
 def test_inception_reproduces_the_reference(inception):
-    (v, meta), net = vectors("inception"), fid.load_inception(inception)
+    (v, meta), net = vectors("inception"), feature_networks.load_inception(inception)
     images = {k: formula_image(**f) for k, f in json.loads(meta["formula_images"]).items()}
     assert all(int(x.sum()) == v[f"in/{k}_sum"] for k, x in images.items())
     images |= {k: v[f"in/{k}"].permute(0, 2, 3, 1).to(torch.uint8).numpy() for k in ("s32x32", "s64x64")}
     for k, x in images.items():
-        resized = fid.resize_tf1(torch.from_numpy(x).permute(0, 3, 1, 2).float())
+        resized = feature_networks.resize_tf1(torch.from_numpy(x).permute(0, 3, 1, 2).float())
         assert relerr(resized[:, :, ::23, ::23], v[f"out64/{k}/tf_resize"]) < 5e-5, k
         features = net(x)
         assert relerr(features, v[f"out/{k}/tf_pool2048"]) < 5e-6, k
@@ -141,7 +142,7 @@ def test_fid_of_every_kind_of_reference(run, here, tmp_path, inception):
     (tmp_path / "a").mkdir()
     for i, x in enumerate(images): Image.fromarray(x[:, :, 0]).save(tmp_path / f"a/{i:03d}.png")
     shutil.make_archive(tmp_path / "a", "zip", tmp_path / "a")
-    mu, cov = fid.moments(*fid.sums([fid.load_inception(inception)(images)]))
+    mu, cov = fid.moments(*fid.sums([feature_networks.load_inception(inception)(images)]))
     np.savez(tmp_path / "stats.npz", mu=mu, sigma=cov)
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=cov, arr_0=images)
     found = []
@@ -217,8 +218,8 @@ def test_bad_input_of_fid(run, here, tmp_path, inception):
     bad(["empty", "0 images"], "empty", *pixels)
     np.savez(tmp_path / "stats.npz", mu=np.zeros(5), sigma=np.eye(5))
     bad(["5 features", "192"], "rgb.npz", "--ref", tmp_path / "stats.npz", "--features", "pixels")
-    bad([fid.INCEPTION, "github.com"], "rgb.npz", "--ref", "digits")
-    bad([fid.INCEPTION, "github.com"], "rgb.npz", "--ref", "digits", "--inception", tmp_path / "rgb.npz")
+    bad([feature_networks.INCEPTION, "github.com"], "rgb.npz", "--ref", "digits")
+    bad([feature_networks.INCEPTION, "github.com"], "rgb.npz", "--ref", "digits", "--inception", tmp_path / "rgb.npz")
     refused(run("fid", "runs/digits/midtrain_cm.safetensors", "--ref", "nowhere.npz", *pixels[2:]), "nowhere")
 
 
@@ -247,3 +248,71 @@ def test_models_of_other_sizes_share_a_picture(tmp_path):
     model.save_grid(tmp_path / "a.png", [grey, colour], ["a", "b"])
     picture = np.array(Image.open(tmp_path / "a.png"))
     assert (picture == (200, 10, 60)).all(2).sum() == 3 * 48 * 48
+
+
+# --- pictures and folders -----------------------------------------------------------------------------------
+
+def test_images_as_files_named_by_seed(run, here, tmp_path):
+    file, out = "runs/digits/midtrain_cm.safetensors:1", tmp_path / "images"
+    assert run("sample", file, "--n", 70, "--out", tmp_path / "a.npz").code == 0
+    for _ in range(2):                                     # the second replaces the same seeds
+        done = run("sample", file, "--seeds", "3-69", "--out", f"{out}/")
+        assert done.code == 0 and sorted(os.listdir(out)) == [f"{k:06d}.png" for k in range(3, 70)], done.err
+    images = np.load(tmp_path / "a.npz")["arr_0"]
+    for k in 3, 64, 69: assert np.array_equal(np.asarray(Image.open(out / f"{k:06d}.png")), images[k, ..., 0])
+    assert Image.open(f"{out}.png").width > 16 * 48        # its grid
+    refused(run("sample", file, "--n", 10, "--out", out), "000010.png", "--out")
+    refused(run("sample", file, file, "--n", 10, "--out", f"{out}/"), "one FILE")
+    np.savez(tmp_path / "part.npz", arr_0=images[3:])
+    a, b = (json.loads(run("fid", source, "--ref", "digits", "--features", "pixels").out.splitlines()[-1])["fd"]
+            for source in (out, tmp_path / "part.npz"))
+    assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_every_save_of_a_stage_shows_samples(run, here, tmp_path):
+    rows = {"pretrain": 1, "pretrain_flow": 1, "midtrain_cm": 2, "midtrain_mf": 2, "posttrain_cm": 2,
+            "posttrain_mf": 2}
+    for stage, n in rows.items():
+        assert Image.open(f"runs/digits/{stage}.png").height == 4 + 52 * n
+    # row "1 NFE" is what sample.py draws with the same labels
+    from PIL import ImageChops
+    run("sample", "runs/digits/midtrain_cm.safetensors:1", "--n", 16, "--labels", "balanced",
+        "--out", tmp_path / "a.npz")
+    box = lambda image: image.crop((image.width - 16 * 52, 0, image.width, 52)).convert("L")
+    difference = ImageChops.difference(box(Image.open("runs/digits/midtrain_cm.png")),
+                                       box(Image.open(tmp_path / "a.png")))
+    assert np.asarray(difference).max() <= 1               # batches of 16 and of 64 differ in the last bits
+
+
+def test_a_preview_changes_nothing_else(run, here, tmp_path):
+    flags = "--steps", 4, "--batch", 8, "--save-every", 2, "--nfe", 4
+    assert run("midtrain", *flags, "--no-preview", "--out", tmp_path / "a.safetensors").code == 0
+    done = run("midtrain", *flags, "--out", tmp_path / "b.safetensors")
+    assert done.code == 0 and done.out.count("samples in") == 2
+    assert not (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
+    a, b = (model.read(tmp_path / f"{name}.safetensors")[0] for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_preview_that_fails_does_not_end_the_run(run, here, tmp_path, monkeypatch):
+    def broken(*args): raise model.UserError("the disk is full")
+    monkeypatch.setattr(model, "save_grid", broken)
+    done = run("pretrain", "--steps", 2, "--batch", 8, "--out", tmp_path / "a.safetensors")
+    assert done.code == 0 and "no preview: the disk is full" in done.out
+
+
+def test_the_committed_digits(run, tmp_path, monkeypatch):
+    """The first command of the README. One step of the committed model against one and 16 NFE of its teacher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    teacher, cmt = (f"data/digits_{name}.safetensors" for name in ("teacher", "cmt"))
+    for file in teacher, cmt:
+        assert os.path.getsize(file) <= 2_000_000
+        tensors, header = model.read(file)
+        assert all(v.dtype == torch.float16 for v in tensors.values()) and len(header["sha256 in fp32"]) == 64
+    done = run("sample", f"{cmt}:1", "--n", 64)
+    assert done.code == 0 and np.load("runs/digits/samples.npz")["arr_0"].shape == (64, 8, 8, 1), done.err
+    assert Image.open("runs/digits/samples.png").height == 4 + 52 * 4
+    lines = run("fid", f"{cmt}:1", f"{teacher}:16", f"{teacher}:1", "--n", 2500, "--features", "pixels").out
+    one, sixteen, blurred = (json.loads(line)["fd"] for line in lines.splitlines() if line.startswith("{"))
+    assert sixteen < one < blurred / 10

@@ -50,7 +50,6 @@ CALLS = {
     "fid.frechet_distance": (torch.zeros(3), cov, torch.ones(3), cov),
     "fid.sums": ([torch.randn(9, 3), torch.randn(9, 3)],),
     "fid.moments": (9, torch.ones(3), 9 * cov),
-    "fid.resize_tf1": (torch.rand(2, 3, 40, 30),),
 }
 
 

@@ -180,23 +180,24 @@ def main():
     p.add_argument("--ref", metavar="NAME|PATH",
                    help="what to compare with (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["inception", "pixels"], default="inception", help="what to compare")
-    p.add_argument("--inception", default=f"data/{feature_networks.INCEPTION}", metavar="FILE", help="weights")
+    p.add_argument("--inception", default=f"data/{feature_networks.INCEPTION}", metavar="FILE",
+                   help="weights")
     p.add_argument("--save-stats", metavar="X.npz", help="write mu and sigma of FILE, in EDM's layout")
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
     if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")):
         raise model.UserError("--save-stats X.npz takes the statistics of one FILE, and ends in .npz.")
-    if args.features == "pixels": model.refuse_typed("--inception", because="--features is pixels")
+    if args.features == "pixels": model.reject_if_typed("--inception", because="--features is pixels")
     args.files = [f"data/{file}.npz" if not is_images(file) and not os.path.exists(sample.path_of(file))
                   and os.path.exists(f"data/{file}.npz") else file for file in args.files]       # a NAME
     if args.save_stats and args.ref and os.path.realpath(args.save_stats) == os.path.realpath(args.ref):
         raise model.UserError(f"--save-stats {args.save_stats} is the file that is read for --ref.")
     if all(is_images(file) for file in args.files):
-        if args.features == "pixels": model.refuse_typed("--precision", because="pixels need no network")
-        model.refuse_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
+        if args.features == "pixels": model.reject_if_typed("--precision", because="pixels need no network")
+        model.reject_if_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
                            "--guide", "--solver", because="FILE is a set of images, not a checkpoint")
-    if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")
+    if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     rank, world, device, _ = model.setup(0, args.precision)
     features = pixels
     if args.features == "inception":

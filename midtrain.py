@@ -1,6 +1,7 @@
 """Stage 3, consistency mid-training (CMT): map every state of a teacher trajectory to its endpoint.
 
-  reads   runs/D/pretrain.safetensors        the teacher, and the first weights of the student; no images
+  reads   runs/D/pretrain.safetensors        the teacher, and the initial weights of the student (D: the
+                                             name of the dataset). No images are needed
           runs/D/pretrain_flow.safetensors   instead, with --target mf
   writes  runs/D/midtrain_cm.safetensors     EMA weights of a one- or two-step sampler, for posttrain_cm.py
           runs/D/midtrain_mf.safetensors     with --target mf: of a sampler with any number of steps
@@ -14,12 +15,12 @@
 --target cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
 --target mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states.
 
-Any model that produces trajectories can be the teacher of a Mean Flow model: flow matching, a small Mean Flow
-model with 8 jumps, or a denoiser, whose trajectories are converted to flow time
-(--teacher runs/digits/pretrain.safetensors --init none).
+Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
+Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
+time, and the student starts from random weights (--teacher runs/digits/pretrain.safetensors --init none).
 
 The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
-its own predictions. All pairs of times are equally likely and have weight 1.
+its own predictions. All pairs of times are equally likely, and the loss does not weight them.
 """
 import copy, itertools, math, shlex
 
@@ -28,31 +29,34 @@ import torch
 import model, sample, solve
 from tools import dry_run, feature_networks
 
-# batch: pairs (state, target). nfe: function evaluations of a trajectory. network: constructor arguments that
-# differ from those of --init. mid_t: time of the second of two sampling steps. decay: the learning rate falls
-# linearly to 0, stays constant, or falls as 1/sqrt from a step on. solver None: the teacher's default.
-# Sources: the paper (2509.24526), its released code, ECT (2406.14548), MeanFlow (2505.13447). The paper uses
-# LPIPS as the distance, and ELatentLPIPS for latents. We cannot redistribute their weights, so the default is
-# pseudo-Huber.
+# batch     pairs (state, target) in one step, over all GPUs
+# nfe       function evaluations of a trajectory
+# solver    None: the teacher's default
+# decay     "linear" to 0, "constant", or the step from which the learning rate falls as 1/sqrt
+# mid_t     time of the second of two sampling steps, stored in the result for sample.py
+# network   constructor arguments that differ from those of --init
+# The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
+# (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
+# latents. We cannot redistribute their weights, so the default is pseudo-Huber.
 CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, solver="dpm3", nfe=16,  # paper
           distance="huber",                                                                       # ours
           network={}, mid_t=0.7757)                                                               # code
-PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                              # paper
-                  network=dict(dropout=0.2))                                                      # code
+CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
+                     network=dict(dropout=0.2))                                                   # code
 MF = dict(optimizer="RAdam", beta2=0.999, decay="linear", warmup=0, solver=None, nfe=16, network={},  # ours
           distance="l2")                                                                          # paper
 RECIPES = {
     "cm": {
         "digits":      CM | dict(steps=1200, batch=64, lr=3e-3, ema=0.99),                        # ours
-        "cifar10":     PAPER,
-        "ffhq64":      PAPER,
-        "afhqv2-64":   PAPER,
+        "cifar10":     CM_PAPER,
+        "ffhq64":      CM_PAPER,
+        "afhqv2-64":   CM_PAPER,
         "imagenet64":  CM | dict(steps=100_000,                                                   # ours
                                  lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99, decay=2000,   # ECT
                                  network=dict(dropout=0.4, dropout_resolutions=(16, 8)),          # ECT
                                  mid_t=1.526),                                                    # code
-        "imagenet512": PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0),   # paper
-                                    mid_t=1.526),                                                 # code
+        "imagenet512": CM_PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0),  # paper
+                                       mid_t=1.526),                                              # code
         "custom":      CM | dict(steps=10_000, lr=1e-3, ema=0.999),                               # ours
     },
     "mf": {
@@ -61,7 +65,7 @@ RECIPES = {
                                  batch=1024, lr=6e-4, ema=0.99995, network=dict(dropout=0.2)),    # MeanFlow
         "imagenet256": MF | dict(steps=400_000,                                                   # ours
                                  batch=256, lr=1e-4, ema=0.9999,                                  # MeanFlow
-                                 # The teacher is a Mean Flow SiT-B/4 with 8 jumps.               # paper
+                                 # The teacher is a Mean Flow SiT-B/4 in 8 steps.                 # paper
                                  solver="jump", nfe=8, init="none",
                                  teacher="runs/imagenet256/teacher_mf.safetensors",
                                  teacher_network=dict(patch_size=4, hidden_size=768, depth=12, num_heads=12,
@@ -74,7 +78,7 @@ RECIPES = {
         "custom":      MF | dict(steps=10_000, batch=128, lr=1e-3, ema=0.999),                    # ours
     },
 }
-FIRST_STAGE = {"cm": "pretrain", "mf": "pretrain_flow"}     # the stage whose weights the student starts from
+PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # the stage whose weights the student starts from
 
 
 # === the method =============================================================================================
@@ -83,14 +87,14 @@ def cmt_loss(f, x, t, x_end, y, distance):
     """Consistency mid-training (2509.24526), one number per pair. Solver times: t_0 = 80 > ... > t_N = 0.002.
     x (B,C,H,W) states of solved trajectories, t (B,) the solver's own times, x_end (B,C,H,W) their endpoints,
     y (B,) the labels of the trajectories, distance(a, b) -> (B,).  -> (B,)"""
-    # L = E_{x_T} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
+    # L = E_{x_{t_0}} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
     return distance(f(x, t, y), x_end)
 
 
 def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
     """Mid-training of a Mean Flow model (2509.24526), one number per pair of states of one trajectory in flow
     time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) labels of the trajectories -> (B,)"""
-    # L = E_{x_T} mean_{i<j} || u(x_{t_i}, t_j, t_i, y) - (x_{t_i} - x_{t_j}) / (t_i - t_j) ||^2
+    # L = E_{x_{t_0}} mean_{i<j} || u(x_t, r, t, y) - (x_t - x_r) / (t - r) ||^2,   t = t_i, r = t_j
     target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
     return (u(x_t, r, t, y) - target).square().flatten(1).sum(1)
 
@@ -109,12 +113,12 @@ def huber(a, b):
 
 def pair_table(N, target, pairing="cmt"):
     """The pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the endpoint,
-    M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint, M = 1.
-    -> i, j (M,) int64"""
+    M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint, M = 1;
+    "slow": as "cmt", but `solved_batches` takes one pair of each trajectory. -> i, j (M,) int64"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
-    if pairing == "kd": return i[N - 1:N], j[N - 1:N]
+    if pairing == "kd": return i[N - 1:N], j[N - 1:N]      # (0, N)
     return (i[j == N], j[j == N]) if target == "cm" else (i, j)
 
 
@@ -123,15 +127,15 @@ def gather_pairs(states, times, y, indices, i, j):
     P trajectories, times (N+1,), y (P,), i, j (M,) from `pair_table`
     -> x_t (B,C,H,W), t (B,), x_r (B,C,H,W), r (B,), y (B,)"""
     trajectory, pair = indices // len(i), indices % len(i)
-    i, j = i[pair], j[pair]
-    t, r = times[i].to(states), times[j].to(states)
-    return states[i, trajectory], t, states[j, trajectory], r, y[trajectory]
+    start, end = i[pair], j[pair]
+    t, r = times[start].to(states), times[end].to(states)
+    return states[start, trajectory], t, states[end, trajectory], r, y[trajectory]
 
 
-def draw_pairs(trajectories, count, M, device):
-    """Choose `count` of the M pairs of each trajectory without replacement, and shuffle all of them.
-    -> flat indices (trajectories * count,) for `gather_pairs`"""
-    chosen = torch.rand(trajectories, M, device=device).argsort(dim=1)[:, :count]
+def draw_pairs(trajectories, pairs_per_trajectory, M, device):
+    """Choose pairs_per_trajectory of the M pairs of each trajectory without replacement, and shuffle all.
+    -> flat indices (trajectories * pairs_per_trajectory,) for `gather_pairs`"""
+    chosen = torch.rand(trajectories, M, device=device).argsort(dim=1)[:, :pairs_per_trajectory]
     chosen = (chosen + M * torch.arange(trajectories, device=device)[:, None]).flatten()
     return chosen[torch.randperm(len(chosen), device=device)]
 
@@ -149,9 +153,9 @@ def load_distance(args, header, device):
 
 
 def flags():
-    """The command line -> args. args.reads: {input file: the command that makes it}"""
+    """The command line -> args. args.made_by: {input file: how to make it}"""
     target = model.peek_flag("--target", "cm", RECIPES)
-    p = model.parser(__doc__, RECIPES[target], FIRST_STAGE[target], writes=f"midtrain_{target}")
+    p = model.parser(__doc__, RECIPES[target], PREDECESSOR[target], writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
                    help="model whose trajectories are the targets")
@@ -170,29 +174,30 @@ def flags():
     args = p.parse_args()
     if target == "mf" and args.distance != "l2":
         raise model.UserError(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
-    if args.distance == "lpips" and not args.lpips: feature_networks.load_lpips(None, None)
-    if args.distance != "lpips": model.refuse_typed("--lpips", because="the distance is not lpips")
+    if args.distance == "lpips" and not args.lpips: raise model.UserError(feature_networks.LPIPS_FILES)
+    if args.distance != "lpips": model.reject_if_typed("--lpips", because="the distance is not lpips")
     if args.trajectories:
-        model.refuse_typed("--nfe", "--solver", because=f"{args.trajectories} has its own solver and NFE")
-    if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
+        model.reject_if_typed("--nfe", "--solver", because=f"{args.trajectories} has its own solver and NFE")
+    if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
     public = model.DATASETS.get(args.recipe_name, {}).get("public")
     command = f"python pretrain.py --data {shlex.quote(args.data)}" + " --objective flow" * (target == "mf")
     if public and target == "cm": command = model.import_command(public, args.data)
-    args.reads = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
+    args.made_by = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
-        args.reads[args.trajectories] = f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
-    if guide := solve.guide_file(args): args.reads[guide] = "a smaller or less trained model"
-    if target == "mf": args.network = args.network | {"interval": True}
+        args.made_by[args.trajectories] = (
+            f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
+    if guide := solve.guide_file(args): args.made_by[guide] = "a smaller or less trained model"
+    if target == "mf": args.network = args.network | {"interval": True}            # u also takes r
     return args
 
 
-def pool_size(batch, pairs_per_trajectory, at_least=128):
-    """Number of trajectories that a rank solves at once: at least 128, and so many that their pairs fill a
-    whole number of batches."""
-    multiple = math.lcm(batch, pairs_per_trajectory) // pairs_per_trajectory
+def pool_size(local_batch, pairs_per_trajectory, at_least=128):
+    """Number of trajectories that a rank solves at once: the smallest number from 128 on whose pairs fill a
+    whole number of its batches."""
+    multiple = math.lcm(local_batch, pairs_per_trajectory) // pairs_per_trajectory
     return math.ceil(at_least / multiple) * multiple
 
 
@@ -203,18 +208,18 @@ def student_time(states, times, header, target):
 
 
 @torch.no_grad()
-def solve_pool(teacher, header, count, args, device):
-    """Draw `count` noises and labels (some of them null, as in pre-training) and solve the teacher's ODE from
-    each. -> states (N+1,count,C,H,W), times (N+1,), y (count,), in the student's time"""
-    x = header["t_max"] * torch.randn(count, *model.image_shape(header), device=device)
-    y = model.random_labels(count, header, device)
+def solve_pool(teacher, header, trajectories, args, device):
+    """Draw noise and labels (some labels null, as in pre-training) and solve the teacher's ODE from each.
+    -> states (N+1,trajectories,C,H,W), times (N+1,), y (trajectories,), in the student's time"""
+    x = header["t_max"] * torch.randn(trajectories, *model.image_shape(header), device=device)
+    y = model.random_labels(trajectories, header, device)
     states, times = solve.solve_teacher(teacher, header, x, y, args.nfe, args.solver)
     return *student_time(states, times.to(device), header, args.target), y
 
 
 def check_trajectories(args):
-    """solve.py's file has to come from the same teacher and guidance. The header of the student will say with
-    which solver and NFE it was made."""
+    """solve.py's file has to come from the same teacher and guidance. Its solver and NFE replace those in
+    args, so that the student's header records them."""
     made = model.read(args.trajectories, tensors=False)[1]
     guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
@@ -233,35 +238,36 @@ def read_trajectories(args, header, device):
     return *student_time(states.transpose(0, 1), times, header, args.target), y
 
 
-def stored_batches(header, args, step, rank, batch, device):
+def stored_batches(header, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
     states, times, y = read_trajectories(args, header, device)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
     for step in itertools.count(step):
-        first = step * args.batch + rank * batch
-        chosen = model.batch_indices(len(y) * len(i), args.seed, first, batch)
+        first = step * args.batch + rank * local_batch
+        chosen = model.batch_indices(len(y) * len(i), args.seed, first, local_batch)
         yield gather_pairs(states, times, y, chosen.to(device), i, j)
 
 
-def solved_batches(teacher, header, N, args, step, rank, batch, device):
+def solved_batches(teacher, header, N, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on: solve a pool of trajectories, shuffle its pairs,
     yield them batch by batch, solve the next pool.
 
-    The paper solves batch / N trajectories in every step, 8 for a batch of 128. That starves a GPU and fills
-    a batch with strongly correlated states. We solve at least 128 at once and let each trajectory give N
-    pairs (cm: every state once), so the cost per pair is the paper's. A pool is a function of (seed, rank,
-    its number): a resumed run solves its pool again, and nothing is stored. Every pool has the same size, so
-    that a compiled teacher is compiled once; the surplus of the last pool is not used."""
+    The paper solves 8 trajectories in every step: 8 * 16 states are its global batch of 128. That starves a
+    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories at
+    once and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the N (N+1) / 2),
+    so the cost per pair is the paper's. A pool is a function of (seed, rank, its number): a resumed run
+    solves its pool again, and nothing is stored. All pools have one size, so a compiled teacher is compiled
+    once."""
     i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
-    trajectories = pool_size(batch, pairs_per_trajectory)
-    steps_per_pool = trajectories * pairs_per_trajectory // batch
+    trajectories = pool_size(local_batch, pairs_per_trajectory)
+    steps_per_pool = trajectories * pairs_per_trajectory // local_batch
     while True:
         pool, used = divmod(step, steps_per_pool)
         model.reseed(args.seed, rank, "pool", pool)
         states, times, y = solve_pool(teacher, header, trajectories, args, device)
         indices = draw_pairs(trajectories, pairs_per_trajectory, len(i), device)
-        for chosen in indices.split(batch)[used:]:
+        for chosen in indices.split(local_batch)[used:]:
             yield gather_pairs(states, times, y, chosen, i, j)
         step = (pool + 1) * steps_per_pool
 
@@ -280,13 +286,14 @@ def solved_batches(teacher, header, N, args, step, rank, batch, device):
 
 def main():
     args = flags()
-    target, first_stage = args.target, FIRST_STAGE[args.target]
-    if args.dry_run: return dry_run.midtrain(args, model.KIND[first_stage])
-    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    target, predecessor = args.target, PREDECESSOR[args.target]
+    if args.dry_run: return dry_run.midtrain(args, model.KIND[predecessor])
+    # Each process takes the mean over its local_batch. DDP averages the gradients of all processes, which
+    # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
-    teachers = solve.TEACHERS if target == "mf" else [first_stage]
-    teacher, teacher_header = model.load_predecessor(args, "teacher", teachers, device,
+    teacher_stages = solve.TEACHERS if target == "mf" else [predecessor]
+    teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device,
                                                      model.DATASETS.get(args.recipe_name))
     model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
@@ -297,7 +304,7 @@ def main():
     model.reseed(args.seed)
     dataset = model.DATASETS.get(args.recipe_name) or model.custom_dataset(shape, classes,
                                                                            teacher_header.get("latents"))
-    net, header = model.first_weights(args, model.KIND[first_stage], dataset, device, **args.network)
+    net, header = model.first_weights(args, model.KIND[predecessor], dataset, device, **args.network)
     distance = load_distance(args, header, device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":    # the student samples in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
@@ -306,12 +313,14 @@ def main():
                                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
     if target == "cm": header["mid_t"] = model.check_mid_t(args.mid_t, header)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.train().backbone_dtype = model.DTYPES[args.precision]
-    ddp = model.compiled(model.parallel(net, world), args.compile)
+    net.train()
+    net.backbone_dtype = model.DTYPES[args.precision]
+    # wrapped_net shares the weights of net, and adds DDP and torch.compile where they are used.
+    wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)
+    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
     batches = (stored_batches(teacher_header, args, step, rank, local_batch, device) if args.trajectories else
@@ -326,19 +335,19 @@ def main():
         pairs = next(batches)                                                      # x_t, t, x_r, r, y
         model.reseed(args.seed, rank, step)
         mean_loss = 0
-        for x_t, t, x_r, r, y in model.microbatches(ddp, args.microbatch, *pairs):
-            if target == "cm": loss = cmt_loss(ddp, x_t, t, x_r, y, distance).sum() / local_batch
-            else:              loss = cmt_meanflow_loss(ddp, x_t, x_r, r, t, y).sum() / local_batch
+        for x_t, t, x_r, r, y in model.microbatches(wrapped_net, args.microbatch, *pairs):
+            if target == "cm": loss = cmt_loss(wrapped_net, x_t, t, x_r, y, distance).sum() / local_batch
+            else:              loss = cmt_meanflow_loss(wrapped_net, x_t, x_r, r, t, y).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
+        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
-            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)                   # of EDM2 only, eq. 66
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up
+            model.normalise_weights(net)     # after the EMA, as EDM2 does
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr)

@@ -1059,15 +1059,16 @@ def typed(flag):
     return any(word == flag or word.startswith(f"{flag}=") for word in sys.argv[1:])
 
 
-def refuse_typed(*flags, because):
+def reject_if_typed(*flags, because):
     """Raise UserError where one of these flags was typed though it would have no effect."""
     for flag in flags:
         if typed(flag): raise UserError(f"{flag} would have no effect: {because}. Leave it out.")
 
 
-def parser(doc, recipes, reads, writes, precision=None, compile=True):
+def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     """The flags that all training stages share. --data picks the entry of `recipes` that holds the defaults,
-    also those that --help prints. `reads` (None for the first stage) and `writes` name files in runs/D/."""
+    also those that --help prints. `predecessor` (None for the first stage) and `writes` name files in
+    runs/D/."""
     recipe_name, name, path = find_data(peek_flag("--data", "digits"))
     if recipe_name not in recipes:
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
@@ -1077,8 +1078,8 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     add = p.add_argument
     add("--data", default="digits", metavar="NAME|PATH.npz",
         help=f"{', '.join(DATASETS)} or another prepared data/NAME.npz")
-    if reads:
-        add("--init", default=f"runs/{name}/{reads}.safetensors", metavar="FILE|none",
+    if predecessor:
+        add("--init", default=f"runs/{name}/{predecessor}.safetensors", metavar="FILE|none",
             help="weights to start from")
     elif recipe_name == "custom":
         add("--width", type=multiple_of_8, action=SetNetwork, metavar="CHANNELS",
@@ -1108,7 +1109,7 @@ def parser(doc, recipes, reads, writes, precision=None, compile=True):
     add("--world", type=positive, metavar="GPUS",
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
     if typed("--keep") and not typed("--save-every"): raise UserError("--keep needs --save-every STEPS.")
-    if "--dry-run" not in sys.argv: refuse_typed("--world", because="it belongs to --dry-run")
+    if "--dry-run" not in sys.argv: reject_if_typed("--world", because="it belongs to --dry-run")
     p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
     return p
 
@@ -1220,16 +1221,16 @@ def update_ema(ema, net, decay):
 
 def load_predecessor(args, flag, stages, device, dataset=None, **network):
     """The checkpoint of --init or --teacher -> (model, header). It has to be of one of `stages`, for the
-    shape and classes of `dataset`, and trained on the data of --data. args.reads holds the command that makes
-    a missing file. `network`: as in `load`."""
+    shape and classes of `dataset`, and trained on the data of --data. args.made_by holds the command that
+    makes a missing file. `network`: as in `load`."""
     path = getattr(args, flag)
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist; `{args.reads[path]}` makes such a file"
+        raise UserError(f"{path} does not exist; `{args.made_by[path]}` makes such a file"
                         + ("; --init none starts anew." if flag == "init" else "."))
     model, header = load(path, device, **network)
     if header["stage"] not in stages:
         raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
-                        f"{' or '.join(stages)} file; `{args.reads[path]}` makes one.")
+                        f"{' or '.join(stages)} file; `{args.made_by[path]}` makes one.")
     if header["step"] < header["steps"]:
         say(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
             "the command that made it continues it.")
@@ -1276,8 +1277,9 @@ def check_mid_t(mid_t, header):
 
 
 # What may differ between a run and its continuation without changing the result.
-FREE = {"kind", "stage", "reads", "out", "save_every", "keep", "log_every", "data", "path", "init", "teacher",
-        "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe", "preview", "vae"}
+FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
+        "teacher", "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe", "preview",
+        "vae"}
 # What a continued run may also change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision"}
 

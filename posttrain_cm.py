@@ -9,17 +9,18 @@
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained on f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE. The target is deterministic, but it inherits the
-             teacher's error.
+--loss ecd   x_r is x_t after one step of the teacher's ODE. Given x_t it is then fixed instead of random, but
+             it inherits the teacher's error.
 
-After mid-training the gap t - r is small and fixed from the first step, because f(x_r, r) is nearly right
-already. Without mid-training ECT has to start with a wide gap, whose target is closer to data, and narrow it
-on a schedule. That is the baseline:
+After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
+Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
+to start with a wide gap: with q = 2, r is 0 for all t below 1.95, and the target is the image itself. ECT
+narrows the gap on a schedule. That is the baseline:
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
-The backbone runs in fp32 here, on every device: for large q the difference f(x_t) - f(x_r) is smaller than
-the rounding error of bf16. imagenet512 runs in TF32, as the authors' code does.
+The backbone runs in fp32, also on a GPU: for large q the difference f(x_t) - f(x_r) is smaller than the
+rounding error of bf16. Only imagenet512 runs in TF32, as the authors' code does.
 """
 import copy, math, os, shlex
 
@@ -28,27 +29,33 @@ import torch
 import model, sample, solve
 from tools import dry_run
 
-# q: the gap is t - r = t n(t) / q^(k+1), see `ect_r`. double: steps after which k grows by 1; 0 keeps k = 0,
-# as after mid-training. c: of pseudo-Huber, 0 for the plain l2 norm. weight: "gap" 1/(t-r), "denoising" as in
-# pre-training. P_mean, P_std: of ln t. decay: the learning rate falls linearly to 0 or stays constant.
-# network: constructor arguments that differ from those of --init. mid_t: time of the second of two sampling
-# steps. solver: of ECD's step. Sources: the paper (2509.24526), its released code, ECT (2406.14548).
+# q              sets the gap t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`
+# double         k grows by 1 every so many steps; 0: k stays 0, which suits a mid-trained model
+# c              constant of pseudo-Huber; 0: the plain l2 norm
+# weight         "gap" 1/(t-r), or "denoising" as in pre-training
+# P_mean, P_std  of ln t
+# decay          the learning rate falls linearly to 0 ("linear") or stays "constant"
+# mid_t          time of the second of two sampling steps, stored in the result for sample.py
+# network        constructor arguments that differ from those of --init
+# solver         of the teacher's one step in ECD
+# The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
+# (2406.14548), or ours.
 ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0,                   # paper
            double=0, weight="gap", loss="ect",                                                    # paper
            P_mean=-1.1, P_std=2.0, c=0.0,                                                         # ECT
            mid_t=0.821, network={}, solver="heun")                                                # code
-PAPER = ECT | dict(steps=100_000, lr=1e-4, ema=0.9999,                                            # paper
-                   network=dict(dropout=0.2))                                                     # code
+ECT_PAPER = ECT | dict(steps=100_000, lr=1e-4, ema=0.9999,                                        # paper
+                       network=dict(dropout=0.2))                                                 # code
 ECD = ECT | dict(steps=125_000, lr=1e-6, decay="constant", optimizer="Adam", beta2=0.99, ema=0.9999,  # paper
                  q=1024, loss="ecd", c=0.06, weight="denoising", P_mean=-0.8, P_std=1.6,          # paper
                  mid_t=1.526)                                                                     # code
 RECIPES = {
     "digits":      ECT | dict(steps=300, batch=64, lr=1e-4, ema=0.99, q=256),                     # ours
-    "cifar10":     PAPER | dict(q=4096),                                                          # paper
-    "ffhq64":      PAPER | dict(q=512),                                                           # paper
-    "afhqv2-64":   PAPER | dict(q=1024),                                                          # paper
+    "cifar10":     ECT_PAPER | dict(q=4096),                                                      # paper
+    "ffhq64":      ECT_PAPER | dict(q=512),                                                       # paper
+    "afhqv2-64":   ECT_PAPER | dict(q=1024),                                                      # paper
     # The paper reports ECD here, but not its settings. Ours are those of imagenet512 without guidance, with
-    # the dropout of ECT.
+    # the dropout of ECT's own ImageNet 64x64 recipe.
     "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours
     "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
                               guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
@@ -65,16 +72,17 @@ PUBLIC_TEACHERS = {
 # === the method =============================================================================================
 
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
-    """Two points of one trajectory have one endpoint; f at the less noisy point is the target. One number per
-    sample. ECT (2406.14548) and ECD, consistency distillation (2303.01469) with the weights of ECT's loss,
-    differ only in where x_r comes from. At r = 0 the target is x_r itself, since f(x, 0) = x.
+    """Two points of one trajectory share their endpoint, so f at the less noisy point is the target for f at
+    the other. One number per sample. ECT (2406.14548) and ECD (consistency distillation, 2303.01469, with
+    ECT's w(t, r)) differ only in where x_r comes from. At r = 0 the target is x_r itself, since f(x, 0) = x.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
-    # fork_rng restores the RNG state, so both forward passes draw the same dropout mask.
+    # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks their
+    # small difference would be mostly dropout noise.
     devices = [x_t.device] if x_t.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
-    # e = || f(x_t, t) - sg f(x_r, r) ||,   w(t, r) (sqrt(e^2 + c^2) - c),   sg: no gradient
-    # vector_norm has gradient 0 where e = 0. The form below has no cancellation for small e.
+    # L = w(t, r) (sqrt(e^2 + c^2) - c),   e = || f(x_t, t) - sg f(x_r, r) ||,   sg: stop-gradient
+    # The code has e^2 / (sqrt(e^2 + c^2) + c), which does not cancel. vector_norm has gradient 0 at e = 0.
     e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
     return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
@@ -93,7 +101,7 @@ def ecd_loss(f, x_t, x_r, t, r, y, weight, c):
 
 def ode_step(D, x, t, r, y, solver="heun"):
     """One step of the PF-ODE from t to r, a time for each sample, "euler" or "heun" (2206.00364, algorithm
-    1); into r = 0 Euler's. x (B,C,H,W), t, r (B,), y (B,) -> x_r (B,C,H,W), no graph"""
+    1). A step into r = 0 is always Euler's. x (B,C,H,W), t, r (B,), y (B,) -> x_r (B,C,H,W), no graph"""
     if solver not in ("euler", "heun"): raise ValueError(f"solver is {solver}, not euler or heun")
     t_, r_ = (s.reshape(-1, *[1] * (x.dim() - 1)) for s in (t, r))
     with torch.no_grad():
@@ -101,7 +109,7 @@ def ode_step(D, x, t, r, y, solver="heun"):
         slope = (x - D(x, t, y)) / t_
         x_r = x + (r_ - t_) * slope
         if solver == "euler": return x_r
-        r = torch.where(r > 0, r, 1.0)                     # any time, where the result is not used
+        r = torch.where(r > 0, r, 1.0)                     # at r = 0 the result below is not used
         ahead = (x_r - D(x_r, r, y)) / r.reshape(r_.shape)
         return torch.where(r_ > 0, x + (r_ - t_) * (slope + ahead) / 2, x_r)
 
@@ -116,42 +124,43 @@ def ect_weight(t, r, kind, sigma_data=0.5):
 def ect_r(t, q, doublings=0):
     """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
     2406.14548). t (B,) -> (B,)"""
-    ratio = min(q ** min(doublings + 1, 64), 2 ** 16)      # above 2^16 fp32 cannot represent t - r
+    ratio = min(q ** min(doublings + 1, 64), 2 ** 16)      # 2^16 leaves 8 bits of t - r in fp32
     return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / ratio)).clamp(min=0)
 
 
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args. args.reads: {input file: the command that makes it}"""
-    p = model.parser(__doc__, RECIPES, reads="midtrain_cm", writes="posttrain_cm", precision="fp32")
+    """The command line -> args. args.made_by: {input file: how to make it}"""
+    p = model.parser(__doc__, RECIPES, predecessor="midtrain_cm", writes="posttrain_cm", precision="fp32")
     p.add_argument("--q", type=model.number(int, 2, 2 ** 16 + 1, "an integer in [2, 65536]"),
                    help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
     p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
                    help="steps between two doublings; 0: the gap stays fixed")
     p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
-                   help="of pseudo-Huber; 0: the plain l2 norm")
-    p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or pre-training's")
+                   help="constant of pseudo-Huber; 0: the plain l2 norm")
+    p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or that of pre-training")
     p.add_argument("--loss", choices=["ect", "ecd"], help="ect: x_r from data; ecd: from the teacher's ODE")
-    p.add_argument("--solver", choices=["euler", "heun"], help="of ecd's step")
+    p.add_argument("--solver", choices=["euler", "heun"], help="ODE solver of the one step in ecd")
     pretrained = f"runs/{p.get_default('name')}/pretrain.safetensors"
     p.add_argument("--teacher", default=p.get_default("teacher") or pretrained, metavar="FILE",
                    help="diffusion model, for --loss ecd")
     solve.guidance_flags(p)
     args = p.parse_args()
     if args.loss == "ect":
-        model.refuse_typed("--teacher", "--solver", "--guidance", "--guide",
+        model.reject_if_typed("--teacher", "--solver", "--guidance", "--guide",
                            because="--loss ect has no teacher")
-    if args.guidance == 1: model.refuse_typed("--guide", because="--guidance is 1")
+    if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
     data, public = shlex.quote(args.data), model.DATASETS.get(args.recipe_name, {}).get("public")
     pretrain = model.import_command(public, args.data) if public else f"python pretrain.py --data {data}"
-    args.reads = {args.path: model.prepare_command(args.name), args.init: f"python midtrain.py --data {data}"}
+    args.made_by = {args.path: model.prepare_command(args.name),
+                    args.init: f"python midtrain.py --data {data}"}
     if not model.typed("--init") and not os.path.exists(args.init):                # what midtrain.py needs
-        args.reads = {pretrained: pretrain} | args.reads
+        args.made_by = {pretrained: pretrain} | args.made_by
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
             url = PUBLIC_TEACHERS.get(file)
-            args.reads[file] = model.import_command(url, args.data, file) if url else pretrain
+            args.made_by[file] = model.import_command(url, args.data, file) if url else pretrain
     return args
 
 
@@ -165,7 +174,8 @@ def load_teacher(args, dataset, device):
 def main():
     args = flags()
     if args.dry_run: return dry_run.posttrain_cm(args)
-    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    # Each process takes the mean over its local_batch. DDP averages the gradients of all processes, which
+    # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     data, dataset = model.open_data(args)
@@ -178,12 +188,14 @@ def main():
     header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = model.check_mid_t(args.mid_t, header)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.train().backbone_dtype = model.DTYPES[args.precision]
-    ddp = model.compiled(model.parallel(net, world), args.compile)
+    net.train()
+    net.backbone_dtype = model.DTYPES[args.precision]
+    # wrapped_net shares the weights of net, and adds DDP and torch.compile where they are used.
+    wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)
+    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
@@ -194,7 +206,7 @@ def main():
             if args.preview: sample.write_preview(ema, header, args)
         if done: break
 
-        model.reseed(args.seed, rank, step)
+        model.reseed(args.seed, rank, step)                # a resumed run draws the same numbers
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
@@ -203,21 +215,24 @@ def main():
         weight = ect_weight(t, r, args.weight, header["sigma_data"])
         eps = torch.randn_like(x0)
 
-        mean_loss = 0
-        for x0, eps, t, r, y, weight in model.microbatches(ddp, args.microbatch, x0, eps, t, r, y, weight):
-            x_t, x_r = (x0 + s[:, None, None, None] * eps for s in (t, r))
-            if args.loss == "ecd": x_r = ode_step(teacher, x_t, t, r, y, args.solver)
-            loss = consistency_loss(ddp, x_t, x_r, t, r, y, weight, args.c).sum() / local_batch
+        mean_loss, batch = 0, (x0, eps, t, r, y, weight)
+        for x0, eps, t, r, y, weight in model.microbatches(wrapped_net, args.microbatch, *batch):
+            if args.loss == "ect":
+                loss = ect_loss(wrapped_net, x0, eps, t, r, y, weight, args.c).sum() / local_batch
+            else:
+                x_t = x0 + t[:, None, None, None] * eps
+                x_r = ode_step(teacher, x_t, t, r, y, args.solver)
+                loss = ecd_loss(wrapped_net, x_t, x_r, t, r, y, weight, args.c).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
+        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
-            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)                   # of EDM2 only, eq. 66
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up
+            model.normalise_weights(net)     # after the EMA, as EDM2 does
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr)

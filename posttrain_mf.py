@@ -1,6 +1,10 @@
 """Stage 4b, post-training a Mean Flow model on real images, by the MeanFlow identity:
 
-  (t - r) u(z_t, r, t) = int_r^t v dtau.  Its derivative by t along the trajectory:  u = v - (t - r) du/dt.
+  (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
+  u = v - (t - r) du/dt                                                   its derivative by t
+
+  du/dt = v du/dz + du/dt|_z is the total derivative along the trajectory, whose velocity is v(z_t, t). In the
+  loss v is eps - x_0 of one sample, whose mean given z_t is the velocity.
 
   reads   runs/D/midtrain_mf.safetensors and the images of --data
   writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -8,10 +12,11 @@
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance costs two forwards more, --velocity teacher one
-  expect  digits: a loss of about 23, most of it the variance of eps - x_0. With adaptive weighting (p = 1)
-          the loss stays near 1: look at samples instead
+  expect  digits (p = 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0
+          given z_t, which no model can predict. With p = 1 the loss e / (e + c) stays near 1. Look at samples
 
-Two baselines: MeanFlow from the flow-matching weights, and from scratch.
+Two baselines: MeanFlow from the flow-matching weights with the compute of mid- and post-training together,
+and from scratch with the compute of pre-training, too.
      python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 3986 --lr 6e-4 \
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
@@ -26,20 +31,25 @@ import torch
 import model, sample
 from tools import dry_run
 
-# jumps: how many of every four samples have r < t, 1 to 3. logit t and logit r ~ N(P_mean, P_std^2). p, c: of
-# the adaptive weight (on digits p = 1 gives better one-step and worse two-step samples than p = 0, one seed).
-# omega, kappa, guide_times:
-# guidance in the target, none with 1 and 0. warmup: images over which the learning rate rises. network:
-# constructor arguments that differ from those of --init. RAdam's built-in warm-up avoids damaging the
-# mid-trained weights. Sources: MeanFlow (2505.13447); the paper's own settings are unknown.
-MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, jumps=1, p=1.0, c=1e-3,          # MeanFlow
+# r_neq_t        fraction of samples with r < t: 0.25, 0.5 or 0.75
+# P_mean, P_std  r and t are two draws with logit ~ N(P_mean, P_std^2), sorted
+# p, c           exponent and constant of the adaptive weight; p = 0 turns it off
+# omega, kappa, guide_times   guidance, see `guided_velocity`; omega = 1, kappa = 0 is none
+# warmup         images over which the learning rate rises
+# network        constructor arguments that differ from those of --init
+# The comment at the end of a line is the source of its values: MeanFlow (2505.13447), or ours. The CMT paper
+# does not state its settings for this stage. Labels are dropped with the dataset's label_dropout (DATASETS in
+# model.py).
+MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, r_neq_t=0.25, p=1.0, c=1e-3,     # MeanFlow
           omega=1.0, kappa=0.0, guide_times=(0.0, 1.0),                                           # MeanFlow
           decay="linear", warmup=0, network={})                                                   # ours
 RECIPES = {
     "digits":      MF | dict(steps=1200, batch=64, lr=2e-4, ema=0.99, p=0.0, optimizer="RAdam"),  # ours
+    # digits: p = 1 gave better one-step and worse two-step samples than p = 0 (one seed). RAdam's built-in
+    # warm-up spares the mid-trained weights.
     "cifar10":     MF | dict(steps=200_000,                                                       # ours
                              batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",          # MeanFlow
-                             warmup=10**7, P_mean=-2.0, P_std=2.0, jumps=3,                       # MeanFlow
+                             warmup=10**7, P_mean=-2.0, P_std=2.0, r_neq_t=0.75,                  # MeanFlow
                              network=dict(dropout=0.2)),                                          # MeanFlow
     "imagenet256": MF | dict(steps=400_000,                                                       # ours
                              batch=256, lr=1e-4, ema=0.9999, beta2=0.95, decay="constant", c=1e-2,  # MeanFlow
@@ -51,8 +61,9 @@ RECIPES = {
 # === the method =============================================================================================
 
 def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
-    """Mean Flow (2505.13447, eq. 10 and 22), one number per sample. z, v (B,C,H,W), r <= t (B,), y (B,),
-    dudt (B,C,H,W) the derivative of u along the trajectory, or 0 if r = t -> (B,)"""
+    """Mean Flow (2505.13447, eq. 10 and 22), one number per sample. z, v (B,C,H,W), r <= t (B,), y (B,), dudt
+    (B,C,H,W) the derivative of u along the trajectory, or the number 0 if r = t in all samples -> (B,)"""
+    # The adaptive weight 1 / (e + c)^p keeps samples with a large error from dominating the gradient.
     # u_target = v - (t - r) du/dt,   ||u - sg u_target||^2 / sg(||u - u_target||^2 + c)^p,   sg: no gradient
     target = (v - (t - r).reshape(-1, *[1] * (z.dim() - 1)) * dudt).detach()
     e = (u(z, r, t, y) - target).square().flatten(1).sum(1)
@@ -61,9 +72,12 @@ def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
 
 def derivative_jvp(u, z, r, t, y, v):
     """d/dt u(z_t, r, t) along dz/dt = v, exactly, by forward-mode differentiation (a JVP). z, v (B,C,H,W), r,
-    t, y (B,) -> (B,C,H,W), no graph. Restores the RNG state, so that the loss has the same dropout masks."""
-    # v du/dz + 0 du/dr + 1 du/dt.  Fused attention has no forward mode: the math path.
-    devices, ad = [z.device] if z.is_cuda else [], torch.autograd.forward_ad
+    t, y (B,) -> (B,C,H,W), without gradient. Restores the RNG state: a forward pass right after it draws the
+    same dropout masks."""
+    # The tangents of (z, r, t) are (v, 0, 1). Fused attention kernels have no forward-mode derivative, so the
+    # math kernel is used.
+    ad = torch.autograd.forward_ad
+    devices = [z.device] if z.is_cuda else []
     math_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.no_grad(), torch.random.fork_rng(devices), math_attention, ad.dual_level():
         dual = u(ad.make_dual(z, v), r, ad.make_dual(t, torch.ones_like(t)), y)
@@ -81,8 +95,9 @@ def derivative_difference(u, z, r, t, y, v, delta=0.005):
 
 
 def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
-    """Guidance in the target (2505.13447, eq. 20): v_g, but v where y is null or t is not in [low, high].
-    z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), no graph"""
+    """Guidance in the target (2505.13447, eq. 20): v_g for samples with a label and t in [low, high], v for
+    the others. The scale of guidance is omega / (1 - kappa). z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without
+    gradient"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
     if (omega, kappa) == (1.0, 0.0): return v
     with torch.no_grad():
@@ -93,36 +108,35 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
 
 
 def drop_labels(y, equal, share, null):
-    """Label dropout for samples with r = t only: guidance needs no other velocity than u(z, t, t | null). The
-    probability is such that on average a `share` of all samples loses its label. y (B,), equal (B,) whether
-    r = t -> (B,)"""
+    """Replace labels by the null label, for samples with r = t only, because guidance evaluates the
+    unlabelled model only at r = t. On average a fraction `share` of the whole batch is unlabelled. y (B,),
+    equal (B,) whether r = t -> (B,)"""
     probability = share * len(y) / equal.sum().clamp(min=1)
     return torch.where(equal & (torch.rand(len(y), device=y.device) < probability), null, y)
 
 
-def two_times(n, jumps, mean, std, device):
-    """Two draws of logit t ~ N(mean, std^2), sorted. The first `jumps` of every four samples keep r < t, the
-    others get r = t. -> r, t (n,)"""
+def two_times(n, r_neq_t, mean, std, device):
+    """Two draws of logit t ~ N(mean, std^2), sorted. Of every four samples the first 4 r_neq_t keep r < t,
+    the others get r = t. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
-    return torch.where(torch.arange(n, device=device) % 4 < jumps, r, t), t
+    return torch.where(torch.arange(n, device=device) % 4 < 4 * r_neq_t, r, t), t
 
 
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args. args.reads: {input file: the command that makes it}"""
+    """The command line -> args. args.made_by: {input file: how to make it}"""
     precision = "fp32" if model.peek_flag("--derivative", "jvp") == "difference" else None
-    p = model.parser(__doc__, RECIPES, reads="midtrain_mf", writes="posttrain_mf", precision=precision,
+    p = model.parser(__doc__, RECIPES, predecessor="midtrain_mf", writes="posttrain_mf", precision=precision,
                      compile=False)
     p.add_argument("--velocity", choices=["data", "teacher"], default="data",
                    help="v of the target: eps - x_0, or the flow-matching teacher's")
     p.add_argument("--teacher", default=f"runs/{p.get_default('name')}/pretrain_flow.safetensors",
                    metavar="FILE", help="flow-matching model, for --velocity teacher")
     p.add_argument("--derivative", choices=["jvp", "difference"], default="jvp",
-                   help="along the trajectory: exact, or by central differences")
-    p.add_argument("--jumps", type=model.number(int, 1, 4, "1, 2 or 3"),
-                   help="how many of every four samples have r < t")
+                   help="du/dt along the trajectory: exact, or by central differences")
+    p.add_argument("--r-neq-t", type=float, choices=[0.25, 0.5, 0.75], help="fraction of samples with r < t")
     p.add_argument("--p", type=model.number(float, 0, 2, "a number in [0, 2)"),
                    help="exponent of the adaptive weight")
     p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
@@ -133,23 +147,24 @@ def flags():
     p.add_argument("--guide-times", type=model.fraction_or_1, nargs=2, metavar=("LOW", "HIGH"),
                    help="guidance only for t in between")
     args = p.parse_args()
-    if args.p == 0: model.refuse_typed("--c", because="p is 0, which means no adaptive weight")
-    if args.microbatch and args.microbatch % 4 or args.batch % 4:
-        raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so it "
-                              "has to be a multiple of 4, and --microbatch too.")
-    if args.velocity == "data": model.refuse_typed("--teacher", because="--velocity is data")
+    if args.p == 0: model.reject_if_typed("--c", because="p is 0, which means no adaptive weight")
+    for flag, size in ("--batch", args.batch), ("--microbatch", args.microbatch or 4):
+        if size % 4:
+            raise model.UserError(f"{flag} {size} is not a multiple of 4; of every four samples some have "
+                                  "r < t, the others r = t.")
+    if args.velocity == "data": model.reject_if_typed("--teacher", because="--velocity is data")
     if (args.omega, args.kappa) == (1, 0):
-        model.refuse_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")
+        model.reject_if_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")
     if args.guide_times[0] >= args.guide_times[1]:
         raise model.UserError("--guide-times LOW HIGH: {} is not below {}.".format(*args.guide_times))
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
     data = shlex.quote(args.data)
-    args.reads = {args.path: model.prepare_command(args.name),
+    args.made_by = {args.path: model.prepare_command(args.name),
                   args.init: f"python midtrain.py --target mf --data {data}"}
     if args.velocity == "teacher":
-        args.reads[args.teacher] = f"python pretrain.py --objective flow --data {data}"
+        args.made_by[args.teacher] = f"python pretrain.py --objective flow --data {data}"
     return args
 
 
@@ -162,11 +177,12 @@ def load_teacher(args, dataset, device):
 def main():
     args = flags()
     if args.dry_run: return dry_run.posttrain_mf(args)
-    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    # Each process takes the mean over its local_batch. DDP averages the gradients of all processes, which
+    # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
     if local_batch % 4:
-        raise model.UserError(f"--batch {args.batch}: of every four samples {args.jumps} have r < t, so with "
-                              f"{world} processes it has to be a multiple of {4 * world}.")
+        raise model.UserError(f"--batch {args.batch} is not a multiple of {4 * world}; each of the {world} "
+                              "processes splits its samples in fours by r < t and r = t.")
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
@@ -176,15 +192,17 @@ def main():
         teacher, files["teacher"] = load_teacher(args, dataset, device), args.teacher
     header |= model.run_metadata(args, "posttrain_mf", "images", world, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    net.train().backbone_dtype = model.DTYPES[args.precision]
-    ddp = model.compiled(model.parallel(net, world), args.compile)
+    net.train()
+    net.backbone_dtype = model.DTYPES[args.precision]
+    # wrapped_net shares the weights of net, and adds DDP and torch.compile where they are used.
+    wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
-    null = header["network"]["label_dim"]
-    if not null: model.refuse_typed("--omega", "--kappa", because="the model has no classes to guide by")
+    null = header["network"]["label_dim"]                  # index after the last class; 0 if there are none
+    if not null: model.reject_if_typed("--omega", "--kappa", because="the model has no classes to guide by")
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)
+    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
@@ -195,42 +213,42 @@ def main():
             if args.preview: sample.write_preview(ema, header, args)
         if done: break
 
-        model.reseed(args.seed, rank, step)
+        model.reseed(args.seed, rank, step)                # a resumed run draws the same numbers
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
-        r, t = two_times(local_batch, args.jumps, args.P_mean, args.P_std, device)
+        r, t = two_times(local_batch, args.r_neq_t, args.P_mean, args.P_std, device)
         y = drop_labels(y, r == t, header["label_dropout"], null)                  # (b,)
         v = torch.randn_like(x0) - x0                                              # eps - x_0
         z = x0 + t[:, None, None, None] * v
 
-        mean_loss, parts = 0, {"loss r<t": 0, "loss r=t": 0}
-        for z, r, t, y, v in model.microbatches(ddp, args.microbatch, z, r, t, y, v):
+        mean_loss, parts, batch = 0, {"loss r<t": 0, "loss r=t": 0}, (z, r, t, y, v)
+        for z, r, t, y, v in model.microbatches(wrapped_net, args.microbatch, *batch):
             if teacher:
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # Samples with r < t and with r = t take separate forward passes, so that the loss and the
-            # derivative of the former share dropout masks. DDP has no forward mode: the derivative is of
-            # `net`.
-            groups_of_4 = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
-            r_below_t = [a[:, :args.jumps].flatten(0, 1) for a in groups_of_4]
-            r_equals_t = [a[:, args.jumps:].flatten(0, 1) for a in groups_of_4]
+            # du/dt is needed for r < t only. A forward pass over exactly these samples, from the same RNG
+            # state, draws the dropout masks of the derivative. The derivative is of `net`: DDP has no forward
+            # mode.
+            k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
+            r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
+            r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]
             dudt = derivative(net, *r_below_t)
-            below = meanflow_loss(ddp, *r_below_t, dudt, args.p, args.c)
-            equal = meanflow_loss(ddp, *r_equals_t, 0, args.p, args.c)
-            loss = torch.cat([below, equal]).sum() / local_batch
+            loss_below = meanflow_loss(wrapped_net, *r_below_t, dudt, args.p, args.c)
+            loss_equal = meanflow_loss(wrapped_net, *r_equals_t, 0, args.p, args.c)
+            loss = torch.cat([loss_below, loss_equal]).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
-            parts["loss r<t"] += below.detach().sum() / (local_batch * args.jumps / 4)
-            parts["loss r=t"] += equal.detach().sum() / (local_batch * (1 - args.jumps / 4))
+            parts["loss r<t"] += loss_below.detach().sum() / (local_batch * args.r_neq_t)
+            parts["loss r=t"] += loss_equal.detach().sum() / (local_batch * (1 - args.r_neq_t))
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
+        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
-            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)                   # of EDM2 only, eq. 66
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up
+            model.normalise_weights(net)     # after the EMA, as EDM2 does
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr, parts)

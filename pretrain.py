@@ -18,10 +18,12 @@ import torch
 import model, sample
 from tools import dry_run
 
-# warmup: images over which the learning rate rises. decay: the learning rate falls linearly to 0, stays
-# constant, or falls as 1/sqrt from a step on. P_mean, P_std: of ln t (edm), of logit t (flow). network:
-# constructor arguments that differ from model.DATASETS. Sources: EDM (2206.00364, table 7), EDM2
-# (2312.02696), MeanFlow (2505.13447). The augmentation of EDM is not built.
+# warmup         images over which the learning rate rises
+# decay          "linear" to 0, "constant", or the step from which the learning rate falls as 1/sqrt
+# P_mean, P_std  of ln t (edm), of logit t (flow)
+# network        constructor arguments that differ from model.DATASETS
+# The comment at the end of a line is the source of its values: EDM (2206.00364, table 7; its augmentation is
+# not built), EDM2 (2312.02696), MeanFlow (2505.13447), the CMT paper, or ours.
 ADAM = dict(optimizer="Adam", beta2=0.999, network={})
 OURS = ADAM | dict(decay="linear", P_mean=-1.2, P_std=1.2)                                        # ours
 EDM = ADAM | dict(batch=256, decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2, P_std=1.2) # EDM
@@ -78,18 +80,19 @@ def flags():
     """The command line -> args"""
     objective = model.peek_flag("--objective", "edm", RECIPES)
     stage = {"edm": "pretrain", "flow": "pretrain_flow"}[objective]
-    p = model.parser(__doc__, RECIPES[objective], reads=None, writes=stage)
+    p = model.parser(__doc__, RECIPES[objective], predecessor=None, writes=stage)
     p.add_argument("--objective", choices=RECIPES, default="edm", help="edm: denoising; flow: flow matching")
     args = p.parse_args()
     args.kind, args.stage = model.KIND[stage], stage
-    args.reads = {args.path: model.prepare_command(args.name)}      # the command that makes each input
+    args.made_by = {args.path: model.prepare_command(args.name)}      # the command that makes each input
     return args
 
 
 def main():
     args = flags()
     if args.dry_run: return dry_run.pretrain(args)
-    # local_batch is this process's share. DDP averages gradients over processes, so over the global batch.
+    # Each process takes the mean over its local_batch. DDP averages the gradients of all processes, which
+    # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     data, dataset = model.open_data(args)
@@ -99,11 +102,12 @@ def main():
     header |= model.run_metadata(args, args.stage, "images", world, data=data)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
-    ddp = model.compiled(model.parallel(net, world), args.compile)
+    # wrapped_net shares the weights of net, and adds DDP and torch.compile where they are used.
+    wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)
+    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
@@ -114,7 +118,7 @@ def main():
             if args.preview: sample.write_preview(ema, header, args)
         if done: break
 
-        model.reseed(args.seed, rank, step)
+        model.reseed(args.seed, rank, step)                # a resumed run draws the same numbers
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (b, C, H, W)
         y = model.drop_labels(y, header)                                           # (b,)
@@ -123,19 +127,19 @@ def main():
         eps = torch.randn_like(x0)
 
         mean_loss = 0
-        for x0, eps, t, y in model.microbatches(ddp, args.microbatch, x0, eps, t, y):
-            if args.objective == "edm": loss = edm_loss(ddp, x0, eps, t, y).sum() / local_batch
-            else:                       loss = flow_loss(ddp, x0, eps, t, y).sum() / local_batch
+        for x0, eps, t, y in model.microbatches(wrapped_net, args.microbatch, x0, eps, t, y):
+            if args.objective == "edm": loss = edm_loss(wrapped_net, x0, eps, t, y).sum() / local_batch
+            else:                       loss = flow_loss(wrapped_net, x0, eps, t, y).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):                            # else skip this step; `log` ends the run after 10
+        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
-            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))
-            model.normalise_weights(net)                   # of EDM2 only, eq. 66
+            model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up
+            model.normalise_weights(net)     # after the EMA, as EDM2 does
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log(step, mean_loss, norm, lr)

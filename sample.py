@@ -72,7 +72,7 @@ def step_times(header, steps, mid_t=None):
 def open_vae(header, path, device):
     """The autoencoder that decodes a model's latents; None for models of images. Raises UserError."""
     if "latents" not in header:
-        model.refuse_typed("--vae", because="the model makes images, not latents")
+        model.reject_if_typed("--vae", because="the model makes images, not latents")
         return None
     if not path:
         raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} "
@@ -296,14 +296,14 @@ def open_model(text, args, device):
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
-    if steps == 1: model.refuse_typed("--mid-t", because=f"{text} is sampled in one step")
+    if steps == 1: model.reject_if_typed("--mid-t", because=f"{text} is sampled in one step")
     if header["stage"] not in solve.TEACHERS:
-        model.refuse_typed("--guidance", "--guide", "--solver",
+        model.reject_if_typed("--guidance", "--guide", "--solver",
                            because=f"{path} is a consistency model, and only its teacher has an ODE to solve")
     else:
         solver = args.solver or solve.default_solver(header)
         solve.check_solver(solver, path, header)
-        if solver != "jump": model.refuse_typed("--mid-t", because=f"{path} is sampled with {solver}")
+        if solver != "jump": model.reject_if_typed("--mid-t", because=f"{path} is sampled with {solver}")
     model.freeze(net, header, model.DTYPES[args.precision])
     return solve.guide_teacher(net, header, args, path), header, steps
 
@@ -363,13 +363,13 @@ def main():
     p.add_argument("--out", metavar="X.npz|FOLDER/",
                    help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
     args = p.parse_args()
-    if args.seeds: model.refuse_typed("--n", because="--seeds says which images to draw")
-    if not args.real: model.refuse_typed("--data", because="it says where --real finds its images")
+    if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
+    if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
     folder = args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out))
     if folder and len(args.files) > 1:
         raise model.UserError(f"--out {args.out} is a folder, for the images of one FILE. Give X.npz.")
     if all(path_of(file) != file for file in args.files):
-        model.refuse_typed("--steps", because="each FILE:STEPS says its number of steps")
+        model.reject_if_typed("--steps", because="each FILE:STEPS says its number of steps")
     one, seeds = len(args.files) == 1, args.seeds or range(args.n)
 
     rank, world, device, _ = model.setup(0, args.precision)

@@ -211,7 +211,7 @@ def guide_teacher(teacher, header, args, path):
     UserError if no guide is possible."""
     null = header["network"]["label_dim"]
     if args.guidance == 1:
-        model.refuse_typed("--guide", because="--guidance is 1")
+        model.reject_if_typed("--guide", because="--guidance is 1")
         return teacher
     if args.guide:
         if not Path(args.guide).exists():
@@ -269,7 +269,7 @@ def main():
         raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
-    args.path, args.reads = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
+    args.path, args.made_by = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
     teacher, header = model.load_predecessor(args, "teacher", TEACHERS, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)

@@ -92,10 +92,10 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
             if args.loss == "ecd": x_r = posttrain_cm.ode_step(teacher, x_t, t, r, y, args.solver)
             return posttrain_cm.consistency_loss(f, x_t, x_r, t, r, y, weight, args.c)
         return loss, (x0, eps, t, r, y, weight)
-    r, t = posttrain_mf.two_times(batch, args.jumps, args.P_mean, args.P_std, device)
+    r, t = posttrain_mf.two_times(batch, args.r_neq_t, args.P_mean, args.P_std, device)
     def loss(f, z, r, t, y, v):
         v = posttrain_mf.guided_velocity(net, z, t, y, v, args.omega, args.kappa, K, *args.guide_times)
-        k = len(z) * args.jumps // 4
+        k = round(len(z) * args.r_neq_t)
         below, equal = ([a[part] for a in (z, r, t, y, v)] for part in (slice(k), slice(k, None)))
         dudt = posttrain_mf.derivative_jvp(net, *below)
         return torch.cat([posttrain_mf.meanflow_loss(f, *below, dudt, args.p, args.c),

@@ -232,9 +232,9 @@ def test_solvers_in_flow_time():
         assert abs(math.log(errors[0] / errors[1]) / math.log(4) - order) < 0.15, solver
 
 
-def test_exactly_a_quarter_jumps():
+def test_exactly_a_quarter_has_r_below_t():
     torch.manual_seed(0)
-    r, t = posttrain_mf.two_times(4096, 1, -0.4, 1.0, "cpu")
+    r, t = posttrain_mf.two_times(4096, 0.25, -0.4, 1.0, "cpu")
     first = torch.arange(4096) % 4 < 1
     assert (r < t)[first].sum() >= 1023 and torch.equal(r[~first], t[~first])           # one tie may happen
     assert 0 < r.min() and t.max() < 1

@@ -43,7 +43,7 @@ CALLS = {
     "posttrain_mf.derivative_difference": (jump, x, 0.5 * t, t, None, eps),
     "posttrain_mf.guided_velocity": (jump, x, t, torch.arange(4), eps, 0.2, 0.9, 3),
     "posttrain_mf.drop_labels": (torch.arange(4), t > 0.5, 0.1, 3),
-    "posttrain_mf.two_times": (8, 1, -0.4, 1.0, "cpu"),
+    "posttrain_mf.two_times": (8, 0.25, -0.4, 1.0, "cpu"),
     "sample.consistency_sampler": (shrink, torch.stack([x, eps]), [80.0, 0.8], None),
     "sample.geometric_times": (2, 80.0, 0.8),
     "sample.draw_block": (0, 2, (1, 8, 8), 10),

@@ -36,7 +36,7 @@ def posttrain_mf(args):
     header = expected_header(args.init, args, ["MeanVelocity"], **args.network, interval=True)
     teacher = expected_header(args.teacher, args, ["MeanVelocity"]) if args.velocity == "teacher" else None
     guided = (args.omega, args.kappa) != (1, 0)
-    report(args, "images", header, args.jumps / 2 + 2 * guided, teacher, 1)
+    report(args, "images", header, 2 * args.r_neq_t + 2 * guided, teacher, 1)
 
 
 def expected_header(path, args, kinds, **network):
@@ -98,7 +98,7 @@ def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0, teacher_
         value = getattr(args, k)
         print(f"  {k:<12}{f'{value:,}' if isinstance(value, int) else value}"
               + "  (command line)" * any(model.typed(flag) for flag in flags))
-    for path, command in args.reads.items():
+    for path, command in args.made_by.items():
         if path != "none" and not os.path.exists(path): print(f"missing   {path}: {command}")
     if not header: return print("The network follows from the images, which are missing.")
 

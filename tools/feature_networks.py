@@ -168,11 +168,13 @@ class LPIPS(nn.Module):
                    for k, (f, g) in enumerate(zip(self.features(a), self.features(b))))
 
 
+LPIPS_FILES = ("--distance lpips needs --lpips VGG.pth LIN.pth: torchvision's vgg16-397923af.pth from "
+               "download.pytorch.org/models, and lpips/weights/v0.1/vgg.pth from "
+               "github.com/richzhang/PerceptualSimilarity.")
+
+
 def load_lpips(files, header):
     """--lpips VGG.pth LIN.pth -> LPIPS, for images as the header says. Raises UserError."""
-    where = ("torchvision's vgg16-397923af.pth from download.pytorch.org/models and "
-             "lpips/weights/v0.1/vgg.pth from github.com/richzhang/PerceptualSimilarity")
-    if not files: raise model.UserError(f"--distance lpips needs --lpips VGG.pth LIN.pth, {where}.")
     C, H, _ = model.image_shape(header)
     if C not in (1, 3) or H < 16:
         raise model.UserError("--distance lpips is for images of at least 16x16 pixels, "
@@ -181,8 +183,8 @@ def load_lpips(files, header):
     try:
         return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
     except Exception as e:                                 # missing, damaged, or of another network
-        raise model.UserError(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); it "
-                            f"takes {where}.")
+        raise model.UserError(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); "
+                            f"{LPIPS_FILES}")
 
 
 def load_elatentlpips(header, device):

@@ -17,7 +17,7 @@
 
 Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
 Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
-time, and the student starts from random weights (--teacher runs/digits/pretrain.safetensors --init none).
+time, and the student needs random weights (--teacher runs/digits/pretrain.safetensors --init none).
 
 The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
 its own predictions. All pairs of times are equally likely, and the loss does not weight them.
@@ -112,9 +112,10 @@ def huber(a, b):
 
 
 def pair_table(N, target, pairing="cmt"):
-    """The pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the endpoint,
-    M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint, M = 1;
-    "slow": as "cmt", but `solved_batches` takes one pair of each trajectory. -> i, j (M,) int64"""
+    """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "cmt": all of these; "kd": only the
+    start with the endpoint, M = 1; "slow": all of these, of which `solved_batches` takes one per trajectory.
+    -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
@@ -163,7 +164,8 @@ def flags():
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive, help="number of function evaluations of a trajectory")
     p.add_argument("--solver", choices=solve.SOLVERS,
-                   help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow teacher")
+                   help="dpm1, dpm2, dpm3: DPM-Solver++ (dpm3 as the authors released it, of order 2); jump: "
+                        "steps of a Mean Flow teacher")
     p.add_argument("--distance", choices=[*DISTANCES, "lpips", "elatentlpips"],
                    help="of the loss; with --target mf only l2")
     p.add_argument("--lpips", nargs=2, metavar=("VGG.pth", "LIN.pth"), help="weights for --distance lpips")
@@ -189,14 +191,14 @@ def flags():
     if args.trajectories:
         args.made_by[args.trajectories] = (
             f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
-    if guide := solve.guide_file(args): args.made_by[guide] = "a smaller or less trained model"
+    if guide := solve.guide_file(args): args.made_by[guide] = "pretrain a smaller model, or a shorter time"
     if target == "mf": args.network = args.network | {"interval": True}            # u also takes r
     return args
 
 
 def pool_size(local_batch, pairs_per_trajectory, at_least=128):
-    """Number of trajectories that a rank solves at once: the smallest number from 128 on whose pairs fill a
-    whole number of its batches."""
+    """Number of trajectories that a rank solves at once: at least 128, rounded up so that their pairs divide
+    evenly into its batches."""
     multiple = math.lcm(local_batch, pairs_per_trajectory) // pairs_per_trajectory
     return math.ceil(at_least / multiple) * multiple
 
@@ -320,7 +322,7 @@ def main():
     optimizer = model.optimizer(args, net)
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
+    if step == 0: model.normalise_weights(net)             # no effect but on EDM2 (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
     batches = (stored_batches(teacher_header, args, step, rank, local_batch, device) if args.trajectories else

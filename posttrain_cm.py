@@ -9,13 +9,12 @@
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained on f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE. Given x_t it is then fixed instead of random, but
-             it inherits the teacher's error.
+--loss ecd   x_r is x_t after one step of the teacher's ODE: a function of x_t, with the teacher's error.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
-to start with a wide gap: with q = 2, r is 0 for all t below 1.95, and the target is the image itself. ECT
-narrows the gap on a schedule. That is the baseline:
+to start with a wide gap: with q = 2, r is 0 for all t below 1.95, and the target is the image itself. The
+gap then narrows every --double steps. This baseline is run by
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
@@ -30,7 +29,8 @@ import model, sample, solve
 from tools import dry_run
 
 # q              sets the gap t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`
-# double         k grows by 1 every so many steps; 0: k stays 0, which suits a mid-trained model
+# double         steps after which k grows by 1, so that the gap is divided by q; 0: k stays 0, as suits a
+#                mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  of ln t
@@ -76,13 +76,14 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     the other. One number per sample. ECT (2406.14548) and ECD (consistency distillation, 2303.01469, with
     ECT's w(t, r)) differ only in where x_r comes from. At r = 0 the target is x_r itself, since f(x, 0) = x.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
-    # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks their
-    # small difference would be mostly dropout noise.
+    # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
+    # small difference of the two outputs would be mostly dropout noise.
     devices = [x_t.device] if x_t.is_cuda else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
     # L = w(t, r) (sqrt(e^2 + c^2) - c),   e = || f(x_t, t) - sg f(x_r, r) ||,   sg: stop-gradient
-    # The code has e^2 / (sqrt(e^2 + c^2) + c), which does not cancel. vector_norm has gradient 0 at e = 0.
+    # Below stands e^2 / (sqrt(e^2 + c^2) + c), which is equal and does not cancel. vector_norm has gradient 0
+    # at e = 0.
     e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
     return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
@@ -155,7 +156,7 @@ def flags():
     pretrain = model.import_command(public, args.data) if public else f"python pretrain.py --data {data}"
     args.made_by = {args.path: model.prepare_command(args.name),
                     args.init: f"python midtrain.py --data {data}"}
-    if not model.typed("--init") and not os.path.exists(args.init):                # what midtrain.py needs
+    if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py runs first and needs it
         args.made_by = {pretrained: pretrain} | args.made_by
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
@@ -195,7 +196,7 @@ def main():
     optimizer = model.optimizer(args, net)
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
+    if step == 0: model.normalise_weights(net)             # no effect but on EDM2 (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)

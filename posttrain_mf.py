@@ -3,8 +3,8 @@
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
   u = v - (t - r) du/dt                                                   its derivative by t
 
-  du/dt = v du/dz + du/dt|_z is the total derivative along the trajectory, whose velocity is v(z_t, t). In the
-  loss v is eps - x_0 of one sample, whose mean given z_t is the velocity.
+  du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
+  replaces v(z_t, t) by eps - x_0 of one sample, whose mean given z_t is v(z_t, t).
 
   reads   runs/D/midtrain_mf.safetensors and the images of --data
   writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -15,13 +15,13 @@
   expect  digits (p = 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0
           given z_t, which no model can predict. With p = 1 the loss e / (e + c) stays near 1. Look at samples
 
-Two baselines: MeanFlow from the flow-matching weights with the compute of mid- and post-training together,
-and from scratch with the compute of pre-training, too.
+Two baselines: MeanFlow from the flow-matching weights, with the compute of mid- and post-training together;
+and from scratch, with the compute of all three stages.
      python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 3986 --lr 6e-4 \
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
-On a GPU the backbone runs in bf16, which is precise enough for the exact derivative (`make precision`). With
+On a GPU the backbone runs in bf16, which is precise enough for the JVP (`make precision`). With
 --derivative difference it runs in fp32.
 """
 import copy, math, shlex
@@ -63,7 +63,7 @@ RECIPES = {
 def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
     """Mean Flow (2505.13447, eq. 10 and 22), one number per sample. z, v (B,C,H,W), r <= t (B,), y (B,), dudt
     (B,C,H,W) the derivative of u along the trajectory, or the number 0 if r = t in all samples -> (B,)"""
-    # The adaptive weight 1 / (e + c)^p keeps samples with a large error from dominating the gradient.
+    # The adaptive weight keeps samples with a large error from dominating the gradient.
     # u_target = v - (t - r) du/dt,   ||u - sg u_target||^2 / sg(||u - u_target||^2 + c)^p,   sg: no gradient
     target = (v - (t - r).reshape(-1, *[1] * (z.dim() - 1)) * dudt).detach()
     e = (u(z, r, t, y) - target).square().flatten(1).sum(1)
@@ -96,8 +96,8 @@ def derivative_difference(u, z, r, t, y, v, delta=0.005):
 
 def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     """Guidance in the target (2505.13447, eq. 20): v_g for samples with a label and t in [low, high], v for
-    the others. The scale of guidance is omega / (1 - kappa). z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without
-    gradient"""
+    the others. The scale of guidance is omega / (1 - kappa), since u(z, t, t | y) itself learns v_g.
+    z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without gradient"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
     if (omega, kappa) == (1.0, 0.0): return v
     with torch.no_grad():
@@ -116,7 +116,7 @@ def drop_labels(y, equal, share, null):
 
 
 def two_times(n, r_neq_t, mean, std, device):
-    """Two draws of logit t ~ N(mean, std^2), sorted. Of every four samples the first 4 r_neq_t keep r < t,
+    """Two draws of logit t ~ N(mean, std^2), sorted. In every four samples the first 4 * r_neq_t keep r < t,
     the others get r = t. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
@@ -181,8 +181,8 @@ def main():
     # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
     if local_batch % 4:
-        raise model.UserError(f"--batch {args.batch} is not a multiple of {4 * world}; each of the {world} "
-                              "processes splits its samples in fours by r < t and r = t.")
+        raise model.UserError(f"--batch {args.batch} is not a multiple of {4 * world}; in each of the "
+                              f"{world} processes, of every four samples some have r < t, the others r = t.")
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
@@ -202,7 +202,7 @@ def main():
     if not null: model.reject_if_typed("--omega", "--kappa", because="the model has no classes to guide by")
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
+    if step == 0: model.normalise_weights(net)             # no effect but on EDM2 (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
@@ -227,9 +227,9 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed for r < t only. A forward pass over exactly these samples, from the same RNG
-            # state, draws the dropout masks of the derivative. The derivative is of `net`: DDP has no forward
-            # mode.
+            # du/dt is needed for r < t only. The loss there must have the dropout masks of du/dt, so its
+            # forward pass is over the same samples, from the same RNG state. DDP has no forward mode: `net`
+            # has.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

@@ -107,7 +107,7 @@ def main():
     optimizer = model.optimizer(args, net)
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)             # of EDM2 only (2312.02696, eq. 66)
+    if step == 0: model.normalise_weights(net)             # no effect but on EDM2 (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)

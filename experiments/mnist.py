@@ -1,0 +1,259 @@
+"""`make mnist`: what mid-training is worth on MNIST, at equal compute and with the same tuning for both sides.
+
+This protocol was written, and committed, before the first run.
+
+Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the reference.
+Network   a U-Net with 0.39M parameters, the same for all methods. Three training seeds, 0 to 2; one teacher of each
+          kind per seed.
+Compute   in network forwards after the teacher; a backward counts as two, the teacher's calls count (common.py). One
+          unit is 500,000 forwards, 2,000 training steps of ECT with a batch of 64.
+Methods   cm  CMT + ECT at 1 and 2 units; plain ECT, with doubling, at 1, 2 and 4; ECT after noise -> endpoint pairs
+              only (KD initialisation) at 1
+          mf  CMT + MeanFlow at 1 unit; MeanFlow from the flow-matching weights at 1 and 2
+Tuning    Each method at each budget, on seed 100, which is not reported. Two settings: the learning rate, from the
+          same ladder for all, and one more. That is the share of mid-training for the chains and KD, the interval
+          between two doublings for plain ECT, the exponent p of the adaptive weight for plain MeanFlow. 4 x 3
+          settings are trained with a quarter of the budget, the best 4 of these with half of it. The best of
+          these is the one with the smallest geometric mean of the distances in one and two steps (2,000 samples).
+          Where it lies at the edge of its ladder's part that was tried, the next value is tried too, with all values
+          of the other setting, at most twice. Post-training's rate is 1/30 of mid-training's for the consistency
+          branch and 1/7 for Mean Flow, as in the digits recipes; it is not tuned.
+Judgement 5,000 samples in one and in two steps against the reference: FD of the 128 features before the last layer of
+          a classifier that was trained on the training half, FD-pixels, precision and recall in these features
+          (1904.06991, k = 3). The noise floor is the training half against the reference.
+Report    every number, in docs/mnist.json; two steps as prominently as one; also where mid-training does not help.
+
+Two processes of one thread share the work. All continue where they were interrupted; finished numbers are in
+docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the table and draws the
+figure from that file alone.
+"""
+import argparse, fcntl, itertools, json, math, os, statistics, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import command, model
+import fid, sample
+
+DATA, FOLDER, RESULTS = Path("data/mnist.npz"), Path("runs/mnist"), Path("docs/mnist.json")
+UNIT, BATCH, SEEDS, TUNING_SEED, WIDTH, TEACHER_STEPS = 500_000, 64, (0, 1, 2), 100, 16, 4000
+RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+SHARES = [0.05, 0.25, 0.5, 0.75, 0.9, 0.97]                # of compute, for mid-training
+INTERVALS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]  # between two doublings, in steps of the run
+EXPONENTS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5]
+# method: (branch, worker of each budget, name of the second setting, its ladder, first rate, first value tried)
+METHODS = {
+    "CMT + ECT":                ("cm", {1: 1, 2: 0}, "share", SHARES, 2, 2),
+    "plain ECT":                ("cm", {1: 1, 2: 1, 4: 0}, "interval", INTERVALS, 1, 1),
+    "KD + ECT":                 ("cm", {1: 0}, "share", SHARES, 2, 1),
+    "CMT + MeanFlow":           ("mf", {1: 1}, "share", SHARES, 2, 2),
+    "MeanFlow":                 ("mf", {1: 1, 2: 1}, "p", EXPONENTS, 1, 1),
+}
+# network forwards per sample of a stage (common.py)
+FORWARDS = {"mid_cm": 4, "mid_kd": 3 + 16, "post_cm": 4, "mid_mf": 3 + 15 / 8, "post_mf": 3.5}
+
+
+# === training ===============================================================================================
+
+def flags(seed): return ["--data", FOLDER / "train.npz", "--seed", seed, "--batch", BATCH, "--no-preview"]
+
+
+def teacher(branch, seed):
+    """Train the teacher of a seed, or wait for the other worker to do it -> its file"""
+    out = FOLDER / f"seed{seed}" / f"teacher_{branch}.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        objective = ["--objective", "flow"] if branch == "mf" else []
+        command("pretrain", *flags(seed), *objective, "--width", WIDTH, "--steps", TEACHER_STEPS, "--out", out)
+    return out
+
+
+def train(method, units, rate, value, seed):
+    """Train a method with a budget -> the file of its model"""
+    branch, _, setting, _, _, _ = METHODS[method]
+    start, budget = teacher(branch, seed), units * UNIT
+    out = FOLDER / f"seed{seed}" / f"{method.replace(' ', '')}_{units:g}_{rate:g}_{value:g}.safetensors"
+    def steps(stage, share): return max(1, round(share * budget / FORWARDS[stage] / BATCH))
+    if setting == "share":
+        stage = "mid_kd" if method.startswith("KD") else f"mid_{branch}"
+        middle = out.with_name(f"{out.stem}_mid.safetensors")
+        command("midtrain", *flags(seed), "--target", branch, "--teacher", start, "--lr", rate, "--out", middle,
+                "--steps", steps(stage, value), *(["--pairing", "kd"] if stage == "mid_kd" else []))
+        post = ["--init", middle, "--lr", rate / (30 if branch == "cm" else 7)]
+        value = 1 - value
+    else:
+        post, number = ["--init", start, "--lr", rate], steps(f"post_{branch}", 1)
+        post += ["--q", 2, "--double", max(1, round(value * number))] if branch == "cm" else ["--p", value]
+        value = 1
+    command(f"posttrain_{branch}", *flags(seed), *post, "--steps", steps(f"post_{branch}", value), "--out", out)
+    return out
+
+
+# === judgement ==============================================================================================
+
+class Classifier(nn.Module):
+    """uint8 (n,28,28,1) -> features (n,128) and logits (n,10)"""
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
+        self.hidden, self.last = nn.Linear(64 * 49, 128), nn.Linear(128, 10)
+
+    def forward(self, images):
+        x = model.to_float(torch.as_tensor(images)).permute(0, 3, 1, 2)
+        for conv in self.conv1, self.conv2: x = F.max_pool2d(F.relu(conv(x)), 2)
+        features = F.relu(self.hidden(x.flatten(1)))
+        return features, self.last(F.dropout(features, 0.5, self.training))
+
+
+def classifier():
+    """The classifier, trained on the training half in 20 epochs; its accuracy on the other half is stored."""
+    path, net = FOLDER / "classifier.safetensors", Classifier()
+    if path.exists(): net.load_state_dict(model.read(path)[0])
+    else:
+        x, y = halves()[0], torch.from_numpy(model.npz_array(DATA, "arr_1")[:5000]).long()
+        torch.manual_seed(0)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        for indices in (i for _ in range(20) for i in torch.randperm(5000).split(100)):
+            F.cross_entropy(net(x[indices])[1], y[indices]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save(path, net.state_dict(), {"stage": "classifier"})
+    return net.eval().requires_grad_(False)
+
+
+def halves():
+    """The training half and the reference half, uint8 (5000,28,28,1)"""
+    images = torch.from_numpy(np.array(model.npz_array(DATA, "arr_0")))
+    return images[:5000], images[5000:]
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (1904.06991) of features (n,d). A point lies on a manifold if it is nearer to
+    one of its points than that point's k-th neighbour is."""
+    radius = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1)[0]                 # the first is the point itself
+    distance = torch.cdist(fake, real)
+    return ((distance <= radius(real)).any(1).float().mean().item(),
+            (distance.T <= radius(fake)).any(1).float().mean().item())
+
+
+def judge(net, images):
+    """uint8 (n,28,28,1) against the reference half -> {measure: value}"""
+    reference = halves()[1][:max(len(images), 2000)]
+    features = [torch.cat([net(x)[0] for x in part.split(500)]) for part in (reference, images)]
+    distance = lambda parts: fid.frechet_distance(*(m for x in parts for m in fid.moments(*fid.sums([x])))).item()
+    precision, recall = precision_recall(*features)
+    return {"FD": distance(features), "FD-pixels": distance([fid.pixels(x) for x in (reference, images)]),
+            "precision": precision, "recall": recall}
+
+
+def scores(path, n, calls=(1, 2)):
+    """-> {NFE: measures of n samples of a checkpoint}"""
+    net, header = model.load(path)
+    draw = lambda k: torch.cat([torch.from_numpy(x) for x, _ in sample.generate(net, header, range(n), k)])
+    return {str(k): judge(classifier(), draw(k)) for k in calls}
+
+
+# === the run ================================================================================================
+
+def recorded(key, compute):
+    """The value of `key` in docs/mnist.json, computed and added if it is not there."""
+    def stored(): return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if key in stored(): return stored()[key]
+    value = compute()
+    with open(FOLDER / "results.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with model.atomic_write(RESULTS) as part:
+            part.write_text(json.dumps(stored() | {key: value}, indent=1, sort_keys=True))
+    return value
+
+
+def trial(method, units, rate, value):
+    """The geometric mean of the distances in one and two steps, on the tuning seed"""
+    def run():
+        found = scores(train(method, units, rate, value, TUNING_SEED), 2000)
+        return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
+    return recorded(f"tuning: {method}, {units:g} units, lr {rate:g}, {METHODS[method][2]} {value:g}", run)
+
+
+def tune(method, units):
+    """Successive halving on the tuning seed -> rate, value of the second setting"""
+    _, _, _, ladder, first_rate, first_value = METHODS[method]
+    rates, values = [first_rate, first_rate + 4], [first_value, first_value + 3]   # parts of the ladders
+    for extension in range(3):
+        tried = list(itertools.product(RATES[slice(*rates)], ladder[slice(*values)]))
+        best4 = sorted(tried, key=lambda s: trial(method, units / 4, *s))[:4]
+        rate, value = min(best4, key=lambda s: trial(method, units / 2, *s))
+        wider = []
+        for part, whole, best in (rates, RATES, rate), (values, ladder, value):
+            if best == whole[part[0]] and part[0] > 0:                wider.append((part, 0, -1))
+            if best == whole[part[1] - 1] and part[1] < len(whole):   wider.append((part, 1, +1))
+        if not wider or extension == 2: return rate, value
+        for part, end, change in wider: part[end] += change
+
+
+def work(worker):
+    """One worker's share of all methods, the smaller budgets first."""
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    train_half, reference = halves()
+    if worker == 0:
+        with open(DATA, "rb"), np.load(DATA) as f: labels = f["arr_1"][:5000]
+        if not (FOLDER / "train.npz").exists():
+            with model.atomic_write(FOLDER / "train.npz") as part, open(part, "wb") as f:
+                np.savez(f, arr_0=train_half.numpy(), arr_1=labels)
+        with np.load(DATA) as f: y = torch.from_numpy(f["arr_1"][5000:])
+        recorded("classifier accuracy", lambda: (torch.cat([classifier()(x)[1] for x in reference.split(500)])
+                                                 .argmax(1) == y).double().mean().item())
+        recorded("noise floor", lambda: judge(classifier(), train_half))
+    while not (FOLDER / "train.npz").exists() or not (FOLDER / "classifier.safetensors").exists(): time.sleep(1)
+    for seed in SEEDS:
+        branch = ("cm", "mf")[worker]
+        recorded(f"teacher {branch}, seed {seed}", lambda: scores(teacher(branch, seed), 5000, (16, 1)))
+    mine = [(units, method) for method, (_, budgets, *_) in METHODS.items()
+            for units, w in budgets.items() if w == worker]
+    for units, method in sorted(mine):
+        rate, value = recorded(f"chosen: {method}, {units} units", lambda: tune(method, units))
+        for seed in SEEDS:
+            recorded(f"result: {method}, {units} units, seed {seed}",
+                     lambda: scores(train(method, units, rate, value, seed), 5000))
+
+
+def report():
+    """Print the table of docs/mnist.json, as far as it goes."""
+    found = json.loads(RESULTS.read_text())
+    print(f"classifier accuracy {found['classifier accuracy']:.2%}; noise floor "
+          + ", ".join(f"{k} {v:.3f}" for k, v in found["noise floor"].items()))
+    print("\n| method | units | lr, setting | " + " | ".join(
+        f"{measure}, {k} NFE" for k in (1, 2) for measure in ("FD", "FD-pixels", "precision", "recall")) + " |")
+    print("|---" * 11 + "|")
+    for method, (_, budgets, setting, *_) in METHODS.items():
+        for units in budgets:
+            runs = [found[key] for seed in SEEDS if (key := f"result: {method}, {units} units, seed {seed}") in found]
+            if not runs: continue
+            rate, value = found[f"chosen: {method}, {units} units"]
+            cells = []
+            for k, measure in itertools.product("12", ("FD", "FD-pixels", "precision", "recall")):
+                numbers = [run[k][measure] for run in runs]
+                spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
+                cells.append(f"{statistics.mean(numbers):.3f}{spread}")
+            print(f"| {method} | {units} | {rate:g}, {setting} {value:g} | " + " | ".join(cells) + " |")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="?", choices=["all", "report", "0", "1"], default="all", help="0, 1: one worker")
+    what = p.parse_args().what
+    if what == "report": return report()
+    if what != "all": return work(int(what))
+    workers = [subprocess.Popen([sys.executable, __file__, k], env=os.environ | {"OMP_NUM_THREADS": "1"}) for k in "01"]
+    failed = [w.wait() for w in workers]
+    if any(failed): sys.exit("a worker failed; the same command continues.")
+    report()
+
+
+if __name__ == "__main__":
+    main()

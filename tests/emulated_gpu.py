@@ -117,7 +117,7 @@ def test_a_training_step(run, tmp_path, on_gpu, command):
     with EmulatedGPU(): done = run(*command, "--out", tmp_path / "a.safetensors")
     assert done.code == 0, done.err
     # One wait a step, for the norm of the gradient, and one for the numbers of each line of the log.
-    of_saves = "check_finite", "<dictcomp>"
+    of_saves = "check_finite", "<dictcomp>", "to_images"       # the last one draws the preview
     assert sorted(w for w in waits if w not in of_saves) == 2 * ["gradient_norm"] + 2 * ["write"], waits
 
 

@@ -1,5 +1,6 @@
 """The scripts in experiments/."""
 import json, subprocess, sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,8 @@ def test_logs_are_drawn(run, chain, tmp_path):
     (tmp_path / "c.jsonl").write_text('{"step": 5, "images": 9, "loss": 1.0}\n{"step": 10, "images": 18, "loss": 2.0}\n'
                                       '{"step": 5, "images": 9, "loss": 3.0}\n{"step": 10, "im')
     assert plot_log.read_log(tmp_path / "c.jsonl")["loss"] == [3.0, 2.0]
+    (tmp_path / "d.jsonl").write_text(Path(logs[0]).read_text())                   # no checkpoint yet
+    assert run("tools.plot_log", tmp_path / "d.jsonl", "--out", tmp_path / "d.png").code == 0
 
 
 @pytest.mark.slow

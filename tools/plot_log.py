@@ -1,6 +1,6 @@
 """Draw the logs of training runs: loss, gradient norm, learning rate and throughput.
 
-  reads   NAME.jsonl ...     and NAME.safetensors beside each, for the compute of a sample
+  reads   NAME.jsonl ...     and NAME.safetensors beside each, if it is there, for the compute of a sample
   writes  --out curves.png   left against the step, right against compute
   run     python tools/plot_log.py runs/digits/*.jsonl
 """
@@ -45,11 +45,12 @@ def main():
     figure, axes = plt.subplots(4, 2, figsize=(10, 11), sharex="col", sharey="row", layout="constrained")
     for k, path in enumerate(args.logs):
         log, checkpoint = read_log(path), path.removesuffix(".jsonl") + ".safetensors"
-        header = model.read(checkpoint, tensors=False)[1]
-        forwards = common.forwards_per_sample(header)
-        compute = [forwards * n / 1e6 for n in log["samples"]]
+        x_axes = [log["step"]]
+        if Path(checkpoint).exists():                      # else the run has not saved yet
+            forwards = common.forwards_per_sample(model.read(checkpoint, tensors=False)[1])
+            x_axes.append([forwards * n / 1e6 for n in log["samples"]])
         for row, quantity in zip(axes, quantities):
-            for ax, x in zip(row, (log["step"], compute)):
+            for ax, x in zip(row, x_axes):
                 ax.plot(x, log[quantity], label=Path(path).stem, color=f"C{k}", lw=1.4)
             row[0].set(ylabel=quantity, yscale="log" if quantity in ("loss", "gradient norm") else "linear")
     for ax in axes.flat: ax.grid(alpha=0.3)

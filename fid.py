@@ -59,7 +59,7 @@ def sums(batches):
 
 
 def moments(n, total, outer):
-    """Such sums -> mean (d,), unbiased covariance (d,d)"""
+    """The output of `sums` -> mean (d,), unbiased covariance (d,d)"""
     mu = total / n
     return mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
 
@@ -137,17 +137,14 @@ def read_statistics(path):
 
 
 def save_statistics(path, n, mu, cov):
-    """Write statistics, but not over data. Raises UserError."""
-    if os.path.exists(path) and read_statistics(str(path)) is None:
-        raise model.UserError(f"{path} exists and holds no statistics; choose another --save-stats.")
     with model.atomic_write(path) as part, open(part, "wb") as f:
         np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
 
 
 def reference(args, header, features, rank, world, device):
     """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
-    covariance, on rank 0 alone; None on the others. Statistics of an .npz are kept in runs/reference/, under
-    the identity of its images and the sha256 of the feature network."""
+    covariance; only rank 0 uses them. Statistics of an .npz are cached in runs/reference/. The key is a hash
+    of the identity of its images and the sha256 of the feature network."""
     path = header["data_path"] if not args.ref else args.ref
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -155,7 +152,7 @@ def reference(args, header, features, rank, world, device):
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"the images to compare with, {path}, do not exist; give --ref.")
-    kept = None
+    cache = None
     if path.endswith(".pkl"):
         if found := read_statistics(path): return path, None, *found
         raise model.UserError(f"{path} has no mu and sigma.")
@@ -163,15 +160,18 @@ def reference(args, header, features, rank, world, device):
         if found := read_statistics(path): return path, None, *found
         network = model.sha256(args.inception) if args.features == "inception" else "pixels"
         key = hashlib.sha256(f"{model.data_identity(path)} {network}".encode()).hexdigest()[:16]
-        kept = Path(f"runs/reference/{key}.npz")
-    there = [kept and sample.is_whole_npz(kept)]
-    if dist.is_initialized(): dist.broadcast_object_list(there, device="cpu")    # rank 0 decides for all
-    if not there[0]:
+        cache = Path(f"runs/reference/{key}.npz")
+    is_cached = [cache and sample.is_whole_npz(cache)]
+    if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # as rank 0 sees it
+    if not is_cached[0]:
         n, mu, cov = reduced(*sums(features(x) for x in read(path, rank, world)), device)
-        if kept and rank == 0: save_statistics(kept, n, mu, cov)
+        if cache and rank == 0:
+            cache.unlink(missing_ok=True)                  # it may be damaged
+            save_statistics(cache, n, mu, cov)
         return path, n, mu, cov
     if rank: return None
-    with np.load(kept) as f: return path, int(f["n"]), torch.from_numpy(f["mu"]), torch.from_numpy(f["sigma"])
+    with np.load(cache) as f: n, mu, cov = (torch.from_numpy(f[k]) for k in ("n", "mu", "sigma"))
+    return path, int(n), mu, cov
 
 
 def main():
@@ -187,7 +187,10 @@ def main():
     sample.sampling_flags(p)
     args = p.parse_args()
     if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")):
-        raise model.UserError("--save-stats X.npz takes the statistics of one FILE, and ends in .npz.")
+        raise model.UserError("--save-stats needs one FILE, and a name that ends in .npz.")
+    if args.save_stats and os.path.exists(args.save_stats) and not read_statistics(args.save_stats):
+        raise model.UserError(f"{args.save_stats} exists and holds no statistics; choose another "
+                              "--save-stats.")
     if args.features == "pixels": model.reject_if_typed("--inception", because="--features is pixels")
     args.files = [f"data/{file}.npz" if not is_images(file) and not os.path.exists(sample.path_of(file))
                   and os.path.exists(f"data/{file}.npz") else file for file in args.files]       # a NAME
@@ -227,18 +230,19 @@ def evaluate(file, args, features, rank, world, device):
         batches = (images for images, _ in drawn)
         what = {"file": file, "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
         if header["stage"] in solve.TEACHERS: what["solver"] = args.solver or solve.default_solver(header)
-        if args.labels.isdigit() and rank == 0:
+        if args.labels.isdecimal() and rank == 0:
             print(f"note: samples of class {args.labels} only; --ref should have images of that class only")
         batches = sample.progress(batches, len(seeds), world)
-    found = None
-    if args.ref or not args.save_stats: found = reference(args, header, features, rank, world, device)
+    ref_statistics = None
+    if args.ref or not args.save_stats:
+        ref_statistics = reference(args, header, features, rank, world, device)
     n, mu, cov = reduced(*sums(features(x) for x in batches), device)
     if rank: return
     if args.save_stats:
         save_statistics(args.save_stats, n, mu, cov)
         print(f"statistics of {n:,} images of {file} in {args.save_stats}")
-        if not found: return
-    ref, n_ref, mu_ref, cov_ref = found
+        if not ref_statistics: return
+    ref, n_ref, mu_ref, cov_ref = ref_statistics
     if mu.shape != mu_ref.shape:
         raise model.UserError(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference "
                               "has to be of the same features and, for pixels, of the same size.")

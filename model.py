@@ -17,6 +17,7 @@ model.py imports nothing of this project.
 """
 import argparse, contextlib, errno, functools, gc, hashlib, inspect, json, math, os
 import shlex, signal, struct, sys, time, traceback, zipfile, zlib
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -101,9 +102,16 @@ def resize(x, resample):
     if resample == "up":
         # Nearest neighbour. F.interpolate computes wrong gradients when torch 2.13 compiles it for a CPU, and
         # its backward pass on CUDA uses atomic additions.
-        B, C, H, W = x.shape
-        return x[:, :, :, None, :, None].expand(B, C, H, 2, W, 2).reshape(B, C, 2 * H, 2 * W)
+        return repeat(x, "b c h w -> b c (h 2) (w 2)")
     return x
+
+
+def attention(qkv, heads, normalise=lambda x: x):
+    """Self-attention over pixels. qkv (B,3C,H,W), its channels ordered head, channel, q k v -> (B,C,H,W)"""
+    H, W = qkv.shape[2:]
+    qkv = rearrange(qkv, "b (n c three) h w -> three b n (h w) c", n=heads, three=3)
+    q, k, v = normalise(qkv.contiguous())                            # fused attention needs a stride of 1
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b n (h w) c -> b (n c) h w", h=H, w=W)
 
 
 class Block(nn.Module):
@@ -130,18 +138,14 @@ class Block(nn.Module):
         h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
         x = ((self.skip(resize(x, self.resample)) if self.skip else x) + h) * 0.5 ** 0.5
         if self.attention:
-            H, W = x.shape[2:]
-            qkv = rearrange(self.qkv(self.norm2(x)), "b (c three) h w -> three b 1 (h w) c", three=3)
-            q, k, v = qkv.contiguous()                                   # fused attention needs a stride of 1
-            a = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=H, w=W)
-            x = (x + self.proj(a)) * 0.5 ** 0.5
+            x = (x + self.proj(attention(self.qkv(self.norm2(x)), heads=1))) * 0.5 ** 0.5
         return x
 
 
 def unet(conv_in, c, resolution, widths, num_blocks, attn_resolutions, enc_block, dec_block, attend_every):
     """The layers of a U-Net with EDM's names. Each level has `num_blocks` encoder blocks of its width and one
     more decoder block. `c`: output channels of `conv_in`. `attend_every`: all decoder blocks of a resolution
-    with attention have it, else the last one. -> encoder, decoder (ModuleDict)"""
+    with attention have it, else only the last one. -> encoder, decoder (ModuleDict)"""
     sizes = [resolution >> level for level in range(len(widths))]
     enc, dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
     for level, (s, width) in enumerate(zip(sizes, widths)):
@@ -227,7 +231,7 @@ class DDPMpp(nn.Module):
 # EDM2's parts (2312.02696). Activations and weights keep magnitude 1: their root-mean-square.
 
 def unit(x, dims):
-    """x / rms(x over dims). In at least fp32, up to 1e-4."""
+    """x / rms(x over dims), computed in at least fp32. 1e-4 avoids a division by zero."""
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x32, dim=dims, keepdim=True)
     return (x32 / (1e-4 + norm * (norm.numel() / x.numel()) ** 0.5)).to(x.dtype)
@@ -316,10 +320,7 @@ class MPBlock(nn.Module):
         if not self.encoder and self.conv_skip: x = self.conv_skip(x)
         x = mp_sum(x, h, self.res_balance)
         if self.attention:
-            H, W = x.shape[2:]
-            qkv = rearrange(self.attn_qkv(x), "b (n c three) h w -> three b n (h w) c", n=self.heads, three=3)
-            q, k, v = unit(qkv.contiguous(), -1)                         # fused attention needs a stride of 1
-            a = rearrange(F.scaled_dot_product_attention(q, k, v), "b n (h w) c -> b (n c) h w", h=H, w=W)
+            a = attention(self.attn_qkv(x), self.heads, lambda qkv: unit(qkv, -1))
             x = mp_sum(x, self.attn_proj(a), self.attn_balance)
         return x.clamp(-self.clip, self.clip) if self.clip else x
 
@@ -389,21 +390,13 @@ class SiTAttention(nn.Module):
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
 
 
-class SiTMLP(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = initialised(Linear(dim, hidden))
-        self.fc2 = initialised(Linear(hidden, dim))
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
 class SiTBlock(nn.Module):
     """Transformer block whose norms and residual branches are modulated by the embedding c (adaLN-Zero)."""
     def __init__(self, dim, heads, mlp_ratio):
         super().__init__()
-        self.attn, self.mlp = SiTAttention(dim, heads), SiTMLP(dim, round(dim * mlp_ratio))
+        self.attn, hidden = SiTAttention(dim, heads), round(dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(fc1=initialised(Linear(dim, hidden)), act=nn.GELU("tanh"),
+                                             fc2=initialised(Linear(hidden, dim))))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), initialised(Linear(dim, 6 * dim), 0.0))
 
     def forward(self, x, c):                                                 # x (B, T, D), c (B, D) fp32
@@ -424,7 +417,8 @@ class SiTFinal(nn.Module):
 
 class SiT(nn.Module):
     """The diffusion transformer SiT (2401.08740) with Mean Flow's second time (2505.13447): the embeddings of
-    t, t - r and y are summed. Parameter names are the public implementations'. `interval` adds that of t - r.
+    t, t - r and y are summed. Parameter names are the public implementations'. `interval` builds the
+    embedding of t - r.
 
     forward(x, t, y, gap): x (B,C,H,W) in the backbone's dtype, t (B,) >= fp32, not scaled, y (B,) or None,
     gap (B,) = t - r with `interval` -> (B,C,H,W).
@@ -468,8 +462,8 @@ class Denoiser(nn.Module):
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
     x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the backbone F runs in
-    `backbone_dtype`: in bf16 ln(t)/4 could not tell t from t (1 - 1/q) for q >= 64, and the sum would lose
-    the correction it adds. float64 in computes in float64 throughout.
+    `backbone_dtype`. In bf16 ln(t)/4 would be the same for times that differ by less than 1/64, and the sum
+    would round the contribution of F away. float64 in computes in float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
         super().__init__()
@@ -591,8 +585,8 @@ DATASETS = {
 
 
 def custom_dataset(shape, classes, latents=None, width=None):
-    """The config of a dataset that DATASETS does not list (ours). The U-Net halves the resolution down to at
-    most 8 pixels. Its width is 128 channels, but 32, with one block a level, for images of up to 16 pixels
+    """The config of a dataset that DATASETS does not list (ours). The U-Net halves the resolution while it is
+    even and above 8. Its width is 128 channels, but 32, with one block a level, for images of up to 16 pixels
     and on a machine without a GPU. latents: as in DATASETS, of the prepared file."""
     size, multiples = shape[-1], [1 if shape[-1] <= 16 else 2]
     while size % 2 == 0 and size > 8 or len(multiples) < 2:
@@ -610,7 +604,7 @@ def find_data(data, flag="--data"):
     """NAME, which stands for data/NAME.npz, or the path of an .npz, whose stem is the name.
     -> key of the recipe (a name in DATASETS, else "custom"), name, path of the .npz"""
     path = Path(data)
-    if not (os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
+    if not ("/" in data or os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
         path = Path("data", f"{data}.npz")
     if path.suffix != ".npz":
         raise UserError(f"{flag} {data}: training reads prepared data. Prepare it with "
@@ -622,7 +616,7 @@ def import_command(url, name, out=None):
     """The command that downloads a public checkpoint and imports it."""
     file = url.rpartition("/")[2]
     command = f"curl -LO {url} && python tools/import_checkpoint.py {file} --data {shlex.quote(name)}"
-    return command + (f" --out {out}" if out else "")
+    return command + (f" --out {shlex.quote(out)}" if out else "")
 
 
 def prepare_command(name, source="SOURCE"):
@@ -661,8 +655,7 @@ class Data:
     arr_1 (N,) labels 0..K-1, class_names (K,) and info, JSON. An .npz in ADM's layout is fine, too.
 
     shape (C,H,W); labels (N,) int64 or None; classes K; latents: a dict as in DATASETS, or None; identity:
-    a string that tells the content from any other, by the checksums in the zip directory. Raises
-    UserError."""
+    a fingerprint of the content, from the checksums in the zip directory. Raises UserError."""
     def __init__(self, path):
         self.path, self.labels, self.classes, self.latents = str(path), None, 0, None
         if not os.path.isfile(path):
@@ -677,8 +670,8 @@ class Data:
             labels = npz_array(path, "arr_1") if "arr_1.npy" in members else None
         except UserError: raise
         except Exception as e:                             # damaged files raise anything
-            raise UserError(f"{path} is damaged, or no data of ours ({type(e).__name__}: {e}); "
-                            f"`{prepare_command(Path(path).stem)}` makes such a file.")
+            raise UserError(f"{path} is damaged, or not made by tools/prepare_data.py ({type(e).__name__}: "
+                            f"{e}); `{prepare_command(Path(path).stem)}` makes such a file.")
         x = self.array
         images = x.ndim == 4 and x.dtype == np.uint8 and x.shape[3] in (1, 3)
         if not len(x) or not images and not (x.ndim == 4 and x.dtype in (np.float16, np.float32)):
@@ -768,8 +761,9 @@ def open_data(args):
 @contextlib.contextmanager
 def atomic_write(path, unique=False):
     """`with atomic_write(path) as part:` writes to the file `part`, then renames it to `path`, so that `path`
-    is either complete or unchanged. Raises UserError if the file cannot be written."""
-    path = Path(os.path.realpath(path))   # a link stays a link; unique: several processes may write the path
+    is either complete or unchanged. unique: several processes may write the path at once. Raises UserError
+    if the file cannot be written."""
+    path = Path(os.path.realpath(path))                    # a link stays a link
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if unique else f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -804,7 +798,7 @@ def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises UserError as `atomic_write` does."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = json.dumps(header | {"crc32": checksum(tensors, header)})
-    with atomic_write(path) as part: save_file(tensors, part, {"config": config})    # more keys get shuffled
+    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # or keys are shuffled
 
 
 def read(path, tensors=True):
@@ -896,8 +890,9 @@ def to_uint8(x):
 
 
 def to_network(x, header):
-    """What a network sees of what `Data` reads. Pixels: in [-1, 1]. Latents: (z - mean) * scale by the
-    header's `latents`; of means and standard deviations z is a sample. (B,C or 2C,H,W) -> (B,C,H,W)"""
+    """Convert a batch of `Data` to the input of a network. Pixels: to [-1, 1]. Latents: (z - mean) * scale by
+    the header's `latents`; with 2C channels, means and standard deviations, z is drawn first.
+    (B,C or 2C,H,W) -> (B,C,H,W)"""
     if x.dtype == torch.uint8: return to_float(x)
     mean, scale = latent_scale(x, header)
     if x.shape[1] == 2 * len(mean):
@@ -907,7 +902,7 @@ def to_network(x, header):
 
 
 def latent_scale(x, header):
-    """mean, scale (C,1,1) of the header's `latents`, as x is: networks see (z - mean) * scale"""
+    """mean, scale (C,1,1) of the header's `latents`, on x's device and in its dtype"""
     return (torch.tensor(header["latents"][k]).to(x)[:, None, None] for k in ("mean", "scale"))
 
 
@@ -1102,7 +1097,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-        default=compile and torch.cuda.is_available() and recipe_name != "digits")           # too small
+        default=compile and torch.cuda.is_available() and recipe_name != "digits")    # compiling takes longer
     add("--no-preview", dest="preview", action="store_false", help="write no picture of samples at each save")
     add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of the picture")
     add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")
@@ -1165,8 +1160,8 @@ def parallel(net, world):
 
 
 def compiled(function, wanted):
-    """torch.compile around a network, or a function of networks, if --compile wants it. Shapes are static:
-    teacher and student share the code of `forward`, but not the batch size, which would make it dynamic."""
+    """torch.compile around a network, or a function of networks, if --compile wants it. Shapes are static, or
+    torch would compile with dynamic shapes when teacher and student call `forward` with other batch sizes."""
     if not wanted: return function
     from torch._inductor import config
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
@@ -1235,7 +1230,7 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
         say(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
             "the command that made it continues it.")
     if dataset: check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"])
-    check_same_data(path, header, args)
+    check_same_data(path, header, args, flag)
     return model, header
 
 
@@ -1257,16 +1252,17 @@ def check_fit(path, header, source, shape, classes):
                         f"and {classes}; they have to agree.")
 
 
-def check_same_data(path, header, args):
-    """The model in `path` and the data of --data should have the same identity. Two known and different ones
-    are refused where the path is a default, since another dataset of the same name may have left the file,
-    and allowed with a warning where it was typed: fine-tuning."""
+def check_same_data(path, header, args, flag):
+    """The model in `path`, of --init or --teacher, should have been trained on the data of --data. If both
+    are known and differ, a default path is refused, since it is probably the file of another dataset of the
+    same name. A path that was typed gives a warning, since fine-tuning is legitimate."""
     if not os.path.exists(args.path) or not header.get("data_identity"): return
     if header["data_identity"] == data_identity(args.path): return
     text = f"{path} was trained on other data than {args.path} ({header['data_identity']})"
-    if not typed("--init") and not typed("--teacher"):
-        raise UserError(f"{text}. Give --init or --teacher {path} if that is meant, or prepare the data "
-                        "under another name.")
+    was_typed = typed(f"--{flag}") or flag == "init" and path == peek_flag("--teacher", None)   # its default
+    if not was_typed:
+        raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under another "
+                        "name.")
     say(f"warning: {text}.")
 
 
@@ -1276,19 +1272,21 @@ def check_mid_t(mid_t, header):
     raise UserError(f"--mid-t {mid_t:g} is not between {header['t_min']:g} and {header['t_max']:g}.")
 
 
-# What may differ between a run and its continuation without changing the result.
-FREE = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
-        "teacher", "trajectories", "guide", "lpips", "compile", "dry_run", "world", "recipe", "preview",
+# Settings that a continued run need not share: without effect on the result, or compared by content instead,
+# as sha256 or identity. (`world` is the flag of --dry-run; run_metadata adds the real one.)
+NOT_COMPARED = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
+        "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe", "preview",
         "vae"}
-# What a continued run may also change, although the result is then not bit-identical.
-HARDWARE = {"microbatch", "world", "precision"}
+# Settings that a continued run may change, although the result is then not bit-identical.
+HARDWARE = {"microbatch", "world", "precision", "compile", "device"}
 
 
 def run_metadata(args, stage, unit, world, data=None, **files):
     """What a stage adds to the header: its name, and the settings that a continued run has to share. Among
     these are the files that it reads, by sha256, and the data, by identity. unit: what the batch counts,
     "images" or "pairs"; data: an open `Data`, or the header of the teacher, whose data the stage inherits."""
-    settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"world": world}
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED}
+    settings |= {"world": world, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     settings |= {f"sha256 of {k}": sha256(v) if v and v != "none" else None for k, v in files.items()}
     for flag, file in files.items():
         if file and os.path.realpath(file) == os.path.realpath(args.out):
@@ -1386,10 +1384,14 @@ def check_settings(path, old, header):
     """Raise UserError unless a run with `header` continues the run whose state is in `path`."""
     was, now = old["settings"], header["settings"]
     free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
-    different = {k for k in was.keys() & now.keys() - free if was[k] != now[k]}    # one may lack a new flag
+    # Shared keys only: a file from before a flag was added lacks the flag.
+    different = {k for k in was.keys() & now.keys() - free if was[k] != now[k]}
     if changed := [f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                         "settings to continue it, another --out to keep both, or delete it to start over.")
+    if old["network"] != json.loads(json.dumps(header["network"])):
+        raise UserError(f"{path} has another network than these flags build on this machine; give --width as "
+                        "it was, or another --out.")
     if now["steps"] < old["step"]:
         raise UserError(f"{path} is at step {old['step']:,} already; give more --steps, or another --out.")
     if different:
@@ -1431,8 +1433,8 @@ def resume_run(out, net, ema, opt, header):
 class Stop:
     """stop(step): has any rank been asked to end, by SIGTERM (preemption) or SIGINT (Ctrl-C)? The loop then
     saves and ends. All ranks get the same answer, after every step, because torchrun kills 30 s after its
-    SIGTERM. In a single process a second Ctrl-C ends the run at once; torchrun passes each one on to
-    processes that the terminal has already signalled, so there it does not."""
+    SIGTERM. In a single process a second Ctrl-C ends the run at once. Under torchrun one Ctrl-C arrives
+    twice, from the terminal and from torchrun, so there the second is ignored."""
     def __init__(self, world):
         self.world, self.signalled = world, False
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
@@ -1499,7 +1501,7 @@ class Log:
                 "left": left, "GiB": gib, "skipped": self.skipped}
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
         file = Path(beside(self.args.out, ".jsonl"))
-        with contextlib.suppress(OSError):                 # a full disk is the save's to tell
+        with contextlib.suppress(OSError):                 # if the disk is full, the next save says so
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a") as f: f.write(json.dumps(line) + "\n")
 

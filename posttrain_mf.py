@@ -202,7 +202,7 @@ def main():
     if not null: model.reject_if_typed("--omega", "--kappa", because="the model has no classes to guide by")
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)             # no effect but on EDM2 (2312.02696, eq. 66)
+    if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
@@ -215,9 +215,9 @@ def main():
 
         model.reseed(args.seed, rank, step)                # a resumed run draws the same numbers
         x0, y = next(batches)
-        x0 = model.to_network(x0, header)                                          # (b, C, H, W)
+        x0 = model.to_network(x0, header)                                          # (local_batch, C, H, W)
         r, t = two_times(local_batch, args.r_neq_t, args.P_mean, args.P_std, device)
-        y = drop_labels(y, r == t, header["label_dropout"], null)                  # (b,)
+        y = drop_labels(y, r == t, header["label_dropout"], null)                  # (local_batch,)
         v = torch.randn_like(x0) - x0                                              # eps - x_0
         z = x0 + t[:, None, None, None] * v
 

@@ -107,7 +107,7 @@ def main():
     optimizer = model.optimizer(args, net)
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
-    if step == 0: model.normalise_weights(net)             # no effect but on EDM2 (2312.02696, eq. 66)
+    if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     if rank == 0: print(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
@@ -120,10 +120,10 @@ def main():
 
         model.reseed(args.seed, rank, step)                # a resumed run draws the same numbers
         x0, y = next(batches)
-        x0 = model.to_network(x0, header)                                          # (b, C, H, W)
-        y = model.drop_labels(y, header)                                           # (b,)
+        x0 = model.to_network(x0, header)                                          # (local_batch, C, H, W)
+        y = model.drop_labels(y, header)                                           # (local_batch,)
         t = args.P_mean + args.P_std * torch.randn(local_batch, device=device)
-        t = t.exp() if args.objective == "edm" else t.sigmoid()                    # (b,)
+        t = t.exp() if args.objective == "edm" else t.sigmoid()                    # (local_batch,)
         eps = torch.randn_like(x0)
 
         mean_loss = 0

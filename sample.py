@@ -112,10 +112,10 @@ def draw_samples(net, header, eps, y, steps, times, solver):
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
              rank=0, world=1, solver=None):
     """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order; every
-    world-th block from `rank` on. net, header as from model.load, or a function instead of net, and its
-    device; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from open_vae; solver of a
-    teacher's ODE, by default solve.default_solver's. Raises UserError, also for outputs that are not
-    finite."""
+    world-th block from `rank` on. net, header as from model.load; net may be any function with its arguments,
+    if its device is given; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from
+    open_vae; solver of a teacher's ODE, by default solve.default_solver's. Raises UserError, also for outputs
+    that are not finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
     consistency, labels = header["stage"] not in solve.TEACHERS, str(labels)
     if consistency and solver:
@@ -150,8 +150,8 @@ PART = 1024                                                # images a part, a mu
 
 @torch.no_grad()
 def write_preview(ema, header, args):
-    """Write NAME.png beside the checkpoint of a training stage: samples of seeds 0 to 15, in 16 NFE of a
-    teacher, in one step and in two of other models. It never ends a run: what goes wrong is printed."""
+    """Write NAME.png beside the checkpoint of a training stage: samples of seeds 0 to 15, with 16 NFE for a
+    pre-trained model, with 1 and 2 for others. It never ends a run: what goes wrong is printed."""
     device, K = next(ema.parameters()).device, header["network"]["label_dim"]
     picture, rows, names = model.beside(args.out, ".png"), [], []
     try:
@@ -165,12 +165,12 @@ def write_preview(ema, header, args):
             names.append(f"{steps} NFE")
         model.save_grid(picture, rows, names)
         print(f"samples in {picture}", flush=True)
-    except (model.UserError, ImportError) as e: print(f"no preview: {e}", flush=True)
+    except Exception as e: print(f"no preview: {str(e) or type(e).__name__}", flush=True)
 
 
 def progress(batches, total, world=1, size=len):
-    """Pass batches on, and print rate and time left every ten seconds, if called on rank 0. size: how many
-    images a batch has; the other ranks are about as fast."""
+    """Pass batches on. Rank 0 prints rate and time left every ten seconds, as if all ranks were equally fast.
+    size(batch): its number of images."""
     started = last = time.time()
     done = 0
     for batch in batches:
@@ -191,8 +191,8 @@ def is_whole_npz(path):
 
 
 def check_replaceable(path, seeds):
-    """Raise UserError if `path` exists and was not written by this script: samples have arr_0 and arr_1 only,
-    and data/ is for prepared data. A folder may have images of these seeds only."""
+    """Raise UserError if `path` exists and was not written by this script. Files of samples hold arr_0 and
+    arr_1 only, and are never in data/. A folder may have images of these seeds only."""
     if path.suffix != ".npz" and path.is_dir():
         others = {name for name in os.listdir(path)} - {f"{seed:06d}.png" for seed in seeds}
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
@@ -322,7 +322,8 @@ def numbers(text):
 
 @torch.no_grad()
 def real_images(path, labels, header, vae):
-    """For each label the next real image of that class; any image where K = 0. -> uint8 (n,H,W,C)"""
+    """For each label the next real image of that class; any image if the model has no classes. -> uint8
+    (n,H,W,C)"""
     if not path: raise model.UserError("--real: the file does not say where its images are; give --data.")
     data = model.Data(path)
     y, K = data.labels, header["network"]["label_dim"]
@@ -394,12 +395,13 @@ def main():
         whole_sheet = one and not args.real                # several rows of one FILE
         rows += [images[i:i + 16] for i in range(0, len(images), 16)] if whole_sheet else [images[:20]]
         names += [f"{LABELS[header['stage']]}, {steps} NFE"] + [""] * (len(rows) - 1) * whole_sheet
-        if rank == 0 and header["stage"] in solve.TEACHERS:
+        if header["stage"] in solve.TEACHERS:
             print(f"{text}: solver {args.solver or solve.default_solver(header)}")
         headers.append(header)
+        if len(headers) == 1: first_labels, first_vae = labels[:20], vae
     if args.real:
         path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]
-        rows.insert(0, real_images(path, labels[:20], headers[0], vae))
+        rows.insert(0, real_images(path, first_labels, headers[0], first_vae))
         names.insert(0, "real")
     model.save_grid(f"{out}.png", rows, names)
     print(f"{', '.join(filter(None, names))}: " + (f"{len(seeds):,} images in {result}, " if one else "")

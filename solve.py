@@ -69,7 +69,7 @@ def dpm_solver_pp(denoise, x, times, order=3):
             D1, D2 = a + r0 / (r0 + r1) * (a - b), (a - b) / (r0 + r1)
             phi2 = phi1 / h[i] + 1
             phi3 = phi2 / h[i] - 0.5
-            # As the authors released and ran it. This form is of order 2; order 3 needs 2 * phi3 * D2.
+            # As in CMT's released code. This form is of order 2; order 3 needs 2 * phi3 * D2.
             x = x + phi2 * D1 - phi3 * D2
         states.append(x)
     return torch.stack(states), times.double()
@@ -86,7 +86,7 @@ def euler(velocity, x, times):
 
 def heun(velocity, x, times):
     """An Euler step, then the trapezoidal rule (2206.00364, algorithm 1, no churn). A step into t = 0, where
-    the velocity does not exist, stays an Euler step. Two calls per step.
+    EDM's velocity does not exist, stays an Euler step. Two calls per step.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
@@ -129,9 +129,9 @@ def without_label(teacher, null):
 
 # === the run ================================================================================================
 
-# --solver NAME: what the function takes, and the function. A new solver needs its name here, and where it
-# makes several calls a step, in CALLS_PER_STEP. "denoise" D(x, t), "velocity" dx/dt, "u" the average velocity
-# u(z, r, t).
+# --solver NAME: (the function of the model that the solver calls, the solver). "denoise" is D(x, t),
+# "velocity" dx/dt, "u" the average velocity u(z, r, t). A new solver needs a line here, and where it makes
+# several calls per step one in CALLS_PER_STEP.
 SOLVERS = {
     "dpm1":  ("denoise",  functools.partial(dpm_solver_pp, order=1)),
     "dpm2":  ("denoise",  functools.partial(dpm_solver_pp, order=2)),
@@ -153,9 +153,11 @@ def default_solver(header):
 
 
 def solver_times(header, nfe, solver):
-    """The grid of `solver` for `nfe` function evaluations. Heun's steps take two, but one into t = 0: an odd
-    nfe ends there, for a denoiser with EDM's own sampler (2206.00364, algorithm 1). A flow-matching model's
-    grid always ends at 0, so that an even nfe makes one call less. -> (N+1,) float64"""
+    """The grid of `solver` for `nfe` function evaluations. -> (N+1,) float64
+
+    Heun takes two per step, but one in a step into t = 0. Of a denoiser an even nfe ends at t_min, and an odd
+    one at 0, which is EDM's own sampler (2206.00364, algorithm 1). The grid of a flow-matching model always
+    ends at 0, so an even nfe makes one call less."""
     ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
     if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
     grid = karras_times if denoiser else uniform_times
@@ -179,7 +181,7 @@ def solve_teacher(teacher, header, x, y, nfe, solver):
 
 
 def solvers_of(header):
-    """The names of the solvers that go with a model. Only a network with an embedding of t - r is a u."""
+    """The names of the solvers that go with a model. A "u" needs a network that takes r and t."""
     takes = {"velocity"} | ({"denoise"} if header["kind"] == "Denoiser" else set())
     if header["network"].get("interval"): takes.add("u")
     return [name for name, (what, _) in SOLVERS.items() if what in takes]
@@ -244,14 +246,14 @@ def error_table(teacher, header, x, y):
         errors = [solve(n, solver) - fine for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
         print(f"  {solver:<8}" + "".join(f"{e:>15.6f}" for e in errors)
-              + f"{math.log2(errors[-2] / errors[-1]):>8.2f}")
+              + f"{math.log2(errors[-2] / errors[-1]) if errors[-1] else math.nan:>8.2f}")
 
 
 def main():
     _, name, path = model.find_data(model.peek_flag("--data", "digits"))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH",
-                   help="names the runs/D/ of the default paths")
+                   help="the dataset, which names the folder runs/NAME/ of the default paths")
     p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE",
                    help="a denoiser or a flow-time model")
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",

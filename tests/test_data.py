@@ -180,6 +180,8 @@ def test_other_data_under_the_same_name(run, tmp_path, monkeypatch):
     typed = "--teacher", "runs/train/pretrain.safetensors"
     done = run("midtrain", "--data", "two/train.npz", "--nfe", 4, *typed, *small)
     assert done.code == 0 and "warning" in done.out and "other data" in done.out, done.err
+    # a typed --init says nothing about a teacher whose path is the default
+    refused(run("midtrain", "--data", "two/train.npz", "--init", "none", "--nfe", 4, *small), "other data", "--teacher")
     # the student inherits the data of its teacher
     assert run("posttrain_cm", "--data", "one/train.npz", *small).code == 0
     refused(run("posttrain_cm", "--data", "two/train.npz", *small, "--out", "a.safetensors"), "other data", "--init")
@@ -188,6 +190,21 @@ def test_other_data_under_the_same_name(run, tmp_path, monkeypatch):
     assert run("midtrain", "--data", "one/train.npz", "--nfe", 4, *small, "--out", "b.safetensors").code == 0
     assert run("sample", "runs/train/posttrain_cm.safetensors:1", "--n", 4).code == 0
     assert run("pretrain", "--data", "one/train.npz", "--dry-run").code == 0
+
+
+def test_a_run_is_not_continued_with_another_network(run, tmp_path, monkeypatch):
+    """Without a GPU the default network of custom data is smaller, so a run may have been begun with another."""
+    monkeypatch.chdir(tmp_path)
+    write_npz("a.npz", size=20)
+    command = "pretrain", "--data", "a.npz", "--steps", 4, "--batch", 8, "--decay", "constant"
+    assert run(*command).code == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dataset = model.custom_dataset((3, 20, 20), 4)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert dataset["network"]["model_channels"] == 128
+    monkeypatch.setattr(model, "custom_dataset", lambda *args: dataset)
+    refused(run(*command[:4], 6, *command[5:]), "another network", "--width")
 
 
 def test_custom_data_on_a_small_machine(run, tmp_path, monkeypatch):

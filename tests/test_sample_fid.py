@@ -316,3 +316,23 @@ def test_the_committed_digits(run, tmp_path, monkeypatch):
     lines = run("fid", f"{cmt}:1", f"{teacher}:16", f"{teacher}:1", "--n", 2500, "--features", "pixels").out
     one, sixteen, blurred = (json.loads(line)["fd"] for line in lines.splitlines() if line.startswith("{"))
     assert sixteen < one < blurred / 10
+
+
+def test_a_damaged_cache_of_statistics_is_made_again(run, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npz("a.npz")
+    values = []
+    for _ in range(3):
+        done = run("fid", "a.npz", "--ref", "a.npz", "--features", "pixels")
+        assert done.code == 0, done.err
+        values.append(json.loads(done.out.splitlines()[-1])["fd"])
+        cache, = (tmp_path / "runs/reference").iterdir()
+        cache.write_bytes(cache.read_bytes()[:100])
+    assert max(values) < 1e-9
+
+
+def test_statistics_do_not_replace_other_files_and_say_so_before_sampling(run, here, tmp_path, monkeypatch):
+    write_npz(tmp_path / "data.npz")
+    monkeypatch.setattr(sample, "generate", None)          # would fail with another error
+    refused(run("fid", "runs/digits/midtrain_cm.safetensors:1", "--features", "pixels",
+                "--save-stats", tmp_path / "data.npz"), "holds no statistics")

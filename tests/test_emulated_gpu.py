@@ -22,8 +22,8 @@ def test_every_script_on_an_emulated_gpu(chain):
 
 # A line of the project, what it becomes, a test of emulated_gpu.py that runs it.
 REFUSED_BY_CUDA = [
-    ("midtrain.py", "randn(count, *model.image_shape(header), device=device)",
-     "randn(count, *model.image_shape(header))", "midtrain"),
+    ("midtrain.py", "randn(trajectories, *model.image_shape(header), device=device)",
+     "randn(trajectories, *model.image_shape(header))", "midtrain"),
     ("midtrain.py", "header, x, y, args.nfe, args.solver)\n    return *student_time(states, times.to(device)",
      "header, x, y, args.nfe, args.solver)\n    return *student_time(states, times", "midtrain"),
     ("midtrain.py", "M * torch.arange(trajectories, device=device)", "M * torch.arange(trajectories)", "midtrain"),
@@ -50,9 +50,9 @@ REFUSED_BY_CUDA = [
      "torch.full((len(x),), t[i], dtype=x.dtype)), *D[:2]]", "midtrain"),
     ("solve.py", "v = velocity(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device))",
      "v = velocity(x, torch.full((len(x),), t[i], dtype=x.dtype))", "test_solvers"),
-    ("sample.py", "y_, eps = y.to(device), eps.to(device)", "y_, eps = y.to(device), eps", "test_samples"),
+    ("sample.py", "header, eps.to(device), y.to(device), steps,", "header, eps, y.to(device), steps,", "test_samples"),
     ("sample.py", "\"b c h w -> b h w c\").cpu().numpy()", "\"b c h w -> b h w c\").numpy()", "test_samples"),
-    ("fid.py", "torch.arange(size, device=x.device, dtype=torch.float32)",
+    ("tools/feature_networks.py", "torch.arange(size, device=x.device, dtype=torch.float32)",
      "torch.arange(size, dtype=torch.float32)", "inception"),
 ]
 ALLOWED_BY_CUDA = [                                        # CPU indices; a 0-dim CPU tensor as a number

@@ -17,7 +17,7 @@ A NAME of model.DATASETS fixes the size, crop, channels, number of classes, and 
 the autoencoder. Any other NAME is a custom dataset. Memory does not grow with the number of images.
 """
 import argparse, datetime, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil, signal, struct
-import sys, tarfile, time, warnings, zipfile
+import sys, tarfile, time, warnings, zipfile, zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -173,11 +173,27 @@ def read_idx(file, name):
     return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
+def verify_checksums(z):
+    """Read all members of an open zip, and print rate and time left every five seconds. Raises ValueError."""
+    total, done, begin = sum(member.file_size for member in z.infolist()), 0, time.time()
+    shown = begin
+    for member in z.infolist():
+        try:
+            with z.open(member) as f:
+                while chunk := f.read(2 ** 20):
+                    done += len(chunk)
+                    if time.time() - shown > 5:
+                        shown, rate = time.time(), done / (time.time() - begin)
+                        print(f"checked {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e6:,.0f} MB/s, "
+                              f"{(total - done) / rate:,.0f} s left", flush=True)
+        except (zipfile.BadZipFile, zlib.error): raise ValueError(f"the checksum of {member.filename} is wrong")
+
+
 def npz_arrays(path):
     """Verify the checksums of an .npz -> {key: array}. Uncompressed arrays are mapped from the disk."""
     arrays = {}
     with zipfile.ZipFile(path) as z, open(path, "rb") as raw, np.load(path, allow_pickle=False) as loaded:
-        if damaged := z.testzip(): raise ValueError(f"the checksum of {damaged} is wrong")
+        verify_checksums(z)
         for member in z.infolist():
             with z.open(member) as f:
                 read_header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")

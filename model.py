@@ -1099,13 +1099,15 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
         default=compile and torch.cuda.is_available() and recipe_name != "digits")    # compiling takes longer
     add("--no-preview", dest="preview", action="store_false", help="write no picture of samples at each save")
-    add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of the picture")
+    if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
+        add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of that picture")
     add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")
     add("--world", type=positive, metavar="GPUS",
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
     if typed("--keep") and not typed("--save-every"): raise UserError("--keep needs --save-every STEPS.")
     if "--dry-run" not in sys.argv: reject_if_typed("--world", because="it belongs to --dry-run")
-    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name])
+    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name],
+                   vae=None)
     return p
 
 

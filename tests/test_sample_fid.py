@@ -8,7 +8,8 @@ from PIL import Image
 
 import fid, model, sample
 from tools import feature_networks
-from conftest import ROOT, free_port, refused, relerr, vector_weights, vectors, write_npz
+from conftest import (ROOT, free_port, latents_npz, refused, relerr, vector_weights, vectors,
+                      write_npz)
 
 
 @pytest.fixture
@@ -292,6 +293,14 @@ def test_a_preview_changes_nothing_else(run, here, tmp_path):
     assert not (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
     a, b = (model.read(tmp_path / f"{name}.safetensors")[0] for name in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_model_of_latents_has_no_preview_without_its_autoencoder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    latents_npz("l.npz", np.zeros((16, 4, 8, 8), "f"), model.LATENTS["SiT"])
+    done = run("pretrain", "--data", "l.npz", "--steps", 1, "--batch", 8)
+    assert done.code == 0 and "no preview" in done.out and "--vae" in done.out, done.err
+    assert run("pretrain", "--steps", 1, "--vae", "x").code == 2                   # digits are no latents
 
 
 def test_a_preview_that_fails_does_not_end_the_run(run, here, tmp_path, monkeypatch):

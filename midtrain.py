@@ -191,7 +191,8 @@ def flags():
     if args.trajectories:
         args.made_by[args.trajectories] = (
             f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
-    if guide := solve.guide_file(args): args.made_by[guide] = "pretrain a smaller model, or a shorter time"
+    if guide := solve.guide_file(args):
+        args.made_by[guide] = "pre-train a smaller model, or this one for fewer steps"
     if target == "mf": args.network = args.network | {"interval": True}            # u also takes r
     return args
 
@@ -227,7 +228,7 @@ def check_trajectories(args):
     expected = model.sha256(args.teacher), args.guidance, guide
     if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
         raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
-                              f"{args.guidance:g} and that --guide; solve.py writes them.")
+                              f"{args.guidance:g} and --guide {args.guide}; solve.py writes them.")
     args.nfe, args.solver = made["nfe"], made["solver"]
 
 

@@ -9,16 +9,16 @@
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained on f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE: a function of x_t, with the teacher's error.
+--loss ecd   x_r is x_t after one step of the teacher's ODE: determined by x_t, but with the teacher's error.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
 to start with a wide gap: with q = 2, r is 0 for all t below 1.95, and the target is the image itself. The
 gap then narrows every --double steps. This baseline is run by
-     python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 125 --steps 1500 \
+     python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 70 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
-The backbone runs in fp32, also on a GPU: for large q the difference f(x_t) - f(x_r) is smaller than the
+The backbone runs in fp32, also on a GPU: for large q the difference f(x_t) - f(x_r) is lost in the
 rounding error of bf16. Only imagenet512 runs in TF32, as the authors' code does.
 """
 import copy, math, os, shlex
@@ -82,8 +82,8 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
     # L = w(t, r) (sqrt(e^2 + c^2) - c),   e = || f(x_t, t) - sg f(x_r, r) ||,   sg: stop-gradient
-    # Below stands e^2 / (sqrt(e^2 + c^2) + c), which is equal and does not cancel. vector_norm has gradient 0
-    # at e = 0.
+    # The last line has the equal form e^2 / (sqrt(e^2 + c^2) + c), which subtracts no nearly equal numbers.
+    # vector_norm has gradient 0 at e = 0.
     e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
     return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
@@ -125,7 +125,7 @@ def ect_weight(t, r, kind, sigma_data=0.5):
 def ect_r(t, q, doublings=0):
     """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
     2406.14548). t (B,) -> (B,)"""
-    ratio = min(q ** min(doublings + 1, 64), 2 ** 16)      # 2^16 leaves 8 bits of t - r in fp32
+    ratio = min(q ** min(doublings + 1, 64), 2 ** 16)      # at 2^16 t - r has 8 bits left in fp32
     return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / ratio)).clamp(min=0)
 
 

@@ -227,9 +227,8 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed for r < t only. The loss there must have the dropout masks of du/dt, so its
-            # forward pass is over the same samples, from the same RNG state. DDP has no forward mode: `net`
-            # has.
+            # du/dt is needed for r < t only. u and du/dt need the same dropout masks, so both run on exactly
+            # these samples from the same RNG state. DDP has no forward-mode derivative: the JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

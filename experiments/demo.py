@@ -74,7 +74,7 @@ def main():
     p.add_argument("--branch", choices=["cm", "mf"], default="cm", help="consistency or mean flow")
     p.add_argument("--seeds", type=seed_range, default="0-0", metavar="A-B", help="training seeds")
     p.add_argument("--n", type=int, default=2500, help="samples to judge a model by")
-    p.add_argument("--intervals", type=int, nargs="+", default=[125],
+    p.add_argument("--intervals", type=int, nargs="+", default=[70],
                    help="steps between two doublings of plain ECT")
     p.add_argument("--export", action="store_true",
                    help="also write data/digits_teacher.safetensors and data/digits_cmt.safetensors, in fp16")

@@ -1,4 +1,4 @@
-# make demo         the consistency branch on the embedded digits: a table and a picture (8 minutes on two CPU cores)
+# make demo         the consistency branch on the embedded digits: a table and a picture (9 minutes on two CPU cores)
 # make demo-mf      the Mean Flow branch (18 minutes)
 # make test         the fast tests (6 minutes)
 # make test-slow    killed runs, damaged files, compiled networks on two ranks, planted errors (15 minutes)

@@ -163,8 +163,8 @@ def unet(conv_in, c, resolution, widths, num_blocks, attn_resolutions, enc_block
         else:
             dec[f"{s}x{s}_up"] = dec_block(c, c, resample="up")
         for i in range(num_blocks + 1):
-            attention = s in attn_resolutions and (attend_every or i == num_blocks)
-            dec[f"{s}x{s}_block{i}"] = dec_block(c + skips.pop(), width, attention=attention)
+            attend = s in attn_resolutions and (attend_every or i == num_blocks)
+            dec[f"{s}x{s}_block{i}"] = dec_block(c + skips.pop(), width, attention=attend)
             c = width
     return enc, dec
 
@@ -1277,8 +1277,7 @@ def check_mid_t(mid_t, header):
 # Settings that a continued run need not share: without effect on the result, or compared by content instead,
 # as sha256 or identity. (`world` is the flag of --dry-run; run_metadata adds the real one.)
 NOT_COMPARED = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
-        "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe", "preview",
-        "vae"}
+                "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe", "preview", "vae"}
 # Settings that a continued run may change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision", "compile", "device"}
 

@@ -168,9 +168,9 @@ def write_preview(ema, header, args):
     except Exception as e: print(f"no preview: {str(e) or type(e).__name__}", flush=True)
 
 
-def progress(batches, total, world=1, size=len):
+def progress(batches, total, world=1, size=len, unit="images"):
     """Pass batches on. Rank 0 prints rate and time left every ten seconds, as if all ranks were equally fast.
-    size(batch): its number of images."""
+    size(batch): its number of images, or of what `unit` names."""
     started = last = time.time()
     done = 0
     for batch in batches:
@@ -179,7 +179,7 @@ def progress(batches, total, world=1, size=len):
         if model.is_rank_0() and time.time() - last > 10:
             last = time.time()
             rate = done / (last - started)
-            print(f"{min(done, total):,} of {total:,} images  {rate:,.0f} images/s  "
+            print(f"{min(done, total):,} of {total:,} {unit}  {rate:,.0f} {unit}/s  "
                   f"left {max(0, total - done) / rate:,.0f} s", file=sys.stderr, flush=True)
 
 
@@ -392,9 +392,11 @@ def main():
         images, labels = (collect(parts, seeds, result, rank, world) if one else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
-        whole_sheet = one and not args.real                # several rows of one FILE
-        rows += [images[i:i + 16] for i in range(0, len(images), 16)] if whole_sheet else [images[:20]]
-        names += [f"{LABELS[header['stage']]}, {steps} NFE"] + [""] * (len(rows) - 1) * whole_sheet
+        names.append(f"{LABELS[header['stage']]}, {steps} NFE")
+        if one and not args.real:                          # a sheet of one FILE, named in its first line
+            rows = [images[i:i + 16] for i in range(0, len(images), 16)]
+            names += [""] * (len(rows) - 1)
+        else: rows.append(images[:20])
         if header["stage"] in solve.TEACHERS:
             print(f"{text}: solver {args.solver or solve.default_solver(header)}")
         headers.append(header)

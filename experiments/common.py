@@ -51,7 +51,8 @@ def forwards_per_sample(header):
         return 3 + guided * calls / pairs
     if stage == "posttrain_cm":                                      # target 1, forward 1, backward 2
         return 4 + (s["loss"] == "ecd") * guided * (2 if s["solver"] == "heun" else 1)
-    if stage == "posttrain_mf": return 3 + 2 * s.get("r_neq_t", s.get("jumps", 1) / 4)       # JVP 2 for the samples with r < t
+    if stage == "posttrain_mf":                                      # JVP 2 for the samples with r < t
+        return 3 + 2 * s.get("r_neq_t", s.get("jumps", 1) / 4)       # older files have jumps
     return 3
 
 

@@ -27,7 +27,7 @@ Two processes of one thread share the work. All continue where they were interru
 docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the table and draws the
 figure from that file alone.
 """
-import argparse, fcntl, itertools, json, math, os, statistics, subprocess, sys, time
+import argparse, fcntl, functools, itertools, json, math, os, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -109,12 +109,13 @@ class Classifier(nn.Module):
         return features, self.last(F.dropout(features, 0.5, self.training))
 
 
+@functools.cache
 def classifier():
     """The classifier, trained on the training half in 20 epochs; its accuracy on the other half is stored."""
     path, net = FOLDER / "classifier.safetensors", Classifier()
     if path.exists(): net.load_state_dict(model.read(path)[0])
     else:
-        x, y = halves()[0], torch.from_numpy(model.npz_array(DATA, "arr_1")[:5000]).long()
+        x, y = halves()[0]
         torch.manual_seed(0)
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
         for indices in (i for _ in range(20) for i in torch.randperm(5000).split(100)):
@@ -125,10 +126,12 @@ def classifier():
     return net.eval().requires_grad_(False)
 
 
+@functools.cache
 def halves():
-    """The training half and the reference half, uint8 (5000,28,28,1)"""
-    images = torch.from_numpy(np.array(model.npz_array(DATA, "arr_0")))
-    return images[:5000], images[5000:]
+    """The training half and the reference half: images uint8 (5000,28,28,1), labels (5000,)"""
+    data = model.Data(DATA)
+    images = torch.from_numpy(np.array(data.array))
+    return (images[:5000], data.labels[:5000]), (images[5000:], data.labels[5000:])
 
 
 def precision_recall(real, fake, k=3):
@@ -142,7 +145,7 @@ def precision_recall(real, fake, k=3):
 
 def judge(net, images):
     """uint8 (n,28,28,1) against the reference half -> {measure: value}"""
-    reference = halves()[1][:max(len(images), 2000)]
+    reference = halves()[1][0][:max(len(images), 2000)]
     features = [torch.cat([net(x)[0] for x in part.split(500)]) for part in (reference, images)]
     distance = lambda parts: fid.frechet_distance(*(m for x in parts for m in fid.moments(*fid.sums([x])))).item()
     precision, recall = precision_recall(*features)
@@ -199,16 +202,14 @@ def work(worker):
     """One worker's share of all methods, the smaller budgets first."""
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    train_half, reference = halves()
+    (train_images, train_labels), (reference, labels) = halves()
     if worker == 0:
-        with open(DATA, "rb"), np.load(DATA) as f: labels = f["arr_1"][:5000]
         if not (FOLDER / "train.npz").exists():
             with model.atomic_write(FOLDER / "train.npz") as part, open(part, "wb") as f:
-                np.savez(f, arr_0=train_half.numpy(), arr_1=labels)
-        with np.load(DATA) as f: y = torch.from_numpy(f["arr_1"][5000:])
+                np.savez(f, arr_0=train_images.numpy(), arr_1=train_labels.numpy())
         recorded("classifier accuracy", lambda: (torch.cat([classifier()(x)[1] for x in reference.split(500)])
-                                                 .argmax(1) == y).double().mean().item())
-        recorded("noise floor", lambda: judge(classifier(), train_half))
+                                                 .argmax(1) == labels).double().mean().item())
+        recorded("noise floor", lambda: judge(classifier(), train_images))
     while not (FOLDER / "train.npz").exists() or not (FOLDER / "classifier.safetensors").exists(): time.sleep(1)
     for seed in SEEDS:
         branch = ("cm", "mf")[worker]
@@ -237,9 +238,9 @@ def report():
             rate, value = found[f"chosen: {method}, {units} units"]
             cells = []
             for k, measure in itertools.product("12", ("FD", "FD-pixels", "precision", "recall")):
-                numbers = [run[k][measure] for run in runs]
-                spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
-                cells.append(f"{statistics.mean(numbers):.3f}{spread}")
+                values = [run[k][measure] for run in runs]
+                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3f}{spread}")
             print(f"| {method} | {units} | {rate:g}, {setting} {value:g} | " + " | ".join(cells) + " |")
 
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
-import model
+import model, sample
 from model import DATASETS, UserError, atomic_write
 
 PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .tga .avif .jp2".split()
@@ -174,19 +174,15 @@ def read_idx(file, name):
 
 
 def verify_checksums(z):
-    """Read all members of an open zip, and print rate and time left every five seconds. Raises ValueError."""
-    total, done, begin = sum(member.file_size for member in z.infolist()), 0, time.time()
-    shown = begin
-    for member in z.infolist():
-        try:
-            with z.open(member) as f:
-                while chunk := f.read(2 ** 20):
-                    done += len(chunk)
-                    if time.time() - shown > 5:
-                        shown, rate = time.time(), done / (time.time() - begin)
-                        print(f"checked {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e6:,.0f} MB/s, "
-                              f"{(total - done) / rate:,.0f} s left", flush=True)
-        except (zipfile.BadZipFile, zlib.error): raise ValueError(f"the checksum of {member.filename} is wrong")
+    """Read all members of an open zip. Raises ValueError."""
+    def chunks():
+        for member in z.infolist():
+            try:
+                with z.open(member) as f:
+                    while chunk := f.read(2 ** 20): yield chunk
+            except (zipfile.BadZipFile, zlib.error):
+                raise ValueError(f"the checksum of {member.filename} is wrong")
+    for _ in sample.progress(chunks(), sum(member.file_size for member in z.infolist()), unit="bytes"): pass
 
 
 def npz_arrays(path):

@@ -206,7 +206,7 @@ def pool_size(local_batch, pairs_per_trajectory, at_least=128):
 
 def student_time(states, times, header, target):
     """Convert a denoiser's trajectories to flow time for a mean-flow student."""
-    if target == "mf" and header["kind"] == "Denoiser": return model.edm_to_flow(states, times)
+    if target == "mf" and header["kind"] == "Denoiser": return solve.edm_to_flow(states, times)
     return states, times
 
 
@@ -298,7 +298,7 @@ def main():
     teacher_stages = solve.TEACHERS if target == "mf" else [predecessor]
     teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device,
                                                      model.DATASETS.get(args.recipe_name))
-    model.freeze(teacher, teacher_header, model.DTYPES[args.precision])
+    teacher.backbone_dtype = model.DTYPES[args.precision]
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
     if args.trajectories: check_trajectories(args)
     args.solver = args.solver or solve.default_solver(teacher_header)

@@ -15,7 +15,7 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, errno, functools, gc, hashlib, inspect, json, math, os
+import argparse, contextlib, functools, gc, hashlib, json, math, os
 import shlex, signal, struct, sys, time, traceback, zipfile, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -264,20 +264,14 @@ class MPFourier(nn.Module):
 class MPConv(nn.Module):
     """Convolution, or with kernel 0 a linear layer. The weights of each output channel are normalised in
     every forward pass (eq. 47). `normalise_weights` also stores them normalised after every optimizer step
-    (eq. 66). A `frozen` layer (see `freeze`) holds the normalised weights, multiplied by the gain."""
-    frozen = False
-
+    (eq. 66)."""
     def __init__(self, c_in, c_out, kernel=0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, *(kernel, kernel) * (kernel > 0)))
 
-    def normalised(self, gain, dtype):
-        """The weights that a forward pass in `dtype` uses, computed in at least fp32."""
-        w = self.weight.to(torch.promote_types(dtype, torch.float32))
-        return (unit(w, tuple(range(1, w.dim()))) * gain / w[0].numel() ** 0.5).to(dtype)
-
     def forward(self, x, gain=1.0):
-        w = self.weight if self.frozen else self.normalised(gain, x.dtype)
+        w = self.weight.to(torch.promote_types(x.dtype, torch.float32))
+        w = (unit(w, tuple(range(1, w.dim()))) * gain / w[0].numel() ** 0.5).to(x.dtype)
         return F.linear(x, w) if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
@@ -502,43 +496,6 @@ class MeanVelocity(nn.Module):
         return self.net(z.to(backbone), self.time_scale * t, y, self.time_scale * (t - r)).to(dtype)
 
 
-@torch.no_grad()
-def freeze(net, header, dtype):
-    """Prepare a Denoiser or MeanVelocity for inference only: eval mode, no gradients, backbone in `dtype`.
-
-    Each layer's weights are cast once, to the dtype of the layer's input, instead of in every forward pass.
-    One forward pass on zeros finds out these dtypes. EDM2's weights are normalised once, in fp32, before the
-    cast. The outputs stay the same, bit for bit. header: as from `load`. -> net, which can no longer be
-    saved"""
-    def prepare(layer, inputs):
-        x, *gain = inputs
-        weights = {name: p.to(x.dtype) for name, p in layer.named_parameters()}
-        if isinstance(layer, MPConv):
-            weights, layer.frozen = {"weight": layer.normalised(*gain or [1.0], x.dtype)}, True
-        for name, w in weights.items(): setattr(layer, name, nn.Parameter(w, requires_grad=False))
-    net.eval().requires_grad_(False).backbone_dtype = dtype
-    hooks = [layer.register_forward_pre_hook(prepare) for layer in net.modules()
-             if isinstance(layer, (Linear, Conv, Norm, MPConv))]
-    x = torch.zeros(1, *image_shape(header), device=next(net.parameters()).device)
-    t = torch.ones(1, device=x.device)
-    net(x, t) if isinstance(net, Denoiser) else net(x, t, t)
-    for hook in hooks: hook.remove()
-    return net
-
-
-# The two times describe one process: x_t / (1 + t) is z at flow time t / (1 + t), and the ODEs agree. States
-# with their times, along the first dimension: x (B, ...), t (B,).
-
-def edm_to_flow(x, t):
-    """-> z = x / (1 + t), t / (1 + t)"""
-    return x / (1 + t).reshape(-1, *[1] * (x.dim() - 1)).to(x), t / (1 + t)
-
-
-def flow_to_edm(z, t):
-    """-> x = z / (1 - t), t / (1 - t). Flow times below 1."""
-    return z / (1 - t).reshape(-1, *[1] * (z.dim() - 1)).to(z), t / (1 - t)
-
-
 # === 3. datasets ============================================================================================
 # network: the architecture that a stage builds without an input file, the paper's except for digits, with the
 # dropout of pre-training. public: a checkpoint for tools/import_checkpoint.py. label_dropout: probability of
@@ -624,29 +581,25 @@ def prepare_command(name, source="SOURCE"):
     return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}{vae}"
 
 
-def npz_array(path, name):
-    """An array of an .npz, memory-mapped if it is stored uncompressed, as numpy.savez and prepare_data.py do,
-    else loaded. Raises ValueError or KeyError for other files."""
-    with zipfile.ZipFile(path) as z:
+def npz_array(path, name, limit=2 ** 31):
+    """An array of an .npz: memory-mapped if it is stored uncompressed, as by numpy.savez and prepare_data.py,
+    else loaded, up to `limit` bytes. Damaged files raise anything."""
+    with zipfile.ZipFile(path) as z, z.open(f"{name}.npy") as f:
         member = z.getinfo(f"{name}.npy")
-        with z.open(member) as f:
-            version = np.lib.format.read_magic(f)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                           (2, 0): np.lib.format.read_array_header_2_0}[version]
-            shape, fortran, dtype = read_header(f)
-            head = f.tell()
-    if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
-        if member.file_size > 2 ** 31:
+        read_header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")
+        (shape, fortran, dtype), start = read_header(f), f.tell()
+    if member.compress_type != zipfile.ZIP_STORED or dtype.hasobject or 0 in shape:
+        if member.file_size > limit:
             raise UserError(f"{path} is compressed and too large to load ({member.file_size / 2 ** 30:.1f} "
                             f"GiB); `{prepare_command(Path(path).stem + '-uncompressed', path)}` stores it "
                             "uncompressed.")
         with np.load(path, allow_pickle=False) as f: return f[name]
-    if head + math.prod(shape) * dtype.itemsize != member.file_size:
+    if start + math.prod(shape) * dtype.itemsize != member.file_size:
         raise ValueError(f"{name} is {shape}, but has {member.file_size:,} bytes")
     with open(path, "rb") as f:                            # the array follows the member's local header
         f.seek(member.header_offset + 26)
-        name_and_extra = sum(struct.unpack("<HH", f.read(4)))
-    return np.memmap(path, dtype, "r", member.header_offset + 30 + name_and_extra + head, shape)
+        start += member.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))
+    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
 class Data:
@@ -654,46 +607,39 @@ class Data:
     or latents (N,C,H,W) of float16 or float32, or (N,2C,H,W) with means and standard deviations; optionally
     arr_1 (N,) labels 0..K-1, class_names (K,) and info, JSON. An .npz in ADM's layout is fine, too.
 
-    shape (C,H,W); labels (N,) int64 or None; classes K; latents: a dict as in DATASETS, or None; identity:
-    a fingerprint of the content, from the checksums in the zip directory. Raises UserError."""
+    shape (C,H,W); labels (N,) int64 or None; classes K; latents: a dict as in DATASETS, or None; identity, a
+    string: size and CRC-32 of arr_0 and arr_1, from the zip directory, which costs nothing to read, and for
+    latents the autoencoder and its pixel range. Raises UserError."""
     def __init__(self, path):
-        self.path, self.labels, self.classes, self.latents = str(path), None, 0, None
+        self.path, self.labels, self.classes, command = str(path), None, 0, prepare_command(Path(path).stem)
         if not os.path.isfile(path):
-            source = Path(path).stem if os.path.isdir(Path(path).stem) else "SOURCE"
-            raise UserError(f"{path} does not exist; `{prepare_command(Path(path).stem, source)}` makes it "
-                            "from images in any form.")
+            raise UserError(f"{path} does not exist; `{command}` makes it from images in any form.")
         try:
-            self.array = npz_array(path, "arr_0")
             with zipfile.ZipFile(path) as z: members = {m.filename: m for m in z.infolist()}
+            self.array = x = npz_array(path, "arr_0")
+            y = npz_array(path, "arr_1") if "arr_1.npy" in members else None
             info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
-            if not isinstance(info, dict): raise ValueError(f"info is {info!r}")
-            labels = npz_array(path, "arr_1") if "arr_1.npy" in members else None
+            self.latents = info.get("latents")
+            C = len(self.latents["mean"]) if self.latents else 4 if x.shape[1] in (4, 8) else x.shape[1]
         except UserError: raise
         except Exception as e:                             # damaged files raise anything
             raise UserError(f"{path} is damaged, or not made by tools/prepare_data.py ({type(e).__name__}: "
-                            f"{e}); `{prepare_command(Path(path).stem)}` makes such a file.")
-        x = self.array
-        images = x.ndim == 4 and x.dtype == np.uint8 and x.shape[3] in (1, 3)
-        if not len(x) or not images and not (x.ndim == 4 and x.dtype in (np.float16, np.float32)):
+                            f"{e}); `{command}` makes such a file.")
+        self.is_latents = x.dtype != np.uint8
+        fits = (x.dtype in (np.float16, np.float32) and x.shape[1] in (C, 2 * C) if self.is_latents else
+                x.shape[-1] in (1, 3))
+        if x.ndim != 4 or not len(x) or not fits:
             raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with 1 or 3 "
                             "channels, or latents, float16 or float32 (N,C,H,W).")
-        self.shape = (x.shape[3], *x.shape[1:3]) if images else tuple(x.shape[1:])
-        if not images:
-            self.latents = info.get("latents")
-            if self.latents and not {"mean", "scale"} <= self.latents.keys():
-                raise UserError(f"{path} has latents without mean and scale; prepare it again.")
-            means = len(self.latents["mean"]) if self.latents else 4 if x.shape[1] in (4, 8) else x.shape[1]
-            if x.shape[1] not in (means, 2 * means):
-                raise UserError(f"{path}: latents of {x.shape[1]} channels do not fit a scale of {means}.")
-            self.shape = means, *x.shape[2:]
-        if labels is not None:
-            if labels.shape != x.shape[:1] or labels.dtype.kind not in "iu" or not (
-                    0 <= labels.min() and labels.max() < 10 ** 6):
-                raise UserError(f"{path}: arr_1 is {labels.dtype} {labels.shape}; labels have to be {len(x)} "
-                                "integers from 0 on. tools/prepare_data.py makes them so.")
-            self.labels = torch.from_numpy(labels.astype(np.int64))
-            self.classes = int(labels.max()) + 1
-        self.identity = data_identity(path)
+        self.shape = (C, *x.shape[2:]) if self.is_latents else (x.shape[3], *x.shape[1:3])
+        if y is not None:
+            if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < 10 ** 6:
+                raise UserError(f"{path}: arr_1 is {y.dtype} {y.shape}; labels have to be {len(x)} integers "
+                                "from 0 on. tools/prepare_data.py makes them so.")
+            self.labels, self.classes = torch.from_numpy(y.astype(np.int64)), int(y.max()) + 1
+        arrays = {k: members[f"{k}.npy"] for k in ("arr_0", "arr_1") if f"{k}.npy" in members}
+        self.identity = ", ".join([f"{k} {m.file_size} {m.CRC:08x}" for k, m in arrays.items()] + [
+            f"{k} {self.latents[k]}" for k in ("vae", "pixel_range") if k in (self.latents or {})])
 
     def __len__(self):
         return len(self.array)
@@ -702,56 +648,36 @@ class Data:
         """Indices (B,) -> uint8 (B,C,H,W) or fp32 latents as stored, labels (B,), 0 where there are none."""
         indices = np.asarray(indices)
         x = torch.from_numpy(self.array[indices])
-        x = x.permute(0, 3, 1, 2).contiguous() if x.dtype == torch.uint8 else x.float()
+        x = x.float() if self.is_latents else x.permute(0, 3, 1, 2).contiguous()
         return x, torch.zeros(len(x), dtype=torch.int64) if self.labels is None else self.labels[indices]
 
     def __str__(self):
-        kind = "latents" if self.array.dtype != np.uint8 else "images"
-        text = f"{self.path}: {len(self):,} {kind} of {'x'.join(map(str, self.shape))}"
-        return text + (f", {self.classes} classes" if self.classes else "")
-
-
-def data_identity(path):
-    """Identifies the content of data: size and CRC-32 of arr_0 and arr_1, from the zip directory, which costs
-    nothing to read, and for latents the autoencoder and its pixel range. -> a string. Raises
-    UserError"""
-    try:
-        with zipfile.ZipFile(path) as z:
-            members = {m.filename: m for m in z.infolist()}
-            info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
-    except Exception as e:
-        raise UserError(f"{path} is damaged, or no .npz ({type(e).__name__}: {e}).")
-    parts = [f"{name} {m.file_size} {m.CRC:08x}" for name in ("arr_0", "arr_1")
-             if (m := members.get(f"{name}.npy"))]
-    latents = info.get("latents") or {}
-    return ", ".join(parts + [f"{k} {latents[k]}" for k in ("vae", "pixel_range") if k in latents])
+        pixels = f" from pixels in {self.latents['pixel_range']}" if self.latents else ""
+        return (f"{self.path}: {len(self):,} {'latents' if self.is_latents else 'images'} of "
+                f"{'x'.join(map(str, self.shape))}{pixels}, {self.classes} classes")
 
 
 def open_data(args):
     """The data of --data, and the dataset's config. Raises UserError where the two do not fit."""
-    data, dataset = Data(args.path), DATASETS.get(args.recipe_name)
+    data, dataset, command = Data(args.path), DATASETS.get(args.recipe_name), prepare_command(args.name)
     if not dataset:
         if data.shape[1] != data.shape[2] or data.shape[1] % 4:
             raise UserError(f"{data.path} has images of {data.shape[2]}x{data.shape[1]} pixels; they have to "
                             "be square with a side divisible by 4; prepare them with --size N.")
-        if data.array.dtype != np.uint8 and not data.latents:
-            raise UserError(f"{data.path} has latents without their scale; prepare them with "
-                            f"`{prepare_command(args.name)}`.")
+        if data.is_latents and not data.latents:
+            raise UserError(f"{data.path} has latents without their scale; prepare them with `{command}`.")
         width = args.network.get("model_channels")
         return data, custom_dataset(data.shape, data.classes, data.latents, width)
-    if data.shape != tuple(dataset["shape"]) or (data.array.dtype == np.uint8) == ("latents" in dataset):
+    shape, classes, latents = tuple(dataset["shape"]), dataset["classes"], dataset.get("latents")
+    if (data.shape != shape or data.is_latents != bool(latents)
+            or classes and not 0 < data.classes <= classes
+            or data.latents and data.latents["pixel_range"] != latents["pixel_range"]):
+        pixels = f" from pixels in {latents['pixel_range']}" if latents else ""
         raise UserError(f"{data} do not fit the recipe {args.recipe_name}, which is for "
-                        f"{'latents' if 'latents' in dataset else 'images'} of "
-                        f"{'x'.join(map(str, dataset['shape']))}; give the file another name to train on it "
-                        "as a custom dataset.")
-    if data.latents and data.latents["pixel_range"] != dataset["latents"]["pixel_range"]:
-        raise UserError(f"{data.path} was encoded from pixels in {data.latents['pixel_range']}, models of "
-                        f"{args.recipe_name} use {dataset['latents']['pixel_range']}; encode the images "
-                        f"again, with `{prepare_command(args.recipe_name)}`.")
-    if data.classes > dataset["classes"] > 0 or dataset["classes"] and not data.classes:
-        raise UserError(f"{data.path} has {data.classes} classes, the recipe {args.recipe_name} "
-                        f"{dataset['classes']}; prepare it again with `{prepare_command(args.recipe_name)}`.")
-    if not dataset["classes"]: data.labels = None          # an unconditional recipe ignores labels
+                        f"{'latents' if latents else 'images'} of {'x'.join(map(str, shape))}{pixels}, "
+                        f"{classes} classes; prepare such data with `{command}`, or give the file another "
+                        "name to train on it as a custom dataset.")
+    if not classes: data.labels = None                     # an unconditional recipe ignores labels
     return data, dataset
 
 
@@ -773,16 +699,10 @@ def atomic_write(path, unique=False):
         os.umask(umask)
         os.chmod(part, 0o666 & ~umask)
         os.replace(part, path)
-        if sys.platform != "win32":                        # also write the new name to the disk
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError): part.unlink()
-        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        advice = ("Free some space." if full else
-                  "Check the folder and its permissions, or choose another path.")
-        raise UserError(f"{path} could not be written ({e}); what was there before is untouched. {advice}")
+        raise UserError(f"{path} could not be written ({e}); what was there before is untouched. Check the "
+                        "free space and the folder's permissions, or choose another path.")
 
 
 def checksum(tensors, header):
@@ -1016,12 +936,12 @@ def multiple_of_8(text):
 
 
 def checkpoint(text):
-    """--out: a path that a run can write its files beside. Raises UserError."""
+    """--out: a checkpoint in a folder that can be written. Raises UserError."""
     there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
-    if text.endswith(".resume.safetensors") or len(Path(text).name.encode()) > 200:
-        raise UserError(f"--out {text}: choose a shorter name, and none that ends in .resume.safetensors.")
-    if not text.endswith(".safetensors") or not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {text} has to end in .safetensors and be in a folder that can be written.")
+    if not text.endswith(".safetensors") or text.endswith(".resume.safetensors") or not (
+            there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"--out {text} has to end in .safetensors, not in .resume.safetensors, and be in a "
+                        "folder that can be written.")
     return text
 
 
@@ -1153,12 +1073,7 @@ def say(text):
 
 def parallel(net, world):
     """DDP around `net` if there are several processes: it averages gradients over the global batch."""
-    if world == 1: return net
-    ddp = nn.parallel.DistributedDataParallel
-    # Our buffers are constants. torch 2.13 renames the argument that says so.
-    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
-    return ddp(net, gradient_as_bucket_view=True,
-               **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
+    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
 
 
 def compiled(function, wanted):
@@ -1259,7 +1174,7 @@ def check_same_data(path, header, args, flag):
     are known and differ, a default path is refused, since it is probably the file of another dataset of the
     same name. A path that was typed gives a warning, since fine-tuning is legitimate."""
     if not os.path.exists(args.path) or not header.get("data_identity"): return
-    if header["data_identity"] == data_identity(args.path): return
+    if header["data_identity"] == Data(args.path).identity: return
     text = f"{path} was trained on other data than {args.path} ({header['data_identity']})"
     was_typed = typed(f"--{flag}") or flag == "init" and path == peek_flag("--teacher", None)   # its default
     if not was_typed:
@@ -1312,28 +1227,26 @@ def resume_file(out):
 
 
 class SaveTimer:
-    """due(step): is it time for a periodic save? Every --save-every steps, by default every 10 minutes,
-    because a save of a large model every few hundred steps takes a good part of a run."""
+    """due(step): every --save-every steps, by default every 10 minutes: a save of a large model every few
+    hundred steps takes a good part of a run."""
     def __init__(self, args):
         self.every, self.last = args.save_every, time.monotonic()
 
     def due(self, step):
         if self.every: return step % self.every == 0
-        if time.monotonic() - self.last < 600: return False
-        self.last = time.monotonic()
-        return True
+        is_due = time.monotonic() - self.last > 600
+        if is_due: self.last = time.monotonic()
+        return is_due
 
 
 @torch.no_grad()
 def check_finite(ema, header, out):
     """Raise Diverged unless the weights, and their output on one fixed batch, are finite. A save checks this
     before it replaces a file."""
-    device = next(ema.parameters()).device
-    x = torch.randn(4, *image_shape(header), generator=torch.Generator().manual_seed(0)).to(device)
-    t = torch.linspace(header["t_min"], header["t_max"], 4, device=device)
-    if header["kind"] == "Denoiser": result = ema(x * (0.5 + t[:, None, None, None]), t)
-    else:                            result = ema(x, 0.5 * t, t)
-    if not torch.stack([result.isfinite().all(), *(p.isfinite().all() for p in ema.parameters())]).all():
+    x = torch.randn(4, *image_shape(header), generator=torch.Generator().manual_seed(0))
+    x, t = (a.to(next(ema.parameters()).device) for a in (x, torch.linspace(0.1, 1, 4)))
+    results = [ema(x, t) if header["kind"] == "Denoiser" else ema(x, t / 2, t), *ema.parameters()]
+    if not all(a.isfinite().all() for a in results):
         saved = f"{out} keeps what was saved before" if os.path.exists(out) else "nothing was saved"
         raise Diverged(f"the averaged weights or their output are not finite; {saved}. Try a smaller --lr, "
                        "with another --out.")
@@ -1342,7 +1255,6 @@ def check_finite(ema, header, out):
 def save_run(args, step, net, ema, opt, header):
     """Write first NAME.resume.safetensors (weights, EMA, optimizer state, step), which a resumed run reads,
     then NAME.safetensors (EMA weights and header). With --keep NAME-STEP.safetensors before both."""
-    started = time.monotonic()
     check_finite(ema, header, args.out)
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
@@ -1352,12 +1264,8 @@ def save_run(args, step, net, ema, opt, header):
     if args.keep: save(beside(args.out, f"-{step:06d}.safetensors"), ema.state_dict(), header)
     save(resume_file(args.out), state, header)
     save(args.out, ema.state_dict(), header)
-    seconds = time.monotonic() - started
     say(f"{args.out} is finished ({step:,} steps)." if step == args.steps else
-        f"saved {args.out} at step {step:,} in {seconds:.1f} s")
-    if seconds > 20:
-        say(f"warning: the save took {seconds:.0f} s. torchrun kills a job 30 s after SIGTERM; a run that "
-            "is interrupted then continues from the save before.")
+        f"saved {args.out} at step {step:,}.")
 
 
 def check_replaceable(out, stage):
@@ -1454,7 +1362,7 @@ class Stop:
 
 
 def peak_memory():
-    """Bytes at the highest, of the GPU, else of this process; NaN on Windows."""
+    """Bytes at the highest, of the GPU, else of this process (NaN on Windows)."""
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     if sys.platform == "win32": return math.nan
     import resource

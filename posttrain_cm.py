@@ -166,9 +166,8 @@ def flags():
 
 
 def load_teacher(args, dataset, device):
-    """--teacher, frozen and guided as the flags say. -> a function of (x, t, y), compiled if --compile"""
+    """--teacher, guided as the flags say -> a function of (x, t, y), compiled if --compile"""
     teacher, header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
-    model.freeze(teacher, header, torch.float32)
     return model.compiled(solve.guide_teacher(teacher, header, args, args.teacher), args.compile)
 
 

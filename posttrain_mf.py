@@ -169,9 +169,9 @@ def flags():
 
 
 def load_teacher(args, dataset, device):
-    """--teacher, frozen. -> a function of (z, r, t, y), compiled if --compile"""
-    teacher, header = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
-    return model.compiled(model.freeze(teacher, header, torch.float32), args.compile)
+    """--teacher -> a function of (z, r, t, y), compiled if --compile"""
+    teacher, _ = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
+    return model.compiled(teacher, args.compile)
 
 
 def main():

@@ -304,7 +304,7 @@ def open_model(text, args, device):
         solver = args.solver or solve.default_solver(header)
         solve.check_solver(solver, path, header)
         if solver != "jump": model.reject_if_typed("--mid-t", because=f"{path} is sampled with {solver}")
-    model.freeze(net, header, model.DTYPES[args.precision])
+    net.backbone_dtype = model.DTYPES[args.precision]
     return solve.guide_teacher(net, header, args, path), header, steps
 
 

@@ -122,6 +122,12 @@ def guided(teacher, guide, w):
     return teacher if w == 1 else both
 
 
+def edm_to_flow(x, t):
+    """EDM's time and flow time describe one process: x_t / (1 + t) is z at flow time t / (1 + t), and the
+    ODEs agree. States x (B, ...), their times t (B,) -> z, its times"""
+    return x / (1 + t).reshape(-1, *[1] * (x.dim() - 1)).to(x), t / (1 + t)
+
+
 def without_label(teacher, null):
     """The same model with every label replaced by the null label, a number. -> a function of the same"""
     return lambda *inputs: teacher(*inputs[:-1], torch.full_like(inputs[-1], null))
@@ -227,7 +233,8 @@ def guide_teacher(teacher, header, args, path):
         if other["kind"] != header["kind"]:
             raise model.UserError(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have "
                                   "to be of one kind.")
-        return guided(teacher, model.freeze(guide, other, teacher.backbone_dtype), args.guidance)
+        guide.backbone_dtype = teacher.backbone_dtype
+        return guided(teacher, guide, args.guidance)
     if not null or not header["label_dropout"]:
         raise model.UserError(f"{path} was never trained without labels and cannot guide itself; "
                               "give --guide, a smaller or less trained model.")
@@ -291,7 +298,7 @@ def main():
                     "sha256 of guide": guide_file(args) and model.sha256(args.guide),
                     "sha256 of teacher": model.sha256(args.teacher)})
         if header["kind"] == "Denoiser":
-            states, _ = model.edm_to_flow(states, times)                           # noise fades into image
+            states, _ = edm_to_flow(states, times)                           # noise fades into image
         picture = Path(args.out).with_suffix(".png")
         model.save_grid(picture,
                         model.to_uint8(states)[:, :16, :3].movedim(2, -1).transpose(0, 1).cpu().numpy(),

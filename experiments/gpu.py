@@ -118,17 +118,16 @@ def recipe_step(command, data, device, gpus=8):
     net = model.build(header).to(device).train()
     net.backbone_dtype = model.DTYPES[args.precision]
     ema, optimizer = copy.deepcopy(net).eval().requires_grad_(False), model.optimizer(args, net)
-    teacher, teacher_header, teacher_parameters, teacher_dtype = None, header, 0, torch.float32
+    teacher, teacher_header, teacher_parameters = None, header, 0
     if stage == "midtrain" or getattr(args, "loss", "ect") == "ecd":
         network = args.recipe.get("teacher_network", {})
         teacher_header = model.fresh_header(model.DATASETS[data], kind, **network)
         teacher = model.build(teacher_header).to(device)
         teacher_parameters = sum(p.numel() for p in teacher.parameters())
-        if stage == "midtrain": teacher_dtype = model.DTYPES[args.precision]
-        model.freeze(teacher, teacher_header, teacher_dtype)
+        teacher.backbone_dtype = model.DTYPES[args.precision] if stage == "midtrain" else torch.float32
     def estimate():
         P, _, activations = dry_run.cost(header, args.precision, args.microbatch or batch)
-        return sum(dry_run.memory_parts(P, activations, teacher_parameters, teacher_dtype).values()) / GiB
+        return sum(dry_run.memory_parts(P, activations, teacher_parameters).values()) / GiB
     memory = torch.cuda.get_device_properties(device).total_memory / GiB if device.type == "cuda" else 1000
     while estimate() > 0.9 * memory and (args.microbatch or batch) > 4:
         args.microbatch = (args.microbatch or batch) // 2

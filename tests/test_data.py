@@ -39,7 +39,7 @@ def test_an_array_behind_4_GiB(tmp_path):
         f.write((tmp_path / "a.npz").read_bytes())
     data = model.Data(tmp_path / "big.npz")
     assert data.array.offset > 2 ** 32 and np.array_equal(data.array, PIXELS)
-    assert data.identity == model.data_identity(tmp_path / "a.npz")
+    assert data.identity == model.Data(tmp_path / "a.npz").identity
 
 
 @pytest.mark.parametrize("moments", [False, True])
@@ -67,12 +67,12 @@ def test_the_identity_is_that_of_the_content(tmp_path):
     """The same arrays, written on another day, are the same data; others under the same name are not."""
     def identity(**changes):
         np.savez(tmp_path / "a.npz", **{"arr_0": PIXELS, "arr_1": LABELS} | changes)
-        return model.data_identity(tmp_path / "a.npz")
+        return model.Data(tmp_path / "a.npz").identity
     same = identity()
     assert identity(info=np.array('{"date": "today"}')) == same and identity(class_names=np.array(["x"])) == same
     assert len({same, identity(arr_0=PIXELS + 1), identity(arr_1=LABELS + 1)}) == 3
-    seen = {model.data_identity(latents_npz(tmp_path / "b.npz", np.zeros((2, 4, 8, 8), "f"),
-                                            model.LATENTS[name])) for name in model.LATENTS}
+    seen = {model.Data(latents_npz(tmp_path / "b.npz", np.zeros((2, 4, 8, 8), "f"), model.LATENTS[name])).identity
+            for name in model.LATENTS}
     assert len(seen) == 2                                  # two pixel ranges
 
 
@@ -109,8 +109,7 @@ def test_what_is_not_prepared_is_answered_with_the_command(run, tmp_path, monkey
     refused(run("pretrain", "--data", "my photos/"), "python tools/prepare_data.py 'my photos/' --data 'my photos'")
     refused(run("pretrain", "--data", "a.zip"), "python tools/prepare_data.py a.zip --data a")
     refused(run("pretrain", "--data", "digist"), "data/digist.npz", "prepare_data.py SOURCE --data digist")
-    Path("photos").mkdir()
-    refused(run("pretrain", "--data", "photos"), "data/photos.npz", "prepare_data.py photos --data photos")
+    refused(run("pretrain", "--data", "photos"), "data/photos.npz", "prepare_data.py SOURCE --data photos")
     refused(run("posttrain_cm", "--data", "cifar10"), "data/cifar10.npz", "prepare_data.py")
     refused(run("pretrain", "--data", "imagenet256"), "imagenet256", "no recipe", "cifar10")
 

@@ -23,6 +23,7 @@ CALLS = {
     "solve.heun": (shrink, x, times),
     "solve.flow_map": (jump, x, times),
     "solve.guided": (shrink, jump, 2.0),
+    "solve.edm_to_flow": (x, times),
     "solve.without_label": (shrink, 10),
     "midtrain.cmt_loss": (shrink, x, t, eps, None, lambda a, b: (a - b).flatten(1).norm(dim=1)),
     "midtrain.cmt_meanflow_loss": (jump, x, eps, 0.5 * t, t, None),

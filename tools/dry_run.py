@@ -21,7 +21,7 @@ def midtrain(args, kind):
         solver = args.solver or solve.default_solver(teacher)
         solve.check_solver(solver, args.teacher, teacher)
         if args.pairing == "cmt": pairs_per_trajectory = len(solve.solver_times(teacher, args.nfe, solver)) - 1
-    report(args, "pairs", header, 0, teacher, nfe / pairs_per_trajectory, model.DTYPES[args.precision])
+    report(args, "pairs", header, 0, teacher, nfe / pairs_per_trajectory)
 
 
 def posttrain_cm(args):
@@ -77,14 +77,13 @@ def cost(header, precision, samples):
     return count, counter.get_total_flops() / n, kept[0] + (samples - 1) * (kept[1] - kept[0])
 
 
-def memory_parts(parameters, activations, teacher_parameters=0, teacher_dtype=torch.float32):
+def memory_parts(parameters, activations, teacher_parameters=0):
     """What a training step with Adam or RAdam keeps on a GPU -> {part: bytes}"""
     return {"weights": 4 * parameters, "gradients": 4 * parameters, "moments": 8 * parameters,
-            "EMA": 4 * parameters, "teacher": teacher_dtype.itemsize * teacher_parameters,
-            "activations": activations}
+            "EMA": 4 * parameters, "teacher": 4 * teacher_parameters, "activations": activations}
 
 
-def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0, teacher_dtype=torch.float32):
+def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0):
     """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: passes
     per sample without gradient; teacher: its header, with teacher_nfe forwards per sample."""
     gpus = 1 if args.recipe_name in ("digits", "custom") else 8
@@ -109,7 +108,7 @@ def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0, teacher_
     print(f"network   {header['network']['class']}, {P:,} parameters"
           + (f"; teacher {teacher['network']['class']}, {Q:,}, {teacher_nfe:g} NFE for each of the {unit}"
              if teacher else ""))
-    parts = memory_parts(P, kept, Q, teacher_dtype)
+    parts = memory_parts(P, kept, Q)
     print(f"batch     {samples:,} {unit} a GPU and step\n"
           f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
           + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))

@@ -187,21 +187,10 @@ def verify_checksums(z):
 
 def npz_arrays(path):
     """Verify the checksums of an .npz -> {key: array}. Uncompressed arrays are mapped from the disk."""
-    arrays = {}
-    with zipfile.ZipFile(path) as z, open(path, "rb") as raw, np.load(path, allow_pickle=False) as loaded:
+    with zipfile.ZipFile(path) as z:
         verify_checksums(z)
-        for member in z.infolist():
-            with z.open(member) as f:
-                read_header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")
-                (shape, fortran, dtype), header = read_header(f), f.tell()
-            key = member.filename.removesuffix(".npy")
-            if member.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject or 0 in shape:
-                arrays[key] = loaded[key]
-                continue
-            raw.seek(member.header_offset + 26)            # lengths of the member's name and extra field
-            start = member.header_offset + 30 + sum(struct.unpack("<HH", raw.read(4))) + header
-            arrays[key] = np.memmap(path, dtype, "r", start, shape)
-    return arrays
+        keys = [name.removesuffix(".npy") for name in z.namelist()]
+    return {key: model.npz_array(path, key, limit=math.inf) for key in keys}
 
 
 def choose(flag, wanted, candidates, described):

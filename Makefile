@@ -4,7 +4,8 @@
 # make test-slow    killed runs, damaged files, compiled networks on two ranks, planted errors (15 minutes)
 # make gpu          on a GPU: tests, compile, one step of every recipe, bench, the digits demo (9 minutes)
 # make NAME         another experiment: bench (10 minutes), precision (1 hour), compare (2 hours), compare-mf
-#                   (1 hour), ablation (3 hours), curves (5 hours), choose (1 hour), mnist (16 hours), theory
+#                   (1 hour), ablation (3 hours), share (2 hours), curves (5 hours), choose (1 hour), mnist
+#                   (12 hours), theory
 # All first make .venv from requirements.txt; `make PY=python3 test` uses your own environment instead.
 PY ?= .venv/bin/python
 ifeq ($(PY),.venv/bin/python)
@@ -23,7 +24,7 @@ test: $(ENV)
 test-slow: $(ENV)
 	$(PY) -m pytest -m slow
 
-bench precision ablation curves choose gpu mnist: $(ENV)
+bench precision ablation share curves choose gpu mnist: $(ENV)
 	$(PY) experiments/$@.py
 
 compare: $(ENV)
@@ -42,4 +43,4 @@ theory: $(ENV)
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.PHONY: demo demo-mf test test-slow bench precision ablation curves choose gpu mnist compare compare-mf theory
+.PHONY: demo demo-mf test test-slow bench precision ablation share curves choose gpu mnist compare compare-mf theory

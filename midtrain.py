@@ -17,7 +17,8 @@
 
 Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
 Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
-time, and the student needs random weights (--teacher runs/digits/pretrain.safetensors --init none).
+time. Its weights predict x_0, not a velocity, so the student starts from random ones: --teacher
+runs/digits/pretrain.safetensors --init none.
 
 The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
 its own predictions. All pairs of times are equally likely, and the loss does not weight them.
@@ -32,9 +33,9 @@ from tools import dry_run, feature_networks
 # batch     pairs (state, target) in one step, over all GPUs
 # nfe       function evaluations of a trajectory
 # solver    None: the teacher's default
-# decay     "linear" to 0, "constant", or the step from which the learning rate falls as 1/sqrt
+# decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments that differ from those of --init
+# network   constructor arguments that replace those of --init, or of model.DATASETS with --init none
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
@@ -113,9 +114,8 @@ def huber(a, b):
 
 def pair_table(N, target, pairing="cmt"):
     """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
-    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "cmt": all of these; "kd": only the
-    start with the endpoint, M = 1; "slow": all of these, of which `solved_batches` takes one per trajectory.
-    -> i, j (M,)"""
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint,
+    M = 1; "cmt" and "slow": all of these. -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
@@ -154,7 +154,7 @@ def load_distance(args, header, device):
 
 
 def flags():
-    """The command line -> args. args.made_by: {input file: how to make it}"""
+    """The command line -> args. args.command_for: {input file: how to make it}"""
     target = model.peek_flag("--target", "cm", RECIPES)
     p = model.parser(__doc__, RECIPES[target], PREDECESSOR[target], writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
@@ -187,19 +187,19 @@ def flags():
     public = model.DATASETS.get(args.recipe_name, {}).get("public")
     command = f"python pretrain.py --data {shlex.quote(args.data)}" + " --objective flow" * (target == "mf")
     if public and target == "cm": command = model.import_command(public, args.data)
-    args.made_by = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
+    args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
-        args.made_by[args.trajectories] = (
+        args.command_for[args.trajectories] = (
             f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
     if guide := solve.guide_file(args):
-        args.made_by[guide] = "pre-train a smaller model, or this one for fewer steps"
-    if target == "mf": args.network = args.network | {"interval": True}            # u also takes r
+        args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
+    if target == "mf":      # u also takes r: a flow-matching network gets an embedding of t - r, at first zero
+        args.network = args.network | {"interval": True}
     return args
 
 
 def pool_size(local_batch, pairs_per_trajectory, at_least=128):
-    """Number of trajectories that a rank solves at once: at least 128, rounded up so that their pairs divide
-    evenly into its batches."""
+    """Number of trajectories in a pool: at least 128, with pairs for a whole number of a rank's batches."""
     multiple = math.lcm(local_batch, pairs_per_trajectory) // pairs_per_trajectory
     return math.ceil(at_least / multiple) * multiple
 
@@ -241,7 +241,7 @@ def read_trajectories(args, header, device):
     return *student_time(states.transpose(0, 1), times, header, args.target), y
 
 
-def stored_batches(header, args, step, rank, local_batch, device):
+def batches_from_file(header, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
     states, times, y = read_trajectories(args, header, device)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
@@ -251,16 +251,16 @@ def stored_batches(header, args, step, rank, local_batch, device):
         yield gather_pairs(states, times, y, chosen.to(device), i, j)
 
 
-def solved_batches(teacher, header, N, args, step, rank, local_batch, device):
+def batches_from_teacher(teacher, header, N, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on: solve a pool of trajectories, shuffle its pairs,
     yield them batch by batch, solve the next pool.
 
     The paper solves 8 trajectories in every step: 8 * 16 states are its global batch of 128. That starves a
-    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories at
-    once and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the N (N+1) / 2),
-    so the cost per pair is the paper's. A pool is a function of (seed, rank, its number): a resumed run
-    solves its pool again, and nothing is stored. All pools have one size, so a compiled teacher is compiled
-    once."""
+    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
+    N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
+    N (N+1) / 2; --pairing kd and slow: one). The cost per pair is the paper's. A pool is a function of (seed,
+    rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have one size, so
+    a compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     trajectories = pool_size(local_batch, pairs_per_trajectory)
@@ -307,7 +307,7 @@ def main():
     model.reseed(args.seed)
     dataset = model.DATASETS.get(args.recipe_name) or model.custom_dataset(shape, classes,
                                                                            teacher_header.get("latents"))
-    net, header = model.first_weights(args, model.KIND[predecessor], dataset, device, **args.network)
+    net, header = model.initial_model(args, model.KIND[predecessor], dataset, device, **args.network)
     distance = load_distance(args, header, device)
     if target == "mf" and teacher_header["kind"] == "Denoiser":    # the student samples in flow time
         header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
@@ -326,8 +326,9 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    batches = (stored_batches(teacher_header, args, step, rank, local_batch, device) if args.trajectories else
-               solved_batches(teacher, teacher_header, N, args, step, rank, local_batch, device))
+    share = args, step, rank, local_batch, device
+    batches = (batches_from_file(teacher_header, *share) if args.trajectories else
+               batches_from_teacher(teacher, teacher_header, N, *share))
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):
@@ -336,9 +337,10 @@ def main():
         if done: break
 
         pairs = next(batches)                                                      # x_t, t, x_r, r, y
-        model.reseed(args.seed, rank, step)
+        model.reseed(args.seed, rank, step)                # a resumed run draws the same dropout masks
         mean_loss = 0
         for x_t, t, x_r, r, y in model.microbatches(wrapped_net, args.microbatch, *pairs):
+            # with --target cm x_r is always the endpoint
             if target == "cm": loss = cmt_loss(wrapped_net, x_t, t, x_r, y, distance).sum() / local_batch
             else:              loss = cmt_meanflow_loss(wrapped_net, x_t, x_r, r, t, y).sum() / local_batch
             loss.backward()
@@ -346,7 +348,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
+        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

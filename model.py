@@ -659,7 +659,7 @@ class Data:
 
 def open_data(args):
     """The data of --data, and the dataset's config. Raises UserError where the two do not fit."""
-    data, dataset, command = Data(args.path), DATASETS.get(args.recipe_name), prepare_command(args.name)
+    data, dataset, command = Data(args.npz), DATASETS.get(args.recipe_name), prepare_command(args.name)
     if not dataset:
         if data.shape[1] != data.shape[2] or data.shape[1] % 4:
             raise UserError(f"{data.path} has images of {data.shape[2]}x{data.shape[1]} pixels; they have to "
@@ -1026,7 +1026,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
     if typed("--keep") and not typed("--save-every"): raise UserError("--keep needs --save-every STEPS.")
     if "--dry-run" not in sys.argv: reject_if_typed("--world", because="it belongs to --dry-run")
-    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, path=path, recipe=recipes[recipe_name],
+    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, npz=path, recipe=recipes[recipe_name],
                    vae=None)
     return p
 
@@ -1133,16 +1133,16 @@ def update_ema(ema, net, decay):
 
 def load_predecessor(args, flag, stages, device, dataset=None, **network):
     """The checkpoint of --init or --teacher -> (model, header). It has to be of one of `stages`, for the
-    shape and classes of `dataset`, and trained on the data of --data. args.made_by holds the command that
+    shape and classes of `dataset`, and trained on the data of --data. args.command_for holds the command that
     makes a missing file. `network`: as in `load`."""
     path = getattr(args, flag)
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist; `{args.made_by[path]}` makes such a file"
+        raise UserError(f"{path} does not exist; `{args.command_for[path]}` makes such a file"
                         + ("; --init none starts anew." if flag == "init" else "."))
     model, header = load(path, device, **network)
     if header["stage"] not in stages:
         raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
-                        f"{' or '.join(stages)} file; `{args.made_by[path]}` makes one.")
+                        f"{' or '.join(stages)} file; `{args.command_for[path]}` makes one.")
     if header["step"] < header["steps"]:
         say(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
             "the command that made it continues it.")
@@ -1151,7 +1151,7 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
     return model, header
 
 
-def first_weights(args, kind, dataset, device, **network):
+def initial_model(args, kind, dataset, device, **network):
     """--init FILE|none -> (model, header): the file's, or a new network of `kind` for the dataset config.
     `network`: constructor arguments that replace either's."""
     if args.init != "none":
@@ -1173,9 +1173,9 @@ def check_same_data(path, header, args, flag):
     """The model in `path`, of --init or --teacher, should have been trained on the data of --data. If both
     are known and differ, a default path is refused, since it is probably the file of another dataset of the
     same name. A path that was typed gives a warning, since fine-tuning is legitimate."""
-    if not os.path.exists(args.path) or not header.get("data_identity"): return
-    if header["data_identity"] == Data(args.path).identity: return
-    text = f"{path} was trained on other data than {args.path} ({header['data_identity']})"
+    if not os.path.exists(args.npz) or not header.get("data_identity"): return
+    if header["data_identity"] == Data(args.npz).identity: return
+    text = f"{path} was trained on other data than {args.npz} ({header['data_identity']})"
     was_typed = typed(f"--{flag}") or flag == "init" and path == peek_flag("--teacher", None)   # its default
     if not was_typed:
         raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under another "
@@ -1191,8 +1191,9 @@ def check_mid_t(mid_t, header):
 
 # Settings that a continued run need not share: without effect on the result, or compared by content instead,
 # as sha256 or identity. (`world` is the flag of --dry-run; run_metadata adds the real one.)
-NOT_COMPARED = {"kind", "stage", "made_by", "out", "save_every", "keep", "log_every", "data", "path", "init",
-                "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe", "preview", "vae"}
+NOT_COMPARED = {"kind", "stage", "command_for", "out", "save_every", "keep", "log_every", "data", "npz",
+                "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe", "preview",
+                "vae"}
 # Settings that a continued run may change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision", "compile", "device"}
 
@@ -1209,7 +1210,7 @@ def run_metadata(args, stage, unit, world, data=None, **files):
             raise UserError(f"--out {args.out} is the file that is read for --{flag}; choose another --out.")
     identity = data.identity if isinstance(data, Data) else (data or {}).get("data_identity")
     if isinstance(data, Data): settings["data_identity"] = identity
-    return {"stage": stage, "data": args.name, "data_path": args.path, "data_identity": identity,
+    return {"stage": stage, "data": args.name, "data_path": args.npz, "data_identity": identity,
             "steps": args.steps, "unit": unit, "settings": json.loads(json.dumps(settings)), "argv": sys.argv,
             "torch": torch.__version__, "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}

@@ -1,15 +1,17 @@
-"""Stage 4a, post-training a consistency model: Easy Consistency Tuning (ECT) or Distillation (ECD).
+"""Post-training, consistency branch (stage 4): Easy Consistency Tuning (ECT) or Distillation (ECD).
 
   reads   runs/D/midtrain_cm.safetensors and the images of --data; with --loss ecd also
           runs/D/pretrain.safetensors, the teacher
-  writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py samples from them in one or two steps
+  writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py samples from them in one or two steps. D is
+                                            the name of the dataset
   run     python posttrain_cm.py                                      # digits, half a minute on two CPU cores
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
   cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one)
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
---loss ect   f(x_t, t) is trained on f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE: determined by x_t, but with the teacher's error.
+--loss ect   f(x_t, t) is trained to match f(x_r, r), where x_r is the same image with less of the same noise.
+--loss ecd   x_r is x_t after one step of the teacher's ODE. Unlike ECT's, it depends on x_t alone, but it has
+             the teacher's error.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
@@ -28,9 +30,9 @@ import torch
 import model, sample, solve
 from tools import dry_run
 
-# q              sets the gap t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`
-# double         steps after which k grows by 1, so that the gap is divided by q; 0: k stays 0, as suits a
-#                mid-trained model
+# q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
+# double         every so many steps k grows by 1, which divides the gap by q (ECT's name for it, with q = 2);
+#                0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  of ln t
@@ -54,8 +56,8 @@ RECIPES = {
     "cifar10":     ECT_PAPER | dict(q=4096),                                                      # paper
     "ffhq64":      ECT_PAPER | dict(q=512),                                                       # paper
     "afhqv2-64":   ECT_PAPER | dict(q=1024),                                                      # paper
-    # The paper reports ECD here, but not its settings. Ours are those of imagenet512 without guidance, with
-    # the dropout of ECT's own ImageNet 64x64 recipe.
+    # The paper reports ECD here, but not its settings. We take imagenet512's without its guidance, and the
+    # dropout of ECT's own ImageNet 64x64 recipe.
     "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours
     "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
                               guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
@@ -72,9 +74,9 @@ PUBLIC_TEACHERS = {
 # === the method =============================================================================================
 
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
-    """Two points of one trajectory share their endpoint, so f at the less noisy point is the target for f at
-    the other. One number per sample. ECT (2406.14548) and ECD (consistency distillation, 2303.01469, with
-    ECT's w(t, r)) differ only in where x_r comes from. At r = 0 the target is x_r itself, since f(x, 0) = x.
+    """f at the less noisy point x_r is the target for f at x_t, because points of one trajectory share their
+    endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r: ECD's lies
+    on the trajectory, ECT's only on average. At r = 0 the target is x_r itself. One number per sample.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.
@@ -82,7 +84,7 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
     # L = w(t, r) (sqrt(e^2 + c^2) - c),   e = || f(x_t, t) - sg f(x_r, r) ||,   sg: stop-gradient
-    # The last line has the equal form e^2 / (sqrt(e^2 + c^2) + c), which subtracts no nearly equal numbers.
+    # The last line is equal to L, and has no cancellation at small e.
     # vector_norm has gradient 0 at e = 0.
     e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
     return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
@@ -107,12 +109,12 @@ def ode_step(D, x, t, r, y, solver="heun"):
     t_, r_ = (s.reshape(-1, *[1] * (x.dim() - 1)) for s in (t, r))
     with torch.no_grad():
         # dx/dt = (x - D(x, t)) / t
-        slope = (x - D(x, t, y)) / t_
-        x_r = x + (r_ - t_) * slope
+        slope_t = (x - D(x, t, y)) / t_
+        x_r = x + (r_ - t_) * slope_t
         if solver == "euler": return x_r
         r = torch.where(r > 0, r, 1.0)                     # at r = 0 the result below is not used
-        ahead = (x_r - D(x_r, r, y)) / r.reshape(r_.shape)
-        return torch.where(r_ > 0, x + (r_ - t_) * (slope + ahead) / 2, x_r)
+        slope_r = (x_r - D(x_r, r, y)) / r.reshape(r_.shape)
+        return torch.where(r_ > 0, x + (r_ - t_) * (slope_t + slope_r) / 2, x_r)
 
 
 def ect_weight(t, r, kind, sigma_data=0.5):
@@ -124,15 +126,15 @@ def ect_weight(t, r, kind, sigma_data=0.5):
 
 def ect_r(t, q, doublings=0):
     """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
-    2406.14548). t (B,) -> (B,)"""
-    ratio = min(q ** min(doublings + 1, 64), 2 ** 16)      # at 2^16 t - r has 8 bits left in fp32
-    return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / ratio)).clamp(min=0)
+    2406.14548). q^(k+1) is at most 2^16, which leaves t - r 8 of the 24 bits of fp32. t (B,) -> (B,)"""
+    power = min(q ** min(doublings + 1, 16), 2 ** 16)
+    return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / power)).clamp(min=0)
 
 
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args. args.made_by: {input file: how to make it}"""
+    """The command line -> args. args.command_for: {input file: how to make it}"""
     p = model.parser(__doc__, RECIPES, predecessor="midtrain_cm", writes="posttrain_cm", precision="fp32")
     p.add_argument("--q", type=model.number(int, 2, 2 ** 16 + 1, "an integer in [2, 65536]"),
                    help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
@@ -154,14 +156,14 @@ def flags():
     if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
     data, public = shlex.quote(args.data), model.DATASETS.get(args.recipe_name, {}).get("public")
     pretrain = model.import_command(public, args.data) if public else f"python pretrain.py --data {data}"
-    args.made_by = {args.path: model.prepare_command(args.name),
+    args.command_for = {args.npz: model.prepare_command(args.name),
                     args.init: f"python midtrain.py --data {data}"}
-    if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py runs first and needs it
-        args.made_by = {pretrained: pretrain} | args.made_by
+    if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
+        args.command_for = {pretrained: pretrain} | args.command_for
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
             url = PUBLIC_TEACHERS.get(file)
-            args.made_by[file] = model.import_command(url, args.data, file) if url else pretrain
+            args.command_for[file] = model.import_command(url, args.data, file) if url else pretrain
     return args
 
 
@@ -180,7 +182,7 @@ def main():
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    net, header = model.first_weights(args, "Denoiser", dataset, device, **args.network)
+    net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
     files = dict(init=args.init, data=data)
     if args.loss == "ecd":
         teacher = load_teacher(args, dataset, device)
@@ -228,7 +230,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
+        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

@@ -1,22 +1,23 @@
-"""Stage 4b, post-training a Mean Flow model on real images, by the MeanFlow identity:
+"""Post-training, Mean Flow branch (stage 4): real images and the MeanFlow identity
 
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
   u = v - (t - r) du/dt                                                   its derivative by t
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  replaces v(z_t, t) by eps - x_0 of one sample, whose mean given z_t is v(z_t, t).
+  replaces v(z_t, t), in both places, by eps - x_0, since v(z_t, t) is the mean of eps - x_0 given z_t.
 
-  reads   runs/D/midtrain_mf.safetensors and the images of --data
+  reads   runs/D/midtrain_mf.safetensors and the images of --data (D: the name of the dataset)
   writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
   run     python posttrain_mf.py                                        # digits, two minutes on two CPU cores
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance costs two forwards more, --velocity teacher one
   expect  digits (p = 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0
-          given z_t, which no model can predict. With p = 1 the loss e / (e + c) stays near 1. Look at samples
+          given z_t, which no model can predict. With p = 1 every loss is divided by its own value, and stays
+          near 1. Look at samples
 
 Two baselines: MeanFlow from the flow-matching weights, with the compute of mid- and post-training together;
-and from scratch, with the compute of all three stages.
+and from scratch, with the compute of pre-, mid- and post-training.
      python posttrain_mf.py --init runs/digits/pretrain_flow.safetensors --steps 3986 --lr 6e-4 \
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
@@ -38,8 +39,7 @@ from tools import dry_run
 # warmup         images over which the learning rate rises
 # network        constructor arguments that differ from those of --init
 # The comment at the end of a line is the source of its values: MeanFlow (2505.13447), or ours. The CMT paper
-# does not state its settings for this stage. Labels are dropped with the dataset's label_dropout (DATASETS in
-# model.py).
+# does not state its settings for this stage.
 MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, r_neq_t=0.25, p=1.0, c=1e-3,     # MeanFlow
           omega=1.0, kappa=0.0, guide_times=(0.0, 1.0),                                           # MeanFlow
           decay="linear", warmup=0, network={})                                                   # ours
@@ -72,7 +72,7 @@ def meanflow_loss(u, z, r, t, y, v, dudt, p=1.0, c=1e-3):
 
 def derivative_jvp(u, z, r, t, y, v):
     """d/dt u(z_t, r, t) along dz/dt = v, exactly, by forward-mode differentiation (a JVP). z, v (B,C,H,W), r,
-    t, y (B,) -> (B,C,H,W), without gradient. Restores the RNG state: a forward pass right after it draws the
+    t, y (B,) -> (B,C,H,W), without gradient. Restores the RNG state, so that the next forward pass draws the
     same dropout masks."""
     # The tangents of (z, r, t) are (v, 0, 1). Fused attention kernels have no forward-mode derivative, so the
     # math kernel is used.
@@ -95,8 +95,9 @@ def derivative_difference(u, z, r, t, y, v, delta=0.005):
 
 
 def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
-    """Guidance in the target (2505.13447, eq. 20): v_g for samples with a label and t in [low, high], v for
-    the others. The scale of guidance is omega / (1 - kappa), since u(z, t, t | y) itself learns v_g.
+    """The velocity with guidance (2505.13447, eq. 20): v_g below for samples with a label and t in [low,
+    high], v for the others. u(z, t, t | y) learns v_g; with v_g in its place v_g = w v + (1 - w) u(z, t, t |
+    null), so the scale of guidance is w = omega / (1 - kappa).
     z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without gradient"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
     if (omega, kappa) == (1.0, 0.0): return v
@@ -107,17 +108,17 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     return torch.where(inside.reshape(-1, *[1] * (v.dim() - 1)), guided, v)
 
 
-def drop_labels(y, equal, share, null):
+def drop_labels(y, r_equals_t, label_dropout, null):
     """Replace labels by the null label, for samples with r = t only, because guidance evaluates the
-    unlabelled model only at r = t. On average a fraction `share` of the whole batch is unlabelled. y (B,),
-    equal (B,) whether r = t -> (B,)"""
-    probability = share * len(y) / equal.sum().clamp(min=1)
-    return torch.where(equal & (torch.rand(len(y), device=y.device) < probability), null, y)
+    unlabelled model only at r = t. On average a fraction `label_dropout` of the whole batch is unlabelled.
+    y (B,), r_equals_t (B,) bool -> (B,)"""
+    probability = label_dropout * len(y) / r_equals_t.sum().clamp(min=1)
+    return torch.where(r_equals_t & (torch.rand(len(y), device=y.device) < probability), null, y)
 
 
 def two_times(n, r_neq_t, mean, std, device):
     """Two draws of logit t ~ N(mean, std^2), sorted. In every four samples the first 4 * r_neq_t keep r < t,
-    the others get r = t. -> r, t (n,)"""
+    the others get r = t: all batches and microbatches split into the same shapes. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
     return torch.where(torch.arange(n, device=device) % 4 < 4 * r_neq_t, r, t), t
@@ -126,7 +127,7 @@ def two_times(n, r_neq_t, mean, std, device):
 # === the run ================================================================================================
 
 def flags():
-    """The command line -> args. args.made_by: {input file: how to make it}"""
+    """The command line -> args. args.command_for: {input file: how to make it}"""
     precision = "fp32" if model.peek_flag("--derivative", "jvp") == "difference" else None
     p = model.parser(__doc__, RECIPES, predecessor="midtrain_mf", writes="posttrain_mf", precision=precision,
                      compile=False)
@@ -161,10 +162,10 @@ def flags():
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
     data = shlex.quote(args.data)
-    args.made_by = {args.path: model.prepare_command(args.name),
+    args.command_for = {args.npz: model.prepare_command(args.name),
                   args.init: f"python midtrain.py --target mf --data {data}"}
     if args.velocity == "teacher":
-        args.made_by[args.teacher] = f"python pretrain.py --objective flow --data {data}"
+        args.command_for[args.teacher] = f"python pretrain.py --objective flow --data {data}"
     return args
 
 
@@ -186,7 +187,8 @@ def main():
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    net, header = model.first_weights(args, "MeanVelocity", dataset, device, interval=True, **args.network)
+    # interval: the network also takes r. A flow-matching model gets an embedding of t - r, at first zero.
+    net, header = model.initial_model(args, "MeanVelocity", dataset, device, interval=True, **args.network)
     teacher, files = None, dict(init=args.init, data=data)
     if args.velocity == "teacher":
         teacher, files["teacher"] = load_teacher(args, dataset, device), args.teacher
@@ -227,8 +229,9 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed for r < t only. u and du/dt need the same dropout masks, so both run on exactly
-            # these samples from the same RNG state. DDP has no forward-mode derivative: the JVP is of `net`.
+            # du/dt is needed for r < t only, and has to have the dropout masks of u. So u, too, runs on
+            # exactly these samples, from the same RNG state. DDP has no forward-mode derivative: the JVP is
+            # of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]
@@ -243,7 +246,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
+        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

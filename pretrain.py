@@ -84,7 +84,7 @@ def flags():
     p.add_argument("--objective", choices=RECIPES, default="edm", help="edm: denoising; flow: flow matching")
     args = p.parse_args()
     args.kind, args.stage = model.KIND[stage], stage
-    args.made_by = {args.path: model.prepare_command(args.name)}      # the command that makes each input
+    args.command_for = {args.npz: model.prepare_command(args.name)}      # the command that makes each input
     return args
 
 
@@ -135,7 +135,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; ten such steps in a row end the run, in `log`
+        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

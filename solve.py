@@ -278,7 +278,7 @@ def main():
         raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
-    args.path, args.made_by = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
+    args.npz, args.command_for = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
     teacher, header = model.load_predecessor(args, "teacher", TEACHERS, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)

@@ -2,8 +2,12 @@
 import json, subprocess, sys, time
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model
+import fid, model
 
 
 def command(script, *args):
@@ -66,3 +70,47 @@ def steps_for(total, like):
     """Steps of a run like the one that made the file `like`, for `total` network forwards."""
     header = model.read(like, tensors=False)[1]
     return round(total / forwards_per_sample(header) / header["settings"]["batch"])
+
+
+# --- distances in the features of a small classifier --------------------------------------------------------
+
+class Classifier(nn.Module):
+    """uint8 (n,side,side,1) -> features (n,128) and logits (n,10)"""
+    def __init__(self, side):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
+        self.hidden, self.last = nn.Linear(64 * (side // 4) ** 2, 128), nn.Linear(128, 10)
+
+    def forward(self, images):
+        x = model.to_float(torch.as_tensor(images)).permute(0, 3, 1, 2)
+        for conv in self.conv1, self.conv2: x = F.max_pool2d(F.relu(conv(x)), 2)
+        features = F.relu(self.hidden(x.flatten(1)))
+        return features, self.last(F.dropout(features, 0.5, self.training))
+
+
+def classifier(path, images, labels):
+    """The classifier in `path`, or a new one, trained on images uint8 (n,side,side,1) in 20 epochs."""
+    net = Classifier(images.shape[1])
+    if Path(path).exists(): net.load_state_dict(model.read(path)[0])
+    else:
+        torch.manual_seed(0)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        for indices in (i for _ in range(20) for i in torch.randperm(len(images)).split(100)):
+            F.cross_entropy(net(images[indices])[1], labels[indices]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save(path, net.state_dict(), {"stage": "classifier"})
+    return net.eval().requires_grad_(False)
+
+
+def accuracy(net, images, labels):
+    return (torch.cat([net(x)[1] for x in images.split(500)]).argmax(1) == labels).double().mean().item()
+
+
+def features(net, images):
+    return torch.cat([net(x)[0] for x in images.split(500)])
+
+
+def distance(real, fake):
+    """The Frechet distance of two sets of features (n,d)"""
+    return fid.frechet_distance(*(m for x in (real, fake) for m in fid.moments(*fid.sums([x])))).item()

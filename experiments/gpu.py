@@ -78,7 +78,7 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
     if stage == "midtrain":
         args.solver = args.solver or solve.default_solver(header)
         N = len(solve.solver_times(header, args.nfe, args.solver)) - 1
-        pairs = next(midtrain.solved_batches(teacher, header, N, args, 0, 0, batch, device))
+        pairs = next(midtrain.batches_from_teacher(teacher, header, N, args, 0, 0, batch, device))
         def loss(f, x_t, t, x_r, r, y):
             if args.target == "cm": return midtrain.cmt_loss(f, x_t, t, x_r, y, midtrain.huber)
             return midtrain.cmt_meanflow_loss(f, x_t, x_r, r, t, y)

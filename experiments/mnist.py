@@ -33,9 +33,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+import common
 from common import command, model
 import fid, sample
 
@@ -98,35 +97,9 @@ def train(method, units, rate, value, seed):
 
 # === judgement ==============================================================================================
 
-class Classifier(nn.Module):
-    """uint8 (n,28,28,1) -> features (n,128) and logits (n,10)"""
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
-        self.hidden, self.last = nn.Linear(64 * 49, 128), nn.Linear(128, 10)
-
-    def forward(self, images):
-        x = model.to_float(torch.as_tensor(images)).permute(0, 3, 1, 2)
-        for conv in self.conv1, self.conv2: x = F.max_pool2d(F.relu(conv(x)), 2)
-        features = F.relu(self.hidden(x.flatten(1)))
-        return features, self.last(F.dropout(features, 0.5, self.training))
-
-
 @functools.cache
 def classifier():
-    """The classifier, trained on the training half in 20 epochs; its accuracy on the other half is stored."""
-    path, net = FOLDER / "classifier.safetensors", Classifier()
-    if path.exists(): net.load_state_dict(model.read(path)[0])
-    else:
-        x, y = halves()[0]
-        torch.manual_seed(0)
-        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-        for indices in (i for _ in range(20) for i in torch.randperm(5000).split(100)):
-            F.cross_entropy(net(x[indices])[1], y[indices]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save(path, net.state_dict(), {"stage": "classifier"})
-    return net.eval().requires_grad_(False)
+    return common.classifier(FOLDER / "classifier.safetensors", *halves()[0])
 
 
 @functools.cache
@@ -137,6 +110,15 @@ def halves():
     return (images[:5000], data.labels[:5000]), (images[5000:], data.labels[5000:])
 
 
+def judge(net, images):
+    """uint8 (n,28,28,1) against the reference half -> {measure: value}"""
+    reference = halves()[1][0][:max(len(images), 2000)]
+    features = [common.features(net, x) for x in (reference, images)]
+    precision, recall = precision_recall(*features)
+    return {"FD": common.distance(*features), "FD-pixels": common.distance(*map(fid.pixels, (reference, images))),
+            "precision": precision, "recall": recall}
+
+
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (1904.06991) of features (n,d). A point lies on a manifold if it is nearer to
     one of its points than that point's k-th neighbour is."""
@@ -144,16 +126,6 @@ def precision_recall(real, fake, k=3):
     distance = torch.cdist(fake, real)
     return ((distance <= radius(real)).any(1).float().mean().item(),
             (distance.T <= radius(fake)).any(1).float().mean().item())
-
-
-def judge(net, images):
-    """uint8 (n,28,28,1) against the reference half -> {measure: value}"""
-    reference = halves()[1][0][:max(len(images), 2000)]
-    features = [torch.cat([net(x)[0] for x in part.split(500)]) for part in (reference, images)]
-    distance = lambda parts: fid.frechet_distance(*(m for x in parts for m in fid.moments(*fid.sums([x])))).item()
-    precision, recall = precision_recall(*features)
-    return {"FD": distance(features), "FD-pixels": distance([fid.pixels(x) for x in (reference, images)]),
-            "precision": precision, "recall": recall}
 
 
 def scores(path, n, calls=(1, 2)):
@@ -221,16 +193,10 @@ def write_training_half():
     with model.atomic_write(FOLDER / "train.npz") as part, open(part, "wb") as f: np.savez(f, arr_0=x, arr_1=y)
 
 
-def accuracy():
-    """Of the classifier, on the reference half"""
-    x, y = halves()[1]
-    return (torch.cat([classifier()(part)[1] for part in x.split(500)]).argmax(1) == y).double().mean().item()
-
-
 def work():
     """All trainings that no other process does: the smaller budgets first."""
     torch.set_num_threads(1)
-    share({"classifier accuracy": accuracy})
+    share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1])})
     share({"noise floor": lambda: judge(classifier(), halves()[0][0])})
     budgets = [(units, branch, method) for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
     for units, branch, method in sorted(budgets, key=lambda b: b[:2]):      # a stable sort: in the order of METHODS

@@ -48,7 +48,7 @@ def expected_header(path, args, kinds, **network):
             found = header.get("kind", "no network")
             raise model.UserError(f"{path} holds {found}, and a {kinds[0]} is needed.")
         return header | {"network": header["network"] | network}
-    if args.recipe_name == "custom" and not os.path.exists(args.path): return None
+    if args.recipe_name == "custom" and not os.path.exists(args.npz): return None
     dataset = model.DATASETS.get(args.recipe_name) or model.open_data(args)[1]
     return model.fresh_header(dataset, kinds[0], **network)
 
@@ -97,7 +97,7 @@ def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0):
         value = getattr(args, k)
         print(f"  {k:<12}{f'{value:,}' if isinstance(value, int) else value}"
               + "  (command line)" * any(model.typed(flag) for flag in flags))
-    for path, command in args.made_by.items():
+    for path, command in args.command_for.items():
         if path != "none" and not os.path.exists(path): print(f"missing   {path}: {command}")
     if not header: return print("The network follows from the images, which are missing.")
 

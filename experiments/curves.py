@@ -2,56 +2,42 @@
 
 Each point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
 post-training from the diffusion weights at half and all of that compute, and for the first case at twice.
-common.py says how compute is counted, after the teacher. `python experiments/curves.py digits cm` draws one
-figure, docs/curves_DATA_BRANCH.png, in an hour or two. An interrupted run continues.
+common.py says how compute is counted, after the teacher. `python experiments/curves.py cm` draws one
+figure, docs/curves_digits_BRANCH.png, in an hour or two. An interrupted run continues.
 """
 import math, statistics, sys
-from pathlib import Path
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import midtrain, model, posttrain_cm, posttrain_mf, pretrain
 from common import command, compute, scores, steps_for
-from precision import shapes
+import midtrain, posttrain_cm, posttrain_mf, pretrain
 
 SEEDS, N = 3, 5_000
-SHAPES = "runs/curves/shapes.npz"                          # 16x16 RGB, made up
 DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch, stages in {
     "cm": (pretrain.RECIPES["edm"], midtrain.RECIPES["cm"], posttrain_cm.RECIPES),
     "mf": (pretrain.RECIPES["flow"], midtrain.RECIPES["mf"], posttrain_mf.RECIPES)}.items()}
-# steps of pre-, mid- and post-training; flags of all stages, of mid-, of post-training and of the baseline;
-# the baseline's compute, in that of the whole chain.
-CASES = {("digits", "cm"): (DIGITS["cm"], [], [], [], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
-         ("digits", "mf"): (DIGITS["mf"], [], [], [], ["--lr", 6e-4], (0.5, 1)),
-         ("shapes", "cm"): ((5000, 600, 300), ["--data", SHAPES, "--batch", 32], ["--lr", 3e-3],
-                            ["--lr", 3e-5],
-                            ["--q", 2, "--lr", 3e-4], (0.5, 1))}
+# branch: steps of pre-, mid- and post-training; flags of the baseline; the baseline's compute, in that of the chain
+CASES = {"cm": (DIGITS["cm"], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
+         "mf": (DIGITS["mf"], ["--lr", 6e-4], (0.5, 1))}
 
 
-def points(data, branch, seed):
+def points(branch, seed):
     """-> {"with mid-training" | "without": [(compute, distance in one step, in two), ...]}"""
-    (pre_steps, mid_steps, post_steps), flags, of_mid, of_post, of_base, base_compute = CASES[data, branch]
-    file = lambda name: f"runs/curves/{data}_{branch}_{seed}/{name}.safetensors"
-    ref, post = SHAPES if data == "shapes" else data, f"posttrain_{branch}"
+    (pre_steps, mid_steps, post_steps), of_base, base_compute = CASES[branch]
+    file = lambda name: f"runs/curves/digits_{branch}_{seed}/{name}.safetensors"
     flow, target = (["--objective", "flow"], ["--target", "mf"]) if branch == "mf" else ([], [])
-    # shapes: one teacher for all seeds, it takes longest
-    pre, its_seed = ("runs/curves/shapes.safetensors", 0) if data == "shapes" else (file("pre"), seed)
-    command("pretrain", *flow, *flags, "--seed", its_seed, "--steps", pre_steps, "--out", pre)
-    flags = [*flags, "--seed", seed]
+    pre, post, flags = file("pre"), f"posttrain_{branch}", ["--seed", seed]
+    command("pretrain", *flow, *flags, "--steps", pre_steps, "--out", pre)
     found = {"with mid-training": [], "without": []}
     for part in (4, 2, 1):
         mid, out = file(f"mid_{part}"), file(f"post_{part}")
-        command("midtrain", *target, *flags, *of_mid, "--teacher", pre, "--steps", mid_steps // part,
-                "--out", mid)
-        command(post, *flags, *of_post, "--init", mid, "--out", out, "--steps", post_steps // part)
+        command("midtrain", *target, *flags, "--teacher", pre, "--steps", mid_steps // part, "--out", mid)
+        command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
         total, like = compute(mid) + compute(out), out
-        found["with mid-training"].append((total, *scores(out, N, ref)))
+        found["with mid-training"].append((total, *scores(out, N)))
     for times in base_compute:
         out, steps = file(f"base_{times}"), steps_for(times * total, like)
         double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in common.py
         command(post, *flags, *of_base, *double, "--init", pre, "--steps", steps, "--out", out)
-        found["without"].append((times * total, *scores(out, N, ref)))
+        found["without"].append((times * total, *scores(out, N)))
     return found
 
 
@@ -78,12 +64,8 @@ def main():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogLocator, NullLocator
-    cases = [tuple(sys.argv[1:3])] if sys.argv[1:] else list(CASES)
-    if not Path(SHAPES).exists():
-        Path(SHAPES).parent.mkdir(parents=True, exist_ok=True)
-        np.savez(SHAPES, arr_0=model.to_uint8(shapes(4096, 16)).movedim(1, -1).numpy())
-    for data, branch in cases:
-        seeds = [points(data, branch, seed) for seed in range(SEEDS)]
+    for branch in sys.argv[1:] or CASES:
+        seeds = [points(branch, seed) for seed in range(SEEDS)]
         curves = {name: [tuple(statistics.geometric_mean(v) for v in zip(*runs))
                          for runs in zip(*(found[name] for found in seeds))] for name in seeds[0]}
         figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
@@ -102,11 +84,11 @@ def main():
             axes.yaxis.set_major_formatter("{x:g}")
             for axis in (axes.xaxis, axes.yaxis): axis.set_minor_locator(NullLocator())
             lines = [[(p[0], p[k]) for p in curve] for curve in curves.values()]
-            print(f"{data}, {branch}, {title}: {speed_up(*lines)}")
+            print(f"{branch}, {title}: {speed_up(*lines)}")
         panels[0].set(ylabel="FD-pixels")
         panels[0].legend()
-        figure.suptitle(f"{data}, {'Mean Flow' if branch == 'mf' else 'consistency model'}")
-        figure.savefig(f"docs/curves_{data}_{branch}.png", dpi=110)
+        figure.suptitle(f"digits, {'Mean Flow' if branch == 'mf' else 'consistency model'}")
+        figure.savefig(f"docs/curves_digits_{branch}.png", dpi=110)
 
 
 if __name__ == "__main__":

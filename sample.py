@@ -148,22 +148,16 @@ LABELS = {"pretrain": "teacher", "pretrain_flow": "teacher", "midtrain_cm": "aft
 PART = 1024                                                # images a part, a multiple of 64
 
 
-@torch.no_grad()
 def write_preview(ema, header, args):
     """Write NAME.png beside the checkpoint of a training stage: samples of seeds 0 to 15, with 16 NFE for a
     pre-trained model, with 1 and 2 for others. It never ends a run: what goes wrong is printed."""
-    device, K = next(ema.parameters()).device, header["network"]["label_dim"]
-    picture, rows, names = model.beside(args.out, ".png"), [], []
+    picture = model.beside(args.out, ".png")
+    labels = "balanced" if header["network"]["label_dim"] else "random"
     try:
-        vae = open_vae(header, args.vae, device)
-        y, eps = torch.arange(16) % max(1, K), draw_block(0, 2, model.image_shape(header), K)[1][:, :16]
-        solver = solve.default_solver(header) if header["stage"] in solve.TEACHERS else None
-        for steps in [16] if header["stage"].startswith("pretrain") else [1, 2]:
-            times = step_times(header, steps) if solver in (None, "jump") else None
-            x = draw_samples(ema, header, eps[:steps].to(device), y.to(device), steps, times, solver)
-            rows.append(to_images(x, header, vae))
-            names.append(f"{steps} NFE")
-        model.save_grid(picture, rows, names)
+        vae = open_vae(header, args.vae, next(ema.parameters()).device)
+        calls = [16] if header["stage"].startswith("pretrain") else [1, 2]
+        rows = [next(generate(ema, header, range(16), k, labels, vae=vae))[0] for k in calls]
+        model.save_grid(picture, rows, [f"{k} NFE" for k in calls])
         print(f"samples in {picture}", flush=True)
     except Exception as e: print(f"no preview: {str(e) or type(e).__name__}", flush=True)
 

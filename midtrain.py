@@ -35,7 +35,8 @@ from tools import dry_run, feature_networks
 # solver    None: the teacher's default
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments that replace those of --init, or of model.DATASETS with --init none
+# network   overrides of the student's constructor arguments, which are those of the --init file, or those of
+#           model.DATASETS if it starts from random weights
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
@@ -79,7 +80,7 @@ RECIPES = {
         "custom":      MF | dict(steps=10_000, batch=128, lr=1e-3, ema=0.999),                    # ours
     },
 }
-PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # the stage whose weights the student starts from
+PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # the stage before, of the same kind of model
 
 
 # === the method =============================================================================================
@@ -114,8 +115,9 @@ def huber(a, b):
 
 def pair_table(N, target, pairing="cmt"):
     """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
-    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint,
-    M = 1; "cmt" and "slow": all of these. -> i, j (M,)"""
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": instead only the start with the
+    endpoint, M = 1. "slow" has the table of "cmt"; `draw_pairs` then takes one pair of each trajectory.
+    -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
@@ -193,13 +195,13 @@ def flags():
             f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
-    if target == "mf":      # u also takes r: a flow-matching network gets an embedding of t - r, at first zero
+    if target == "mf":      # u also takes r: adds an embedding of t - r whose output is zero at first
         args.network = args.network | {"interval": True}
     return args
 
 
 def pool_size(local_batch, pairs_per_trajectory, at_least=128):
-    """Number of trajectories in a pool: at least 128, with pairs for a whole number of a rank's batches."""
+    """Number of trajectories in a pool: at least 128, and so many that their pairs fill whole batches."""
     multiple = math.lcm(local_batch, pairs_per_trajectory) // pairs_per_trajectory
     return math.ceil(at_least / multiple) * multiple
 
@@ -326,9 +328,9 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    share = args, step, rank, local_batch, device
-    batches = (batches_from_file(teacher_header, *share) if args.trajectories else
-               batches_from_teacher(teacher, teacher_header, N, *share))
+    position = args, step, rank, local_batch, device
+    batches = (batches_from_file(teacher_header, *position) if args.trajectories else
+               batches_from_teacher(teacher, teacher_header, N, *position))
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):

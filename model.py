@@ -1067,8 +1067,13 @@ def is_rank_0():
 
 
 def say(text):
-    """Print on rank 0."""
-    if is_rank_0(): print(text, flush=True)
+    """Print on rank 0. If nobody reads any more, as after Ctrl-C in `python midtrain.py | tee log`, which
+    ends tee, it acts as SIGTERM does: a training run saves and ends."""
+    try:
+        if is_rank_0(): print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        signal.raise_signal(signal.SIGTERM)
 
 
 def parallel(net, world):

@@ -10,8 +10,8 @@
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained to match f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE. Unlike ECT's, it depends on x_t alone, but it has
-             the teacher's error.
+--loss ecd   x_r is x_t after one step of the teacher's ODE. This target has less variance, because x_r does
+             not depend on the image that x_t was made from. But it inherits the teacher's error.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
@@ -31,7 +31,7 @@ import model, sample, solve
 from tools import dry_run
 
 # q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         every so many steps k grows by 1, which divides the gap by q (ECT's name for it, with q = 2);
+# double         every `double` steps k grows by 1, which divides the gap by q. The name is ECT's, whose q is 2.
 #                0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
@@ -75,8 +75,10 @@ PUBLIC_TEACHERS = {
 
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     """f at the less noisy point x_r is the target for f at x_t, because points of one trajectory share their
-    endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r: ECD's lies
-    on the trajectory, ECT's only on average. At r = 0 the target is x_r itself. One number per sample.
+    endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r. ECD solves
+    the teacher's ODE for it. ECT takes it from the sample that x_t was made from: for a small gap that is
+    right on average over all samples that give the same x_t. At r = 0 the target is x_r itself. One number
+    per sample.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.
@@ -126,9 +128,9 @@ def ect_weight(t, r, kind, sigma_data=0.5):
 
 def ect_r(t, q, doublings=0):
     """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
-    2406.14548). q^(k+1) is at most 2^16, which leaves t - r 8 of the 24 bits of fp32. t (B,) -> (B,)"""
-    power = min(q ** min(doublings + 1, 16), 2 ** 16)
-    return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / power)).clamp(min=0)
+    2406.14548). q^(k+1) is capped at 2^16, where t - r still has 8 of fp32's 24 bits. t (B,) -> (B,)"""
+    divisor = min(q ** min(doublings + 1, 16), 2 ** 16)
+    return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / divisor)).clamp(min=0)
 
 
 # === the run ================================================================================================
@@ -199,7 +201,7 @@ def main():
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
-    if rank == 0: print(data)
+    model.say(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)

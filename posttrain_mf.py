@@ -95,11 +95,11 @@ def derivative_difference(u, z, r, t, y, v, delta=0.005):
 
 
 def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
-    """The velocity with guidance (2505.13447, eq. 20): v_g below for samples with a label and t in [low,
-    high], v for the others. u(z, t, t | y) learns v_g; with v_g in its place v_g = w v + (1 - w) u(z, t, t |
-    null), so the scale of guidance is w = omega / (1 - kappa).
-    z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without gradient"""
+    """The velocity with guidance (2505.13447, eq. 20): v_g for samples with a label and t in [low, high], v
+    for the others. z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without gradient"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
+    # Training makes u(z, t, t | y) equal to v_g, and then v_g = w v + (1 - w) u(z, t, t | null), where
+    # w = omega / (1 - kappa) is the scale of guidance.
     if (omega, kappa) == (1.0, 0.0): return v
     with torch.no_grad():
         nulls = torch.full_like(y, null)
@@ -118,7 +118,7 @@ def drop_labels(y, r_equals_t, label_dropout, null):
 
 def two_times(n, r_neq_t, mean, std, device):
     """Two draws of logit t ~ N(mean, std^2), sorted. In every four samples the first 4 * r_neq_t keep r < t,
-    the others get r = t: all batches and microbatches split into the same shapes. -> r, t (n,)"""
+    the others get r = t, so every microbatch has equally many of each. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
     return torch.where(torch.arange(n, device=device) % 4 < 4 * r_neq_t, r, t), t
@@ -187,7 +187,8 @@ def main():
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    # interval: the network also takes r. A flow-matching model gets an embedding of t - r, at first zero.
+    # interval: the network also takes r. To a flow-matching model this adds an embedding of t - r, whose
+    # output is zero at first.
     net, header = model.initial_model(args, "MeanVelocity", dataset, device, interval=True, **args.network)
     teacher, files = None, dict(init=args.init, data=data)
     if args.velocity == "teacher":
@@ -206,7 +207,7 @@ def main():
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
-    if rank == 0: print(data)
+    model.say(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)
@@ -229,9 +230,9 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed for r < t only, and has to have the dropout masks of u. So u, too, runs on
-            # exactly these samples, from the same RNG state. DDP has no forward-mode derivative: the JVP is
-            # of `net`.
+            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Masks repeat
+            # for a batch of the same shape and RNG state, so u is called separately for r < t and for r = t.
+            # DDP has no forward-mode derivative: the JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

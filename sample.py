@@ -158,8 +158,8 @@ def write_preview(ema, header, args):
         calls = [16] if header["stage"].startswith("pretrain") else [1, 2]
         rows = [next(generate(ema, header, range(16), k, labels, vae=vae))[0] for k in calls]
         model.save_grid(picture, rows, [f"{k} NFE" for k in calls])
-        print(f"samples in {picture}", flush=True)
-    except Exception as e: print(f"no preview: {str(e) or type(e).__name__}", flush=True)
+        model.say(f"samples in {picture}")
+    except Exception as e: model.say(f"no preview: {str(e) or type(e).__name__}")
 
 
 def progress(batches, total, world=1, size=len, unit="images"):

@@ -100,6 +100,22 @@ def test_asked_to_stop_a_run_saves_and_says_so(run, chain, tmp_path, monkeypatch
     assert line["loss"] == pytest.approx(share, rel=1e-5) and line["images"] == 64
 
 
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_a_run_whose_output_nobody_reads_saves_and_ends(tmp_path, interrupt):
+    """`| tee log`: Ctrl-C ends tee as well, and what the run then prints meets a broken pipe."""
+    out = tmp_path / "a.safetensors"
+    command = [sys.executable, ROOT / "pretrain.py", "--out", out, "--steps", 100_000, "--log-every", 1]
+    with subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        for line in process.stdout:
+            if line.startswith("step       5/"): break
+        process.stdout.close()
+        if interrupt: process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+        assert process.stderr.read() == ""
+    assert 5 <= model.read(out)[1]["step"] < 100
+
+
 def test_a_second_interrupt_stops_at_once(monkeypatch):
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -30,6 +30,13 @@ def test_images_and_labels(tmp_path):
         assert str(data) == f"{tmp_path}/{name}.npz: 24 images of 3x16x16, 3 classes"
 
 
+def test_an_array_in_fortran_order(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.asfortranarray(PIXELS))
+    data = model.Data(tmp_path / "a.npz")
+    assert isinstance(data.array, np.memmap) and np.array_equal(data.array, PIXELS)
+    assert torch.equal(data.batch([5])[0][0].permute(1, 2, 0), torch.from_numpy(PIXELS[5]))
+
+
 def test_an_array_behind_4_GiB(tmp_path):
     """A sparse file: a zip may stand behind anything, here behind a hole of 5 GiB."""
     np.savez(tmp_path / "a.npz", arr_0=PIXELS, arr_1=LABELS)

@@ -1,32 +1,35 @@
 """`make mnist`: what mid-training is worth on MNIST, at equal compute and with the same tuning for both sides.
 
-This protocol was written, and committed, before the first run. The unit and the precision were changed before it, too,
-when a timing showed that all of it would take 36 hours.
+This protocol was written, and committed, before the first run. The unit and the precision were changed before it,
+too, when a timing showed that all of it would take 36 hours.
 
-Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the reference.
-Network   a U-Net with 0.39M parameters, the same for all methods. Three training seeds, 0 to 2; one teacher of each
-          kind per seed.
-Compute   in network forwards after the teacher; a backward counts as two, the teacher's calls count (common.py). One
-          unit is 250,000 forwards, 1,000 training steps of ECT with a batch of 64. All training in bf16.
-Methods   cm  CMT + ECT at 1 and 2 units; plain ECT, with doubling, at 1, 2 and 4; ECT after noise -> endpoint pairs
-              only (KD initialisation) at 1
+Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the
+          reference.
+Network   a U-Net with 0.39M parameters, the same for all methods. Three training seeds, 0 to 2; one teacher of
+          each kind per seed.
+Compute   in network forwards after the teacher; a backward counts as two, the teacher's calls count
+          (common.py). One unit is 250,000 forwards, 1,000 training steps of ECT with a batch of 64. All training
+          in bf16.
+Methods   cm  CMT + ECT at 1 and 2 units; plain ECT, with doubling, at 1, 2 and 4; ECT after noise -> endpoint
+              pairs only (KD initialisation) at 1
           mf  CMT + MeanFlow at 1 unit; MeanFlow from the flow-matching weights at 1 and 2
-Tuning    Each method at each budget, on seed 100, which is not reported. Two settings: the learning rate, from the
-          same ladder for all, and one more. That is the share of mid-training for the chains and KD, the interval
-          between two doublings for plain ECT, the exponent p of the adaptive weight for plain MeanFlow. 4 x 3
-          settings are trained with a quarter of the budget, the best 4 of these with half of it. The best of
-          these is the one with the smallest geometric mean of the distances in one and two steps (2,000 samples).
-          Where it lies at the edge of its ladder's part that was tried, the next value is tried too, with all values
-          of the other setting, at most twice. Post-training's rate is 1/30 of mid-training's for the consistency
-          branch and 1/7 for Mean Flow, as in the digits recipes; it is not tuned.
-Judgement 5,000 samples in one and in two steps against the reference: FD of the 128 features before the last layer of
-          a classifier that was trained on the training half, FD-pixels, precision and recall in these features
-          (1904.06991, k = 3). The noise floor is the training half against the reference.
-Report    every number, in docs/mnist.json; two steps as prominently as one; also where mid-training does not help.
+Tuning    Each method at each budget, on seed 100, which is not reported. Two settings: the learning rate, from
+          the same ladder for all, and one more. That is the share of mid-training for the chains and KD, the
+          interval between two doublings for plain ECT, the exponent p of the adaptive weight for plain MeanFlow.
+          4 x 3 settings are trained with a quarter of the budget, the best 4 of these with half of it. The best
+          of these is the one with the smallest geometric mean of the distances in one and two steps (2,000
+          samples). Where it lies at the edge of its ladder's part that was tried, the next value is tried too,
+          with all values of the other setting, at most twice. Post-training's rate is 1/30 of mid-training's for
+          the consistency branch and 1/7 for Mean Flow, as in the digits recipes; it is not tuned.
+Judgement 5,000 samples in one and in two steps against the reference: FD of the 128 features before the last
+          layer of a classifier that was trained on the training half, FD-pixels, precision and recall in these
+          features (1904.06991, k = 3). The noise floor is the training half against the reference.
+Report    every number, in docs/mnist.json; two steps as prominently as one; also where mid-training does not
+          help.
 
 Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers are in
-docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the table and draws the
-figure from that file alone.
+docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the table from that
+file alone.
 """
 import argparse, fcntl, functools, itertools, json, math, os, statistics, subprocess, sys, time
 from pathlib import Path
@@ -44,6 +47,7 @@ RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 SHARES = [0.05, 0.25, 0.5, 0.75, 0.9, 0.97]                # of compute, for mid-training
 INTERVALS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]  # between two doublings, in steps of the run
 EXPONENTS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5]
+MEASURES = ("FD", "FD-pixels", "precision", "recall")
 # method: (branch, budgets, name of the second setting, its ladder, first rate, first value tried)
 METHODS = {
     "CMT + ECT":      ("cm", (1, 2),    "share",    SHARES,    2, 2),
@@ -59,7 +63,8 @@ FORWARDS = {"mid_cm": 4, "mid_kd": 3 + 16, "post_cm": 4, "mid_mf": 3 + 15 / 8, "
 # === training ===============================================================================================
 
 def flags(seed):
-    return ["--data", FOLDER / "train.npz", "--seed", seed, "--batch", BATCH, "--precision", "bf16", "--no-preview"]
+    return ["--data", FOLDER / "train.npz", "--seed", seed, "--batch", BATCH, "--precision", "bf16",
+            "--no-preview"]
 
 
 def teacher(branch, seed):
@@ -70,7 +75,8 @@ def teacher(branch, seed):
     with open(out.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         objective = ["--objective", "flow"] if branch == "mf" else []
-        command("pretrain", *flags(seed), *objective, "--width", WIDTH, "--steps", TEACHER_STEPS, "--out", out)
+        command("pretrain", *flags(seed), *objective, "--width", WIDTH, "--steps", TEACHER_STEPS,
+                "--out", out)
     return out
 
 
@@ -83,15 +89,17 @@ def train(method, units, rate, value, seed):
     if setting == "share":
         stage = "mid_kd" if method.startswith("KD") else f"mid_{branch}"
         middle = out.with_name(f"{out.stem}_mid.safetensors")
-        command("midtrain", *flags(seed), "--target", branch, "--teacher", start, "--lr", rate, "--out", middle,
-                "--steps", steps(stage, value), *(["--pairing", "kd"] if stage == "mid_kd" else []))
+        command("midtrain", *flags(seed), "--target", branch, "--teacher", start, "--lr", rate,
+                "--steps", steps(stage, value), *(["--pairing", "kd"] if stage == "mid_kd" else []),
+                "--out", middle)
         post = ["--init", middle, "--lr", rate / (30 if branch == "cm" else 7)]
         value = 1 - value
     else:
         post, number = ["--init", start, "--lr", rate], steps(f"post_{branch}", 1)
         post += ["--q", 2, "--double", max(1, round(value * number))] if branch == "cm" else ["--p", value]
         value = 1
-    command(f"posttrain_{branch}", *flags(seed), *post, "--steps", steps(f"post_{branch}", value), "--out", out)
+    command(f"posttrain_{branch}", *flags(seed), *post, "--steps", steps(f"post_{branch}", value),
+            "--out", out)
     return out
 
 
@@ -115,14 +123,15 @@ def judge(net, images):
     reference = halves()[1][0][:max(len(images), 2000)]
     features = [common.features(net, x) for x in (reference, images)]
     precision, recall = precision_recall(*features)
-    return {"FD": common.distance(*features), "FD-pixels": common.distance(*map(fid.pixels, (reference, images))),
+    pixels = [fid.pixels(x) for x in (reference, images)]
+    return {"FD": common.distance(*features), "FD-pixels": common.distance(*pixels),
             "precision": precision, "recall": recall}
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (1904.06991) of features (n,d). A point lies on a manifold if it is nearer to
-    one of its points than that point's k-th neighbour is."""
-    radius = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1)[0]                 # the first is the point itself
+    """Improved precision and recall (1904.06991) of features (n,d). A point lies on a manifold if it is nearer
+    to one of its points than that point's k-th neighbour is."""
+    radius = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1)[0]       # the first is the point itself
     distance = torch.cdist(fake, real)
     return ((distance <= radius(real)).any(1).float().mean().item(),
             (distance.T <= radius(fake)).any(1).float().mean().item())
@@ -149,8 +158,8 @@ def record(key, value):
 
 
 def share(jobs, wait=True):
-    """Compute and store what docs/mnist.json lacks of {key: function}, except what another process computes at the
-    moment, which is awaited. -> the values, in order"""
+    """Compute and store what docs/mnist.json lacks of {key: function}, except what another process computes at
+    the moment, which is awaited. -> the values, in order"""
     while missing := [key for key in jobs if key not in stored()]:
         for key in missing:
             with open(FOLDER / f"{key.replace('/', '_')}.lock", "w") as lock:
@@ -163,13 +172,12 @@ def share(jobs, wait=True):
 
 
 def trials(method, units, settings):
-    """-> for each of (rate, value) the geometric mean of the distances in one and two steps, on the tuning seed"""
+    """-> for each (rate, value) the geometric mean of the distances in one and two steps, on the tuning seed"""
     def run(rate, value):
         found = scores(train(method, units, rate, value, TUNING_SEED), 2000)
         return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
-    name = METHODS[method][2]
-    return share({f"tuning: {method}, {units:g} units, lr {rate:g}, {name} {value:g}": functools.partial(run, rate, value)
-                  for rate, value in settings})
+    name = f"tuning: {method}, {units:g} units, lr {{:g}}, {METHODS[method][2]} {{:g}}"
+    return share({name.format(*setting): functools.partial(run, *setting) for setting in settings})
 
 
 def tune(method, units):
@@ -190,7 +198,8 @@ def tune(method, units):
 
 def write_training_half():
     x, y = halves()[0]
-    with model.atomic_write(FOLDER / "train.npz") as part, open(part, "wb") as f: np.savez(f, arr_0=x, arr_1=y)
+    with model.atomic_write(FOLDER / "train.npz") as part, open(part, "wb") as f:
+        np.savez(f, arr_0=x, arr_1=y)
 
 
 def work():
@@ -198,14 +207,16 @@ def work():
     torch.set_num_threads(1)
     share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1])})
     share({"noise floor": lambda: judge(classifier(), halves()[0][0])})
-    budgets = [(units, branch, method) for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
-    for units, branch, method in sorted(budgets, key=lambda b: b[:2]):      # a stable sort: in the order of METHODS
-        share({f"teacher {branch}, seed {seed}": lambda seed=seed: scores(teacher(branch, seed), 5000, (16, 1))
+    ordered = [(units, branch, method) for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
+    for units, branch, method in sorted(ordered, key=lambda o: o[:2]):   # stable: then in the order of METHODS
+        share({f"teacher {branch}, seed {seed}":
+               functools.partial(lambda *which: scores(teacher(*which), 5000, (16, 1)), branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
-        rate, value = tune(method, units)
-        record(f"chosen: {method}, {units} units", (rate, value))
+        setting = tune(method, units)
+        record(f"chosen: {method}, {units} units", setting)
         share({f"result: {method}, {units} units, seed {seed}":
-               lambda seed=seed: scores(train(method, units, rate, value, seed), 5000) for seed in SEEDS}, wait=False)
+               functools.partial(lambda *which: scores(train(*which), 5000), method, units, *setting, seed)
+               for seed in SEEDS}, wait=False)
 
 
 def report():
@@ -214,15 +225,16 @@ def report():
     print(f"classifier accuracy {found['classifier accuracy']:.2%}; noise floor "
           + ", ".join(f"{k} {v:.3f}" for k, v in found["noise floor"].items()))
     print("\n| method | units | lr, setting | " + " | ".join(
-        f"{measure}, {k} NFE" for k in (1, 2) for measure in ("FD", "FD-pixels", "precision", "recall")) + " |")
+        f"{measure}, {k} NFE" for k in (1, 2) for measure in MEASURES) + " |")
     print("|---" * 11 + "|")
     for method, (_, budgets, setting, *_) in METHODS.items():
         for units in budgets:
-            runs = [found[key] for seed in SEEDS if (key := f"result: {method}, {units} units, seed {seed}") in found]
+            keys = [f"result: {method}, {units} units, seed {seed}" for seed in SEEDS]
+            runs = [found[key] for key in keys if key in found]
             if not runs: continue
             rate, value = found[f"chosen: {method}, {units} units"]
             cells = []
-            for k, measure in itertools.product("12", ("FD", "FD-pixels", "precision", "recall")):
+            for k, measure in itertools.product("12", MEASURES):
                 values = [run[k][measure] for run in runs]
                 spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.mean(values):.3f}{spread}")
@@ -231,7 +243,8 @@ def report():
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["all", "work", "report"], default="all", help="work: in one process")
+    p.add_argument("what", nargs="?", choices=["all", "work", "report"], default="all",
+                   help="work: in one process; report: print the table")
     what = p.parse_args().what
     if what == "report": return report()
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, json, math, os
+import argparse, contextlib, functools, gc, hashlib, inspect, json, math, os
 import shlex, signal, struct, sys, time, traceback, zipfile, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -652,7 +652,7 @@ class Data:
         return x, torch.zeros(len(x), dtype=torch.int64) if self.labels is None else self.labels[indices]
 
     def __str__(self):
-        pixels = f" from pixels in {self.latents['pixel_range']}" if self.latents else ""
+        pixels = f" from pixels in {self.latents.get('pixel_range')}" if self.latents else ""
         return (f"{self.path}: {len(self):,} {'latents' if self.is_latents else 'images'} of "
                 f"{'x'.join(map(str, self.shape))}{pixels}, {self.classes} classes")
 
@@ -671,7 +671,7 @@ def open_data(args):
     shape, classes, latents = tuple(dataset["shape"]), dataset["classes"], dataset.get("latents")
     if (data.shape != shape or data.is_latents != bool(latents)
             or classes and not 0 < data.classes <= classes
-            or data.latents and data.latents["pixel_range"] != latents["pixel_range"]):
+            or data.latents and data.latents.get("pixel_range") != latents["pixel_range"]):
         pixels = f" from pixels in {latents['pixel_range']}" if latents else ""
         raise UserError(f"{data} do not fit the recipe {args.recipe_name}, which is for "
                         f"{'latents' if latents else 'images'} of {'x'.join(map(str, shape))}{pixels}, "
@@ -1078,7 +1078,12 @@ def say(text):
 
 def parallel(net, world):
     """DDP around `net` if there are several processes: it averages gradients over the global batch."""
-    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True) if world > 1 else net
+    if world == 1: return net
+    ddp = nn.parallel.DistributedDataParallel
+    # Our buffers are constants: no exchange in forward. torch 2.13 renames the argument that says so.
+    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
+    no_exchange = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return ddp(net, gradient_as_bucket_view=True, **no_exchange)
 
 
 def compiled(function, wanted):

@@ -14,7 +14,7 @@ SEEDS, N = 3, 5_000
 DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch, stages in {
     "cm": (pretrain.RECIPES["edm"], midtrain.RECIPES["cm"], posttrain_cm.RECIPES),
     "mf": (pretrain.RECIPES["flow"], midtrain.RECIPES["mf"], posttrain_mf.RECIPES)}.items()}
-# branch: steps of pre-, mid- and post-training; flags of the baseline; the baseline's compute, in that of the chain
+# branch: steps of pre-, mid- and post-training; flags of the baseline; its compute, in that of the chain
 CASES = {"cm": (DIGITS["cm"], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
          "mf": (DIGITS["mf"], ["--lr", 6e-4], (0.5, 1))}
 

@@ -1,35 +1,36 @@
 """`make mnist`: what mid-training is worth on MNIST, at equal compute and with the same tuning for both sides.
 
-This protocol was written, and committed, before the first run. The unit and the precision were changed before it,
-too, when a timing showed that all of it would take 36 hours.
+This protocol was written, and committed, before the first run. The unit and the precision were changed before
+it, too, when a timing showed that all of it would take 36 hours.
 
 Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the
           reference.
-Network   a U-Net with 0.39M parameters, the same for all methods. Three training seeds, 0 to 2; one teacher of
-          each kind per seed.
+Network   a U-Net with 0.39M parameters, the same for all methods. Three training seeds, 0 to 2; one teacher
+          of each kind per seed.
 Compute   in network forwards after the teacher; a backward counts as two, the teacher's calls count
-          (common.py). One unit is 250,000 forwards, 1,000 training steps of ECT with a batch of 64. All training
-          in bf16.
+          (common.py). One unit is 250,000 forwards, 1,000 training steps of ECT with a batch of 64. All
+          training in bf16.
 Methods   cm  CMT + ECT at 1 and 2 units; plain ECT, with doubling, at 1, 2 and 4; ECT after noise -> endpoint
               pairs only (KD initialisation) at 1
           mf  CMT + MeanFlow at 1 unit; MeanFlow from the flow-matching weights at 1 and 2
-Tuning    Each method at each budget, on seed 100, which is not reported. Two settings: the learning rate, from
-          the same ladder for all, and one more. That is the share of mid-training for the chains and KD, the
-          interval between two doublings for plain ECT, the exponent p of the adaptive weight for plain MeanFlow.
-          4 x 3 settings are trained with a quarter of the budget, the best 4 of these with half of it. The best
-          of these is the one with the smallest geometric mean of the distances in one and two steps (2,000
-          samples). Where it lies at the edge of its ladder's part that was tried, the next value is tried too,
-          with all values of the other setting, at most twice. Post-training's rate is 1/30 of mid-training's for
-          the consistency branch and 1/7 for Mean Flow, as in the digits recipes; it is not tuned.
+Tuning    Each method at each budget, on seed 100, which is not reported. Two settings: the learning rate,
+          from the same ladder for all, and one more. That is the share of mid-training for the chains and KD,
+          the interval between two doublings for plain ECT, the exponent p of the adaptive weight for plain
+          MeanFlow. 4 x 3 settings are trained with a quarter of the budget, the best 4 of these with half of
+          it. The best of these is the one with the smallest geometric mean of the distances in one and two
+          steps (2,000 samples). Where it lies at the edge of its ladder's part that was tried, the next value
+          is tried too, with all values of the other setting, at most twice. Post-training's rate is 1/30 of
+          mid-training's for the consistency branch and 1/7 for Mean Flow, as in the digits recipes; it is not
+          tuned.
 Judgement 5,000 samples in one and in two steps against the reference: FD of the 128 features before the last
-          layer of a classifier that was trained on the training half, FD-pixels, precision and recall in these
-          features (1904.06991, k = 3). The noise floor is the training half against the reference.
+          layer of a classifier that was trained on the training half, FD-pixels, precision and recall in
+          these features (1904.06991, k = 3). The noise floor is the training half against the reference.
 Report    every number, in docs/mnist.json; two steps as prominently as one; also where mid-training does not
           help.
 
-Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers are in
-docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the table from that
-file alone.
+Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers
+are in docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the
+table from that file alone.
 """
 import argparse, fcntl, functools, itertools, json, math, os, statistics, subprocess, sys, time
 from pathlib import Path
@@ -129,8 +130,8 @@ def judge(net, images):
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (1904.06991) of features (n,d). A point lies on a manifold if it is nearer
-    to one of its points than that point's k-th neighbour is."""
+    """Improved precision and recall (1904.06991) of features (n,d). A point lies on a manifold if it is
+    nearer to one of its points than that point's k-th neighbour is."""
     radius = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1)[0]       # the first is the point itself
     distance = torch.cdist(fake, real)
     return ((distance <= radius(real)).any(1).float().mean().item(),
@@ -158,8 +159,8 @@ def record(key, value):
 
 
 def share(jobs, wait=True):
-    """Compute and store what docs/mnist.json lacks of {key: function}, except what another process computes at
-    the moment, which is awaited. -> the values, in order"""
+    """Compute and store what docs/mnist.json lacks of {key: function}, except what another process computes
+    at the moment, which is awaited. -> the values, in order"""
     while missing := [key for key in jobs if key not in stored()]:
         for key in missing:
             with open(FOLDER / f"{key.replace('/', '_')}.lock", "w") as lock:
@@ -172,7 +173,8 @@ def share(jobs, wait=True):
 
 
 def trials(method, units, settings):
-    """-> for each (rate, value) the geometric mean of the distances in one and two steps, on the tuning seed"""
+    """-> for each (rate, value) the geometric mean of the distances in one and two steps, on the tuning
+    seed"""
     def run(rate, value):
         found = scores(train(method, units, rate, value, TUNING_SEED), 2000)
         return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
@@ -207,8 +209,8 @@ def work():
     torch.set_num_threads(1)
     share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1])})
     share({"noise floor": lambda: judge(classifier(), halves()[0][0])})
-    ordered = [(units, branch, method) for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
-    for units, branch, method in sorted(ordered, key=lambda o: o[:2]):   # stable: then in the order of METHODS
+    tasks = [(units, branch, method) for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
+    for units, branch, method in sorted(tasks, key=lambda task: task[:2]):      # then in the order of METHODS
         share({f"teacher {branch}, seed {seed}":
                functools.partial(lambda *which: scores(teacher(*which), 5000, (16, 1)), branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)

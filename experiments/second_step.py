@@ -1,9 +1,10 @@
-"""`python experiments/second_step.py NAME=FILE,FILE...`: does a second sampling step help on digits, at which time?
+"""`python experiments/second_step.py NAME=FILE,FILE...`: does a second sampling step help on digits, and when?
 
-For models of `make compare`, one file a seed: the Frechet distance of samples to the 1,797 real digits in one step, and
-in two for several times of the second. Judged twice: by pixels, and by the 128 features of a small classifier of the
-real digits. "recognised" is the share of samples whose class the classifier takes for the one that was asked for.
-"change" is the mean over seeds of the difference to one step with the same seed, and its standard deviation.
+For models of `make compare`, one file a seed: the Frechet distance of samples to the 1,797 real digits in one
+step, and in two for several times of the second. Judged twice: by pixels, and by the 128 features of a small
+classifier of the real digits. "recognised" is the share of samples whose class the classifier takes for the
+one that was asked for. "change" is the mean over seeds of the difference to one step with the same seed, and
+its standard deviation.
 """
 import argparse, statistics
 from pathlib import Path
@@ -34,7 +35,8 @@ def spread(values, digits=3):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("files", nargs="+", metavar="NAME=FILE,FILE...", help="a name, and a checkpoint of each seed")
+    p.add_argument("files", nargs="+", metavar="NAME=FILE,FILE...",
+                   help="a name, and a checkpoint of each seed")
     p.add_argument("--n", type=int, default=5000, help="samples")
     p.add_argument("--times", type=float, nargs="*", default=TIMES, help="of the second step")
     args = p.parse_args()
@@ -46,8 +48,9 @@ def main():
                 common.distance(common.features(net, reference), common.features(net, images)))
     half = torch.randperm(len(real), generator=torch.Generator().manual_seed(0)).tensor_split(2)
     floor = judge(*(real[i] for i in half))
-    print(f"one half of the real digits against the other: {floor[0]:.3f} by pixels, {floor[1]:.3f} by features")
-    print("\n| | second step at t | FD-pixels | change | FD of features | change | recognised, % |\n" + "|---" * 7 + "|")
+    print("one half of the real digits against the other: {:.3f} by pixels, {:.3f} by features".format(*floor)
+          + "\n\n| | second step at t | FD-pixels | change | FD of features | change | recognised, % |\n"
+          + "|---" * 7 + "|")
     for name, files in (text.split("=") for text in args.files):
         one_step = None
         for mid_t in [None, *([] if name == "teacher" else args.times)]:
@@ -59,8 +62,8 @@ def main():
             one_step = one_step or (pixels, features)
             changes = [spread(a - b for a, b in zip(*pair)) if mid_t else ""
                        for pair in zip((pixels, features), one_step)]
-            print(f"| {name} | {mid_t or ''} | {spread(pixels)} | {changes[0]} | {spread(features)} | {changes[1]} "
-                  f"| {spread(recognised, 1)} |", flush=True)
+            print(f"| {name} | {mid_t or ''} | {spread(pixels)} | {changes[0]} | {spread(features)} | "
+                  f"{changes[1]} | {spread(recognised, 1)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """`make share`: how much of the compute should go to mid-training? The paper's ablation, small, on digits.
 
-The total is fixed, that of the recipe's mid- and post-training. Of it mid-training gets 0, 2.5, 50 or 75 %, as in the
-paper's ablation on CIFAR-10, and post-training the rest. Three seeds, each with its own teacher, and the same two ways
-of post-training for every share: with the recipe's fixed gap (q = 256, learning rate 1e-4), and with the baseline's
-gap, halved every 70 steps (q = 2, learning rate 3e-4). Without mid-training only the second is tried: a small gap from
-the first step on needs f(x_r, r) that is nearly right. Teachers and baselines are those of `make compare`, if they are
-there. An interrupted run continues.
+The total is fixed, that of the recipe's mid- and post-training. Of it mid-training gets 0, 2.5, 50 or 75 %,
+as in the paper's ablation on CIFAR-10, and post-training the rest. Three seeds, each with its own teacher,
+and the same two ways of post-training for every share: with the recipe's fixed gap (q = 256, learning rate
+1e-4), and with the baseline's gap, halved every 70 steps (q = 2, learning rate 3e-4). Without mid-training
+only the second is tried: a small gap from the first step on needs f(x_r, r) that is nearly right. Teachers
+and baselines are those of `make compare`, if they are there. An interrupted run continues.
 """
 import statistics
 

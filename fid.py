@@ -79,7 +79,7 @@ def read(path, rank, world):
     """Yield this rank's share of the images of an .npz, folder or .zip as they are, uint8 (n,H,W,C)."""
     if path.endswith(".npz"):
         data = model.Data(path)
-        if data.is_latents:
+        if data.latents:
             raise model.UserError(f"{path} holds latents, and a Frechet distance is between images; "
                                   "give --ref, images or their statistics.")
         for indices in torch.arange(len(data)).split(64)[rank::world]: yield data.array[indices.numpy()]

@@ -217,7 +217,8 @@ def solve_pool(teacher, header, trajectories, args, device):
     """Draw noise and labels (some labels null, as in pre-training) and solve the teacher's ODE from each.
     -> states (N+1,trajectories,C,H,W), times (N+1,), y (trajectories,), in the student's time"""
     x = header["t_max"] * torch.randn(trajectories, *model.image_shape(header), device=device)
-    y = model.random_labels(trajectories, header, device)
+    y = torch.randint(max(1, header["network"]["label_dim"]), (trajectories,), device=device)
+    y = model.drop_labels(y, header)
     states, times = solve.solve_teacher(teacher, header, x, y, args.nfe, args.solver)
     return *student_time(states, times.to(device), header, args.target), y
 
@@ -316,7 +317,7 @@ def main():
     header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,
                                  init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
-    if target == "cm": header["mid_t"] = model.check_mid_t(args.mid_t, header)
+    if target == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
@@ -328,9 +329,9 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    position = args, step, rank, local_batch, device
-    batches = (batches_from_file(teacher_header, *position) if args.trajectories else
-               batches_from_teacher(teacher, teacher_header, N, *position))
+    shared = args, step, rank, local_batch, device
+    batches = (batches_from_file(teacher_header, *shared) if args.trajectories else
+               batches_from_teacher(teacher, teacher_header, N, *shared))
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):

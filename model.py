@@ -43,8 +43,10 @@ class Diverged(UserError):
 
 
 # === 1. networks ============================================================================================
-# Each layer casts its weights to the dtype of its input: bf16, fp32, or float64 in exact tests. Autocast is
-# not used.
+# Every network is called as net(x, t, y, gap) -> (B,C,H,W). x (B,C,H,W) has the backbone's dtype; t (B,),
+# fp32 or float64, is the time as `Denoiser` or `MeanVelocity` scales it; y (B,) or None; gap (B,) is t - r,
+# for networks built with `interval`. Each layer casts its weights to the dtype of its input: bf16, fp32, or
+# float64 in exact tests. Autocast is not used.
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -89,8 +91,7 @@ class TimeEmbedding(nn.Module):
 
 
 def interval_embedding(dim):
-    """The embedding of t - r that turns v(z, t) into u(z, r, t). Its output is zero at initialisation: u =
-    v."""
+    """The embedding of t - r that turns v(z, t) into u(z, r, t). It starts at zero, so u = v at first."""
     embedding = TimeEmbedding(dim)
     nn.init.zeros_(embedding.mlp[2].weight)
     return embedding
@@ -110,7 +111,7 @@ def attention(qkv, heads, normalise=lambda x: x):
     """Self-attention over pixels. qkv (B,3C,H,W), its channels ordered head, channel, q k v -> (B,C,H,W)"""
     H, W = qkv.shape[2:]
     qkv = rearrange(qkv, "b (n c three) h w -> three b n (h w) c", n=heads, three=3)
-    q, k, v = normalise(qkv.contiguous())                            # fused attention needs a stride of 1
+    q, k, v = normalise(qkv.contiguous())                            # fused kernels need contiguous channels
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b n (h w) c -> b (n c) h w", h=H, w=W)
 
 
@@ -181,8 +182,7 @@ def run_unet(enc, dec, x, emb, cat):
 
 
 def one_hot(y, noise, classes):
-    """y (B,) or None -> (B,classes) in the dtype of `noise`, of magnitude 1; the null label is the zero
-    vector."""
+    """y (B,) or None -> (B,classes) of magnitude 1, in the dtype of `noise`. The null label is all zeros."""
     y = torch.full_like(noise, classes, dtype=torch.int64) if y is None else y
     return F.one_hot(y, classes + 1)[:, :-1].to(noise.dtype) * classes ** 0.5
 
@@ -190,11 +190,7 @@ def one_hot(y, noise, classes):
 class DDPMpp(nn.Module):
     """The DDPM++ U-Net of Song et al. (2011.13456) in EDM's configuration (2206.00364, table 7). Parameter
     names and constructor arguments are EDM's, so its published weights fit by name; EDM's augmentation input
-    is not built. `interval` adds an embedding of t - r (ours).
-
-    forward(x, noise, y, gap): x (B,C,H,W) in the backbone's dtype, noise (B,) >= fp32, y (B,) or None, gap
-    (B,) = t - r with `interval` -> (B,C,H,W).
-    """
+    is not built. `interval` adds an embedding of t - r (ours)."""
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=128, channel_mult=(2, 2, 2),
                  num_blocks=4, attn_resolutions=(16,), dropout=0.0, interval=False, channel_mult_emb=4):
         super().__init__()
@@ -228,7 +224,7 @@ class DDPMpp(nn.Module):
         return conv(F.silu(norm(x)))
 
 
-# EDM2's parts (2312.02696). Activations and weights keep magnitude 1: their root-mean-square.
+# EDM2's parts (2312.02696). It keeps the magnitude (root-mean-square) of activations and weights at 1.
 
 def unit(x, dims):
     """x / rms(x over dims), computed in at least fp32. 1e-4 avoids a division by zero."""
@@ -279,8 +275,8 @@ class MPConv(nn.Module):
 def normalise_weights(net):
     """Forced weight normalisation (EDM2, 2312.02696, eq. 66): store the weights of each output channel of
     every MPConv with magnitude 1, which keeps the effective learning rate constant. Call it once before the
-    first step and after every optimizer step. It is not idempotent: a second call moves weights by about
-    1e-5, so a resumed run does not call it again. Other networks have no MPConv and stay unchanged."""
+    first step and after every optimizer step. A second call would move weights by about 1e-5, so a resumed
+    run does not begin with one. Other networks have no MPConv and stay unchanged."""
     for layer in net.modules():
         if isinstance(layer, MPConv):
             layer.weight.copy_(unit(layer.weight, tuple(range(1, layer.weight.dim()))))
@@ -322,10 +318,7 @@ class MPBlock(nn.Module):
 class EDM2UNet(nn.Module):
     """The magnitude-preserving U-Net of EDM2 (2312.02696, config G). Parameter names and constructor
     arguments are EDM2's, so its published weights fit by name; its uncertainty head (logvar) is not built.
-    `interval` adds an embedding of t - r (ours); `dropout_resolutions` keeps dropout to these (ECT's).
-
-    forward(x, noise, y, gap): as DDPMpp's.
-    """
+    `interval` adds an embedding of t - r (ours); `dropout_resolutions` keeps dropout to these (ECT's)."""
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=192,
                  channel_mult=(1, 2, 3, 4), channel_mult_noise=None, channel_mult_emb=None, num_blocks=3,
                  attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, interval=False,
@@ -372,51 +365,32 @@ def positions(side, dim):
     return torch.cat([line.repeat(side, 1), line.repeat_interleave(side, 0)], dim=1).float()
 
 
-class SiTAttention(nn.Module):
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = initialised(Linear(dim, 3 * dim))
-        self.proj = initialised(Linear(dim, dim))
-
-    def forward(self, x):                                                    # (B, T, D)
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
-
-
 class SiTBlock(nn.Module):
     """Transformer block whose norms and residual branches are modulated by the embedding c (adaLN-Zero)."""
     def __init__(self, dim, heads, mlp_ratio):
         super().__init__()
-        self.attn, hidden = SiTAttention(dim, heads), round(dim * mlp_ratio)
+        self.heads, hidden = heads, round(dim * mlp_ratio)
+        self.attn = nn.ModuleDict({"qkv": initialised(Linear(dim, 3 * dim)),
+                                   "proj": initialised(Linear(dim, dim))})
         self.mlp = nn.Sequential(OrderedDict(fc1=initialised(Linear(dim, hidden)), act=nn.GELU("tanh"),
                                              fc2=initialised(Linear(hidden, dim))))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), initialised(Linear(dim, 6 * dim), 0.0))
 
+    def attend(self, x):                                                     # (B, T, D)
+        q, k, v = rearrange(self.attn["qkv"](x), "b t (three h d) -> three b h t d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.attn["proj"](rearrange(x, "b h t d -> b t (h d)"))
+
     def forward(self, x, c):                                                 # x (B, T, D), c (B, D) fp32
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).to(x.dtype).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(x, shift1, scale1))
+        x = x + gate1[:, None] * self.attend(modulate(x, shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
-
-
-class SiTFinal(nn.Module):
-    def __init__(self, dim, patch_values):
-        super().__init__()
-        self.linear = initialised(Linear(dim, patch_values), 0.0)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), initialised(Linear(dim, 2 * dim), 0.0))
-
-    def forward(self, x, c):
-        return self.linear(modulate(x, *self.adaLN_modulation(c).to(x.dtype).chunk(2, dim=1)))
 
 
 class SiT(nn.Module):
     """The diffusion transformer SiT (2401.08740) with Mean Flow's second time (2505.13447): the embeddings of
     t, t - r and y are summed. Parameter names are the public implementations'. `interval` builds the
-    embedding of t - r.
-
-    forward(x, t, y, gap): x (B,C,H,W) in the backbone's dtype, t (B,) >= fp32, not scaled, y (B,) or None,
-    gap (B,) = t - r with `interval` -> (B,C,H,W).
-    """
+    embedding of t - r."""
     def __init__(self, img_resolution, img_channels, label_dim, patch_size=2, hidden_size=1152, depth=28,
                  num_heads=16, interval=False, mlp_ratio=4.0):
         super().__init__()
@@ -430,7 +404,9 @@ class SiT(nn.Module):
         nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         self.register_buffer("pos_embed", positions(side, dim)[None])        # (1, T, D)
         self.blocks = nn.ModuleList([SiTBlock(dim, num_heads, mlp_ratio) for _ in range(depth)])
-        self.final_layer = SiTFinal(dim, patch_size ** 2 * img_channels)
+        self.final_layer = nn.ModuleDict({
+            "linear": initialised(Linear(dim, patch_size ** 2 * img_channels), 0.0),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), initialised(Linear(dim, 2 * dim), 0.0))})
 
     def forward(self, x, t, y=None, gap=None):
         y = torch.full_like(t, self.label_dim, dtype=torch.int64) if y is None else y
@@ -441,8 +417,9 @@ class SiT(nn.Module):
         side = h.shape[2]
         h = rearrange(h, "b d h w -> b (h w) d") + self.pos_embed.to(h.dtype)
         for block in self.blocks: h = block(h, c)
-        return rearrange(self.final_layer(h, c), "b (h w) (p q c) -> b c (h p) (w q)",
-                         h=side, p=self.patch, q=self.patch)
+        shift, scale = self.final_layer["adaLN_modulation"](c).to(h.dtype).chunk(2, dim=1)
+        h = self.final_layer["linear"](modulate(h, shift, scale))            # (B, T, p p C)
+        return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=self.patch, q=self.patch)
 
 
 # === 2. parameterisation ====================================================================================
@@ -456,8 +433,8 @@ class Denoiser(nn.Module):
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
     x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the backbone F runs in
-    `backbone_dtype`. In bf16 ln(t)/4 would be the same for times that differ by less than 1/64, and the sum
-    would round the contribution of F away. float64 in computes in float64 throughout.
+    `backbone_dtype`. In bf16 ln(t)/4 would be equal for times that differ by less than about 1/64 of t, and
+    at small t the sum would lose c_out F. float64 in computes in float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
         super().__init__()
@@ -480,7 +457,7 @@ class MeanVelocity(nn.Module):
 
         u(z, r, t) ~ (1 / (t - r)) int_r^t v(z_tau, tau) dtau,    u(z, t, t) = v(z, t)
 
-    No preconditioning: u is the raw network. One without an embedding of t - r ignores r and gives v(z, t).
+    No preconditioning: u is the raw network. Without an embedding of t - r it ignores r and gives v(z, t).
     Times are multiplied by time_scale where they are embedded.
 
     z (B,C,H,W), r <= t (B,), y (B,) int64 or None -> (B,C,H,W). Precision as in `Denoiser`.
@@ -501,8 +478,8 @@ class MeanVelocity(nn.Module):
 # dropout of pre-training. public: a checkpoint for tools/import_checkpoint.py. label_dropout: probability of
 # the null label. noise_scale: multiplies ln(t)/4; 4 is ours, for small networks (digits: a little better than
 # 1, one seed). time_scale: multiplies flow time; 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
-# latents: networks see (z - mean) * scale of the autoencoder's z, per channel. pixel_range: the pixels that
-# the autoencoder encodes. EDM2 uses [0, 1], SiT and MeanFlow [-1, 1].
+# latents: networks see (z - mean) * scale, per channel, where z is the autoencoder's output. pixel_range: the
+# pixels that the autoencoder encodes. EDM2 uses [0, 1], SiT and MeanFlow [-1, 1].
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENTS = {
@@ -541,20 +518,18 @@ DATASETS = {
 }
 
 
-def custom_dataset(shape, classes, latents=None, width=None):
+def custom_dataset(shape, classes, latents=None):
     """The config of a dataset that DATASETS does not list (ours). The U-Net halves the resolution while it is
-    even and above 8. Its width is 128 channels, but 32, with one block a level, for images of up to 16 pixels
-    and on a machine without a GPU. latents: as in DATASETS, of the prepared file."""
+    even and above 8. It has 128 channels, but 32, and one block a level, if images have up to 16 pixels a
+    side or the machine has no GPU. latents: as in DATASETS, of the prepared file."""
     size, multiples = shape[-1], [1 if shape[-1] <= 16 else 2]
     while size % 2 == 0 and size > 8 or len(multiples) < 2:
         size, multiples = size // 2, multiples + [2]
     small = shape[-1] <= 16 or not torch.cuda.is_available()
-    network = {"class": "DDPMpp", "model_channels": width or (32 if small else 128),
-               "channel_mult": tuple(multiples), "num_blocks": 1 if small else 2, "attn_resolutions": (size,),
-               "dropout": 0.0}
+    network = {"class": "DDPMpp", "model_channels": 32 if small else 128, "channel_mult": tuple(multiples),
+               "num_blocks": 1 if small else 2, "attn_resolutions": (size,), "dropout": 0.0}
     return dict(shape=shape, classes=classes, label_dropout=0.1 if classes else 0.0, time_scale=16.0,
-                noise_scale=4.0 if shape[-1] <= 16 else 1.0, network=network) | (
-                dict(latents=latents) if latents else {})
+                noise_scale=4.0 if shape[-1] <= 16 else 1.0, network=network, latents=latents)
 
 
 def find_data(data, flag="--data"):
@@ -583,7 +558,7 @@ def prepare_command(name, source="SOURCE"):
 
 def npz_array(path, name, limit=2 ** 31):
     """An array of an .npz: memory-mapped if it is stored uncompressed, as by numpy.savez and prepare_data.py,
-    else loaded, up to `limit` bytes. Damaged files raise anything."""
+    else loaded, up to `limit` bytes. A damaged file can raise any exception."""
     with zipfile.ZipFile(path) as z, z.open(f"{name}.npy") as f:
         member = z.getinfo(f"{name}.npy")
         read_header = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(f)[0]}_0")
@@ -620,18 +595,19 @@ class Data:
             y = npz_array(path, "arr_1") if "arr_1.npy" in members else None
             info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
             self.latents = info.get("latents")
-            C = len(self.latents["mean"]) if self.latents else 4 if x.shape[1] in (4, 8) else x.shape[1]
+            C = len(self.latents["mean"]) if self.latents else x.shape[-1]
         except UserError: raise
-        except Exception as e:                             # damaged files raise anything
+        except Exception as e:                             # a damaged file can raise any exception
             raise UserError(f"{path} is damaged, or not made by tools/prepare_data.py ({type(e).__name__}: "
                             f"{e}); `{command}` makes such a file.")
-        self.is_latents = x.dtype != np.uint8
-        fits = (x.dtype in (np.float16, np.float32) and x.shape[1] in (C, 2 * C) if self.is_latents else
-                x.shape[-1] in (1, 3))
-        if x.ndim != 4 or not len(x) or not fits:
+        fits = x.ndim == 4 and len(x) > 0 and (
+            x.dtype in (np.float16, np.float32) and x.shape[1] in (C, 2 * C) if self.latents else
+            x.dtype == np.uint8 and C in (1, 3))
+        if not fits:
             raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with 1 or 3 "
-                            "channels, or latents, float16 or float32 (N,C,H,W).")
-        self.shape = (C, *x.shape[2:]) if self.is_latents else (x.shape[3], *x.shape[1:3])
+                            "channels, or latents, float16 or float32 (N,C,H,W), with their scale in `info`; "
+                            f"`{command}` makes such a file.")
+        self.shape = (C, *x.shape[2:]) if self.latents else (C, *x.shape[1:3])
         if y is not None:
             if y.shape != x.shape[:1] or y.dtype.kind not in "iu" or not 0 <= y.min() <= y.max() < 10 ** 6:
                 raise UserError(f"{path}: arr_1 is {y.dtype} {y.shape}; labels have to be {len(x)} integers "
@@ -648,12 +624,12 @@ class Data:
         """Indices (B,) -> uint8 (B,C,H,W) or fp32 latents as stored, labels (B,), 0 where there are none."""
         indices = np.asarray(indices)
         x = torch.from_numpy(self.array[indices])
-        x = x.float() if self.is_latents else x.permute(0, 3, 1, 2).contiguous()
+        x = x.float() if self.latents else x.permute(0, 3, 1, 2).contiguous()
         return x, torch.zeros(len(x), dtype=torch.int64) if self.labels is None else self.labels[indices]
 
     def __str__(self):
         pixels = f" from pixels in {self.latents.get('pixel_range')}" if self.latents else ""
-        return (f"{self.path}: {len(self):,} {'latents' if self.is_latents else 'images'} of "
+        return (f"{self.path}: {len(self):,} {'latents' if self.latents else 'images'} of "
                 f"{'x'.join(map(str, self.shape))}{pixels}, {self.classes} classes")
 
 
@@ -664,12 +640,9 @@ def open_data(args):
         if data.shape[1] != data.shape[2] or data.shape[1] % 4:
             raise UserError(f"{data.path} has images of {data.shape[2]}x{data.shape[1]} pixels; they have to "
                             "be square with a side divisible by 4; prepare them with --size N.")
-        if data.is_latents and not data.latents:
-            raise UserError(f"{data.path} has latents without their scale; prepare them with `{command}`.")
-        width = args.network.get("model_channels")
-        return data, custom_dataset(data.shape, data.classes, data.latents, width)
+        return data, custom_dataset(data.shape, data.classes, data.latents)
     shape, classes, latents = tuple(dataset["shape"]), dataset["classes"], dataset.get("latents")
-    if (data.shape != shape or data.is_latents != bool(latents)
+    if (data.shape != shape or bool(data.latents) != bool(latents)
             or classes and not 0 < data.classes <= classes
             or data.latents and data.latents.get("pixel_range") != latents["pixel_range"]):
         pixels = f" from pixels in {latents['pixel_range']}" if latents else ""
@@ -722,8 +695,7 @@ def save(path, tensors, header):
 
 
 def read(path, tensors=True):
-    """-> ({name: tensor} on the CPU, header). Raises UserError if the file is missing, damaged or not
-    ours."""
+    """-> {name: tensor} on the CPU, header. Raises UserError: the file is missing, damaged or not ours."""
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist.")
     try:
@@ -734,7 +706,7 @@ def read(path, tensors=True):
         if tensors and crc != checksum(found, header):
             raise ValueError("its checksum is not that of its content")
         return found, header
-    except Exception as e:                                 # damaged files raise anything
+    except Exception as e:                                 # a damaged file can raise any exception
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                       "make it again or copy it again.")
 
@@ -774,7 +746,7 @@ def fresh_header(dataset, kind="Denoiser", **network):
     shape = {"img_resolution": H, "img_channels": C, "label_dim": dataset["classes"]}
     network = shape | dataset["network"] | network
     header = {"kind": kind, "network": network, "label_dropout": dataset["label_dropout"]}
-    if "latents" in dataset: header["latents"] = dataset["latents"]
+    if dataset.get("latents"): header["latents"] = dataset["latents"]
     if kind == "MeanVelocity":
         return header | {"time_scale": dataset["time_scale"], "t_min": 0.0, "t_max": 1.0}
     return header | {"sigma_data": 0.5, "noise_scale": dataset["noise_scale"], "t_min": 0.002, "t_max": 80.0}
@@ -883,11 +855,6 @@ def drop_labels(y, header):
                        header["network"]["label_dim"], y)
 
 
-def random_labels(n, header, device):
-    """Uniform labels with label dropout. Without classes all are null (0). -> (n,) int64"""
-    return drop_labels(torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device), header)
-
-
 # === 6. running a stage =====================================================================================
 
 # Backbone dtypes. "tf32" is fp32 whose matrix products and convolutions round their inputs to TF32 on a GPU.
@@ -904,8 +871,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 class SetNetwork(argparse.Action):
     """A flag that sets a constructor argument of the network, on top of the recipe's `network`."""
     def __call__(self, parser, namespace, value, option=None):
-        name = {"width": "model_channels"}.get(self.dest, self.dest)
-        namespace.network = namespace.network | {name: value}
+        namespace.network = namespace.network | {self.dest: value}
 
 
 def number(kind, low, high, what):
@@ -928,11 +894,6 @@ fraction_or_1 = number(float, 0, math.nextafter(1, 2), "a number in [0, 1]")
 
 def decay(text):
     return text if text in ("constant", "linear") else positive(text)
-
-
-def multiple_of_8(text):
-    if positive(text) % 8: raise argparse.ArgumentTypeError(f"{text} is not a multiple of 8")
-    return int(text)
 
 
 def checkpoint(text):
@@ -958,7 +919,8 @@ HYPERPARAMETERS = {
     "warmup":    dict(type=not_negative_int, help="images over which the learning rate rises linearly"),
     "P_mean":    dict(type=finite, help="mean of ln t, or of logit t in flow time"),
     "P_std":     dict(type=positive_float, help="standard deviation of ln t, or of logit t in flow time"),
-    "mid_t":     dict(type=positive_float, help="time of the second sampling step, stored in the result"),
+    "mid_t":     dict(type=number(float, 0.002, 80, "between 0.002 and 80"),
+                      help="time of the second sampling step, stored in the result"),
 }
 
 
@@ -997,7 +959,8 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
         add("--init", default=f"runs/{name}/{predecessor}.safetensors", metavar="FILE|none",
             help="weights to start from")
     elif recipe_name == "custom":
-        add("--width", type=multiple_of_8, action=SetNetwork, metavar="CHANNELS",
+        add("--width", type=int, dest="model_channels", action=SetNetwork, metavar="CHANNELS",
+            choices=[16, 32, 64, 96, 128, 160, 192, 256],
             help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
     add("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
         help="result; NAME.resume.safetensors beside it continues")
@@ -1012,7 +975,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--seed", type=not_negative_int, default=0, help="of all random numbers")
     add("--save-every", type=positive, metavar="STEPS",
         help="steps between saves (default: a save every 10 minutes)")
-    add("--keep", action="store_true", help="keep NAME-STEP.safetensors of every save; with --save-every")
+    add("--keep", action="store_true", help="keep NAME-STEP.safetensors of every save")
     add("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
@@ -1024,7 +987,6 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")
     add("--world", type=positive, metavar="GPUS",
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
-    if typed("--keep") and not typed("--save-every"): raise UserError("--keep needs --save-every STEPS.")
     if "--dry-run" not in sys.argv: reject_if_typed("--world", because="it belongs to --dry-run")
     p.set_defaults(**recipe, recipe_name=recipe_name, name=name, npz=path, recipe=recipes[recipe_name],
                    vae=None)
@@ -1193,17 +1155,11 @@ def check_same_data(path, header, args, flag):
     say(f"warning: {text}.")
 
 
-def check_mid_t(mid_t, header):
-    """-> mid_t, which has to lie between the model's t_min and t_max. Raises UserError"""
-    if header["t_min"] < mid_t < header["t_max"]: return mid_t
-    raise UserError(f"--mid-t {mid_t:g} is not between {header['t_min']:g} and {header['t_max']:g}.")
-
-
-# Settings that a continued run need not share: without effect on the result, or compared by content instead,
-# as sha256 or identity. (`world` is the flag of --dry-run; run_metadata adds the real one.)
-NOT_COMPARED = {"kind", "stage", "command_for", "out", "save_every", "keep", "log_every", "data", "npz",
-                "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe", "preview",
-                "vae"}
+# Settings that a continued run need not share: they do not change the result, or are compared by content (as
+# sha256, identity or network) instead. `world` is --dry-run's; run_metadata adds the number of processes.
+NOT_COMPARED = {"kind", "stage", "command_for", "name", "out", "save_every", "keep", "log_every", "data",
+                "npz", "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe",
+                "preview", "vae", "network", "teacher_network", "teacher_command"}
 # Settings that a continued run may change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision", "compile", "device"}
 
@@ -1238,8 +1194,7 @@ def resume_file(out):
 
 
 class SaveTimer:
-    """due(step): every --save-every steps, by default every 10 minutes: a save of a large model every few
-    hundred steps takes a good part of a run."""
+    """due(step): every --save-every steps; by default every 10 minutes, as saves of large models are slow."""
     def __init__(self, args):
         self.every, self.last = args.save_every, time.monotonic()
 
@@ -1284,8 +1239,9 @@ def check_replaceable(out, stage):
     if not os.path.exists(out): return
     try: old = read(out, tensors=False)[1]
     except UserError: old = {}
-    if old.get("stage") != stage or "imported from" in old:
-        what = "an imported checkpoint" if "imported from" in old else f"from {old.get('stage', 'elsewhere')}"
+    imported = "imported from" in old and old["step"] == 0           # trained models keep the first of these
+    if old.get("stage") != stage or imported:
+        what = "an imported checkpoint" if imported else f"from {old.get('stage', 'elsewhere')}"
         raise UserError(f"{out} exists, and is {what}; choose another --out, or move it away.")
 
 
@@ -1302,16 +1258,14 @@ def start_run(out, net, header):
 
 def check_settings(path, old, header):
     """Raise UserError unless a run with `header` continues the run whose state is in `path`."""
-    was, now = old["settings"], header["settings"]
+    was = old["settings"] | old["network"]
+    now = header["settings"] | json.loads(json.dumps(header["network"]))           # JSON has no tuples
     free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
     # Shared keys only: a file from before a flag was added lacks the flag.
     different = {k for k in was.keys() & now.keys() - free if was[k] != now[k]}
     if changed := [f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                         "settings to continue it, another --out to keep both, or delete it to start over.")
-    if old["network"] != json.loads(json.dumps(header["network"])):
-        raise UserError(f"{path} has another network than these flags build on this machine; give --width as "
-                        "it was, or another --out.")
     if now["steps"] < old["step"]:
         raise UserError(f"{path} is at step {old['step']:,} already; give more --steps, or another --out.")
     if different:
@@ -1364,8 +1318,7 @@ class Stop:
         if "TORCHELASTIC_RUN_ID" not in os.environ: signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self, step):
-        # Only the handler writes `signalled`: a signal that arrives during the exchange counts at the next
-        # step.
+        # Only the handler writes `signalled`: a signal during the exchange counts at the next step.
         stop = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
         if self.world > 1: dist.all_reduce(stop, dist.ReduceOp.MAX)
         if stop: say(f"asked to stop: ends after step {step:,}, saved; the same command continues.")

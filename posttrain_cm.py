@@ -190,7 +190,7 @@ def main():
         teacher = load_teacher(args, dataset, device)
         files |= dict(teacher=args.teacher, guide=solve.guide_file(args))
     header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
-    header["mid_t"] = model.check_mid_t(args.mid_t, header)
+    header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]

@@ -210,7 +210,7 @@ def test_a_run_is_not_continued_with_another_network(run, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert dataset["network"]["model_channels"] == 128
     monkeypatch.setattr(model, "custom_dataset", lambda *args: dataset)
-    refused(run(*command[:4], 6, *command[5:]), "another network", "--width")
+    refused(run(*command[:4], 6, *command[5:]), "model_channels was 32, is 128")
 
 
 def test_custom_data_on_a_small_machine(run, tmp_path, monkeypatch):

@@ -489,7 +489,7 @@ def test_a_dry_run_lists_every_missing_file(run, here, command, words):
 
 
 @pytest.mark.parametrize("command", [
-    ("posttrain_mf", "--batch", 6), ("pretrain", "--keep"), ("midtrain", "--distance", "lpips"),
+    ("posttrain_mf", "--batch", 6), ("pretrain", "--data", "a.npz", "--width", 48), ("midtrain", "--distance", "lpips"),
     ("midtrain", "--solver", "jump"), ("midtrain", "--init", "runs/digits/trajectories.safetensors"),
     ("posttrain_mf", "--init", "runs/digits/pretrain.safetensors")], ids=lambda c: " ".join(map(str, c)))
 def test_a_dry_run_refuses_what_the_run_refuses(run, here, command):
@@ -517,10 +517,13 @@ def test_other_files_are_not_replaced(run, here, tmp_path):
         refused(run("sample", model_file, "--n", 2, "--out", tmp_path / name), "holds no samples")
     for _ in range(2): assert run("sample", model_file, "--n", 2, "--out", tmp_path / "empty.npz").code == 0
     tensors, header = model.read("runs/digits/pretrain.safetensors")
-    for stage, extra in ("pretrain", {"imported from": "x.pkl"}), ("posttrain_cm", {}), ("solve", {}):
+    for stage, extra in ("pretrain", {"imported from": "x.pkl", "step": 0}), ("posttrain_cm", {}), ("solve", {}):
         out = tmp_path / f"{stage}.safetensors"
         model.save(out, tensors, header | {"stage": stage} | extra)
         refused(run("pretrain", *SMALL, "--out", out), "exists, and is")
+    # but a model trained from an imported one is: without its resume file the run starts over
+    model.save(tmp_path / "own.safetensors", tensors, header | {"imported from": "x.pkl"})
+    assert run("pretrain", *SMALL, "--out", tmp_path / "own.safetensors").code == 0
     refused(run("solve", "--n", 1, "--out", tmp_path / "pretrain.safetensors"), "exists, and is")
     refused(run("fid", "data/digits.npz", "--features", "pixels", "--ref", tmp_path / "stats.npz",
                 "--save-stats", tmp_path / "stats.npz"), "is read for --ref")

@@ -53,7 +53,7 @@ def random_sit(factor=1, C=4, **network):
     torch.manual_seed(0)
     network = dict(patch_size=2, hidden_size=32, depth=1, num_heads=4) | network
     sit = model.SiT(8, C, 10, **network)
-    sit.final_layer = model.SiTFinal(network["hidden_size"], network["patch_size"] ** 2 * factor * C)
+    sit.final_layer["linear"] = model.Linear(network["hidden_size"], network["patch_size"] ** 2 * factor * C)
     for p in sit.parameters(): p.data += 0.05 * torch.randn_like(p)
     return sit
 

@@ -395,6 +395,9 @@ def main():
             print(f"{text}: solver {args.solver or solve.default_solver(header)}")
         headers.append(header)
         if len(headers) == 1: first_labels, first_vae = labels[:20], vae
+    stages = {path_of(file): header["stage"] for file, header in zip(args.files, headers)}
+    for i, path in enumerate(map(path_of, args.files)):    # several files of one stage: add their names
+        if list(stages.values()).count(stages[path]) > 1: names[i] += f", {Path(path).stem}"
     if args.real:
         path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]
         rows.insert(0, real_images(path, first_labels, headers[0], first_vae))

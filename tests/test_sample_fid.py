@@ -1,5 +1,6 @@
 """Sampling is a function of the seed; the Frechet distance has closed forms."""
 import json, os, shutil, subprocess, sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,3 +346,13 @@ def test_statistics_do_not_replace_other_files_and_say_so_before_sampling(run, h
     monkeypatch.setattr(sample, "generate", None)          # would fail with another error
     refused(run("fid", "runs/digits/midtrain_cm.safetensors:1", "--features", "pixels",
                 "--save-stats", tmp_path / "data.npz"), "holds no statistics")
+
+
+def test_two_files_of_one_stage_are_told_apart(run, here, tmp_path):
+    """The baseline without mid-training is a post-trained model, too."""
+    baseline = tmp_path / "baseline.safetensors"
+    baseline.write_bytes(Path("runs/digits/midtrain_cm.safetensors").read_bytes())
+    files = "runs/digits/pretrain.safetensors:1", "runs/digits/midtrain_cm.safetensors:1", f"{baseline}:2"
+    done = run("sample", *files, "--n", 2, "--out", tmp_path / "a.npz")
+    assert done.code == 0 and done.out.splitlines()[-1].startswith(
+        "teacher, 1 NFE, after mid-training, 1 NFE, midtrain_cm, after mid-training, 2 NFE, baseline: ")

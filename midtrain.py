@@ -17,7 +17,7 @@
 
 Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
 Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
-time. Its weights predict x_0, not a velocity, so the student starts from random ones: --teacher
+time. Its weights predict x_0, not a velocity, so start the student from random ones: pass --teacher
 runs/digits/pretrain.safetensors --init none.
 
 The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
@@ -35,8 +35,8 @@ from tools import dry_run, feature_networks
 # solver    None: the teacher's default
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   overrides of the student's constructor arguments, which are those of the --init file, or those of
-#           model.DATASETS if it starts from random weights
+# network   constructor arguments of the student that override those of the --init file, or with --init none
+#           those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
@@ -80,7 +80,7 @@ RECIPES = {
         "custom":      MF | dict(steps=10_000, batch=128, lr=1e-3, ema=0.999),                    # ours
     },
 }
-PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # the stage before, of the same kind of model
+PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # default teacher and initial student
 
 
 # === the method =============================================================================================

@@ -10,8 +10,9 @@
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained to match f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE. This target has less variance, because x_r does
-             not depend on the image that x_t was made from. But it inherits the teacher's error.
+--loss ecd   x_r is x_t after one step of the teacher's ODE. This target has less variance: x_r is a function
+             of x_t alone, while in ECT the same x_t has another x_r for each image that it can come from. But
+             it inherits the teacher's error.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
@@ -76,9 +77,9 @@ PUBLIC_TEACHERS = {
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     """f at the less noisy point x_r is the target for f at x_t, because points of one trajectory share their
     endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r. ECD solves
-    the teacher's ODE for it. ECT takes it from the sample that x_t was made from: for a small gap that is
-    right on average over all samples that give the same x_t. At r = 0 the target is x_r itself. One number
-    per sample.
+    the teacher's ODE for it. ECT makes it from the image and noise of x_t: for a small gap, its mean over
+    all images and noises that give x_t is the ODE's x_r. At r = 0 the target is x_r itself. One number per
+    sample.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.
@@ -86,7 +87,7 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
     # L = w(t, r) (sqrt(e^2 + c^2) - c),   e = || f(x_t, t) - sg f(x_r, r) ||,   sg: stop-gradient
-    # The last line is equal to L, and has no cancellation at small e.
+    # The return statement computes L in a form without cancellation at small e.
     # vector_norm has gradient 0 at e = 0.
     e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
     return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))

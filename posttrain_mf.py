@@ -230,9 +230,10 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Masks repeat
-            # for a batch of the same shape and RNG state, so u is called separately for r < t and for r = t.
-            # DDP has no forward-mode derivative: the JVP is of `net`.
+            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Both draw
+            # the same masks only for batches of one shape, from one RNG state. So the loss, too, calls u for
+            # these samples alone, and for r = t in a second call. DDP has no forward-mode derivative: the
+            # JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

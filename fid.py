@@ -159,7 +159,7 @@ def reference(args, header, features, rank, world, device):
     if path.endswith(".npz"):
         if found := read_statistics(path): return path, None, *found
         network = model.sha256(args.inception) if args.features == "inception" else "pixels"
-        key = hashlib.sha256(f"{model.Data(path).identity} {network}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{model.data_identity(path)} {network}".encode()).hexdigest()[:16]
         cache = Path(f"runs/reference/{key}.npz")
     is_cached = [cache and sample.is_whole_npz(cache)]
     if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # as rank 0 sees it

@@ -577,23 +577,41 @@ def npz_array(path, name, limit=2 ** 31):
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
+def read_info(path):
+    """The zip directory of a prepared .npz, and its info. A damaged file can raise any exception.
+    -> {member: ZipInfo}, dict"""
+    with zipfile.ZipFile(path) as z: members = {m.filename: m for m in z.infolist()}
+    return members, json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
+
+
+def data_identity(path):
+    """A string that other data do not have: size and CRC-32 of arr_0 and arr_1, and for latents the
+    autoencoder and its pixel range. No array is read. Raises UserError."""
+    try:
+        members, info = read_info(path)
+        latents = info.get("latents") or {}
+    except Exception as e:
+        raise UserError(f"{path} is damaged, or no .npz ({type(e).__name__}: {e}).")
+    arrays = {k: members[f"{k}.npy"] for k in ("arr_0", "arr_1") if f"{k}.npy" in members}
+    return ", ".join([f"{k} {m.file_size} {m.CRC:08x}" for k, m in arrays.items()]
+                     + [f"{k} {latents[k]}" for k in ("vae", "pixel_range") if k in latents])
+
+
 class Data:
     """A prepared data/NAME.npz, memory-mapped (see tools/prepare_data.py): arr_0 uint8 (N,H,W,C), C = 1 or 3,
     or latents (N,C,H,W) of float16 or float32, or (N,2C,H,W) with means and standard deviations; optionally
     arr_1 (N,) labels 0..K-1, class_names (K,) and info, JSON. An .npz in ADM's layout is fine, too.
 
-    shape (C,H,W); labels (N,) int64 or None; classes K; latents: a dict as in DATASETS, or None; identity, a
-    string: size and CRC-32 of arr_0 and arr_1, from the zip directory, which costs nothing to read, and for
-    latents the autoencoder and its pixel range. Raises UserError."""
+    shape (C,H,W); labels (N,) int64 or None; classes K; latents: a dict as in DATASETS, or None; identity: as
+    from `data_identity`. Raises UserError."""
     def __init__(self, path):
         self.path, self.labels, self.classes, command = str(path), None, 0, prepare_command(Path(path).stem)
         if not os.path.isfile(path):
             raise UserError(f"{path} does not exist; `{command}` makes it from images in any form.")
         try:
-            with zipfile.ZipFile(path) as z: members = {m.filename: m for m in z.infolist()}
+            members, info = read_info(path)
             self.array = x = npz_array(path, "arr_0")
             y = npz_array(path, "arr_1") if "arr_1.npy" in members else None
-            info = json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
             self.latents = info.get("latents")
             C = len(self.latents["mean"]) if self.latents else x.shape[-1]
         except UserError: raise
@@ -613,9 +631,7 @@ class Data:
                 raise UserError(f"{path}: arr_1 is {y.dtype} {y.shape}; labels have to be {len(x)} integers "
                                 "from 0 on. tools/prepare_data.py makes them so.")
             self.labels, self.classes = torch.from_numpy(y.astype(np.int64)), int(y.max()) + 1
-        arrays = {k: members[f"{k}.npy"] for k in ("arr_0", "arr_1") if f"{k}.npy" in members}
-        self.identity = ", ".join([f"{k} {m.file_size} {m.CRC:08x}" for k, m in arrays.items()] + [
-            f"{k} {self.latents[k]}" for k in ("vae", "pixel_range") if k in (self.latents or {})])
+        self.identity = data_identity(path)
 
     def __len__(self):
         return len(self.array)
@@ -1146,7 +1162,7 @@ def check_same_data(path, header, args, flag):
     are known and differ, a default path is refused, since it is probably the file of another dataset of the
     same name. A path that was typed gives a warning, since fine-tuning is legitimate."""
     if not os.path.exists(args.npz) or not header.get("data_identity"): return
-    if header["data_identity"] == Data(args.npz).identity: return
+    if header["data_identity"] == data_identity(args.npz): return
     text = f"{path} was trained on other data than {args.npz} ({header['data_identity']})"
     was_typed = typed(f"--{flag}") or flag == "init" and path == peek_flag("--teacher", None)   # its default
     if not was_typed:

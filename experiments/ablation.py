@@ -4,11 +4,11 @@ Each row is the recipe with one change: mid-training, then post-training, then F
 one and two steps after each. All rows start from the same diffusion model. common.py says how compute is
 counted. An interrupted run continues. The table goes to docs/ablation.md.
 """
-import statistics, sys, time
+import sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import command, compute, scores, steps_for
+from common import command, compute, scores, spread, steps_for
 
 FOLDER, N = Path("runs/ablation"), 10_000
 TEACHER = FOLDER / "pretrain.safetensors"
@@ -58,17 +58,12 @@ def scratch(total, seed):
     return compute(out), scores(out, N)
 
 
-def cell(values):
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 def line(name, stages):
     """stages: for mid- and post-training (None: there is none) a list of (compute, distances), one a seed"""
     cells = []
     for runs in stages:
         cells += ["", "", ""] if runs is None else [f"{runs[0][0] / 1e6:.2f}"] + [
-            cell([scores[k] for _, scores in runs]) for k in (0, 1)]
+            spread([scores[k] for _, scores in runs]) for k in (0, 1)]
     return f"| {name} | {' | '.join(cells)} |"
 
 

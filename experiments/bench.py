@@ -198,7 +198,7 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
 
 
 def solving(name, batch, device, turns):
-    """An N-step solve over N bare network calls."""
+    """An N-step solve over N bare forward passes of the network."""
     dataset, f, _ = networks(name, device)
     x, t = 80 * torch.randn(batch, *dataset["shape"], device=device), torch.ones(batch, device=device)
     y = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -221,13 +221,13 @@ def survival(device):
     net, ema = (model.build(header).to(device) for _ in range(2))
     opt = torch.optim.Adam(net.parameters(), 1e-4, foreach=True)
     x, eps, t = torch.randn(64, 1, 8, 8), torch.randn(64, 1, 8, 8), torch.rand(64) + 0.1
-    rows = [a.to(device) for a in (x, eps, t, torch.zeros(64, dtype=torch.int64))]
+    batch = [a.to(device) for a in (x, eps, t, torch.zeros(64, dtype=torch.int64))]
     args = SimpleNamespace(out=f"{tempfile.mkdtemp()}/a", steps=10 ** 9, batch=64, log_every=50)
     with contextlib.redirect_stdout(None): log = model.Log(args, "images", 1, 0)
     stop, step = model.Stop(1), iter(range(1, 10 ** 9))
 
     def plain():
-        pretrain.edm_loss(net, *rows).mean().backward()
+        pretrain.edm_loss(net, *batch).mean().backward()
         opt.step()
         with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.01)
         opt.zero_grad(set_to_none=True)
@@ -236,7 +236,7 @@ def survival(device):
         number, loss = next(step), 0
         stop(number)
         model.reseed(0, 0, number)
-        for some in model.microbatches(net, None, *rows):
+        for some in model.microbatches(net, None, *batch):
             part = pretrain.edm_loss(net, *some).sum() / 64
             part.backward()
             loss += part.detach()

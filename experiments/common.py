@@ -1,5 +1,5 @@
 """What the experiments share: running the project's scripts, scoring their files, counting their compute."""
-import json, subprocess, sys, time
+import json, statistics, subprocess, sys, time
 from pathlib import Path
 
 import torch
@@ -70,6 +70,13 @@ def steps_for(total, like):
     """Steps of a run like the one that made the file `like`, for `total` network forwards."""
     header = model.read(like, tensors=False)[1]
     return round(total / forwards_per_sample(header) / header["settings"]["batch"])
+
+
+def spread(values, digits=3):
+    """One number a seed -> "mean ± standard deviation", of one seed only the number"""
+    values = list(values)
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 # --- distances in the features of a small classifier --------------------------------------------------------

@@ -1,7 +1,7 @@
 """`make curves`: quality against compute, with mid-training and without, over three training seeds.
 
 Each point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
-post-training from the diffusion weights at half and all of that compute, and for the first case at twice.
+post-training from the diffusion weights at half and all of that compute, and for ECT also at twice.
 common.py says how compute is counted, after the teacher. `python experiments/curves.py cm` draws one
 figure, docs/curves_digits_BRANCH.png, in an hour or two. An interrupted run continues.
 """
@@ -35,7 +35,7 @@ def points(branch, seed):
         found["with mid-training"].append((total, *scores(out, N)))
     for times in base_compute:
         out, steps = file(f"base_{times}"), steps_for(times * total, like)
-        double = ["--double", round(steps / 12)] if branch == "cm" else []              # as in common.py
+        double = ["--double", round(steps / 12)] if branch == "cm" else []
         command(post, *flags, *of_base, *double, "--init", pre, "--steps", steps, "--out", out)
         found["without"].append((times * total, *scores(out, N)))
     return found

@@ -32,7 +32,7 @@ Two processes of one thread share the trainings. All continue where they were in
 are in docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the
 table from that file alone.
 """
-import argparse, fcntl, functools, itertools, json, math, os, statistics, subprocess, sys, time
+import argparse, fcntl, functools, itertools, json, math, os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -239,9 +239,7 @@ def report():
             rate, value = found[f"chosen: {method}, {units} units"]
             cells = []
             for k, measure in itertools.product("12", MEASURES):
-                values = [run[k][measure] for run in runs]
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.mean(values):.3f}{spread}")
+                cells.append(common.spread(run[k][measure] for run in runs))
             print(f"| {method} | {units} | {rate:g}, {setting} {value:g} | " + " | ".join(cells) + " |")
 
 

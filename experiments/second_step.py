@@ -6,13 +6,13 @@ classifier of the real digits. "recognised" is the share of samples whose class 
 one that was asked for. "change" is the mean over seeds of the difference to one step with the same seed, and
 its standard deviation.
 """
-import argparse, statistics
+import argparse
 from pathlib import Path
 
 import torch
 
 import common
-from common import model
+from common import model, spread
 import fid, sample
 
 TIMES = [0.2, 0.35, 0.5, 0.7757, 1.3, 2.0, 4.0]            # of the second step
@@ -25,12 +25,6 @@ def draw(path, n, mid_t):
     drawn = sample.generate(net, header, range(n), steps, mid_t=[mid_t] if mid_t else None)
     images, labels = zip(*drawn)
     return tuple(torch.cat([torch.as_tensor(x) for x in parts]) for parts in (images, labels))
-
-
-def spread(values, digits=3):
-    values = list(values)
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def main():
@@ -52,10 +46,11 @@ def main():
           + "\n\n| | second step at t | FD-pixels | change | FD of features | change | recognised, % |\n"
           + "|---" * 7 + "|")
     for name, files in (text.split("=") for text in args.files):
-        one_step = None
-        for mid_t in [None, *([] if name == "teacher" else args.times)]:
+        files, one_step = files.split(","), None
+        is_teacher = model.read(files[0], tensors=False)[1]["stage"] == "pretrain"
+        for mid_t in [None] if is_teacher else [None, *args.times]:
             found = []
-            for path in files.split(","):
+            for path in files:
                 images, y = draw(path, args.n, mid_t)
                 found.append((*judge(images), 100 * common.accuracy(net, images, y)))
             pixels, features, recognised = zip(*found)

@@ -7,9 +7,7 @@ steps (q = 2, learning rate 3e-4). Little or no mid-training gets the second, as
 that is nearly right; 2.5 % gets both. Neither is tuned here. Teachers and baselines are those of `make
 compare`, if they are there. An interrupted run continues.
 """
-import statistics
-
-from common import command, compute, scores, steps_for
+from common import command, compute, scores, spread, steps_for
 
 SEEDS, N = range(3), 10_000
 PAPER = {0: "3.54 / 2.12", 0.025: "3.42 / 2.11", 0.5: "3.30 / 2.04", 0.75: "2.74 / 1.97"}    # CIFAR-10, FID
@@ -44,8 +42,7 @@ def main():
     for share in TRIED:
         for post in TRIED[share]:
             found = zip(*(scores(run(share, post, seed), N) for seed in SEEDS))
-            cells = [f"{statistics.mean(v):.3f} ± {statistics.stdev(v):.3f}" for v in found]
-            lines.append(f"| {share:.1%} | {post} | {' | '.join(cells)} | {PAPER[share]} |")
+            lines.append(f"| {share:.1%} | {post} | {' | '.join(map(spread, found))} | {PAPER[share]} |")
     print(f"\nFD-pixels of {N:,} samples of digits, {len(SEEDS)} seeds\n\n"
           "| share of mid-training | gap | 1 step | 2 steps | the paper's FID on CIFAR-10, 1 / 2 steps |\n"
           "|---|---|---|---|---|\n" + "\n".join(lines))

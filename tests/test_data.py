@@ -83,6 +83,15 @@ def test_the_identity_is_that_of_the_content(tmp_path):
     assert len(seen) == 2                                  # two pixel ranges
 
 
+def test_the_identity_reads_no_array(tmp_path, monkeypatch):
+    """midtrain.py compares it with the teacher's, and needs no data: compressed images would take minutes."""
+    np.savez_compressed(tmp_path / "a.npz", arr_0=PIXELS, arr_1=LABELS, info=np.array("{}"))
+    expected, read = model.Data(tmp_path / "a.npz").identity, []
+    npz_array = model.npz_array
+    monkeypatch.setattr(model, "npz_array", lambda path, name: (read.append(name), npz_array(path, name))[1])
+    assert model.data_identity(tmp_path / "a.npz") == expected and read == ["info"]
+
+
 def test_batches_are_read_ahead_in_order(tmp_path):
     data = model.Data(write_npz(tmp_path / "a.npz", n=20))
     args = SimpleNamespace(seed=3, batch=8)

@@ -14,8 +14,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model, solve
-from ablation import TEACHER, cell, chain
-from common import command
+from ablation import TEACHER, chain
+from common import command, spread
 
 FOLDER, NS, ORDERS = Path("runs/choose"), (4, 6, 8, 12, 16, 24, 32), (1, 2, 3)
 
@@ -88,10 +88,10 @@ def estimate():
 
 def main():
     started = time.time()
-    own, spread, errors = estimate()
+    own, standard_error, errors = estimate()
     allowed = own.mean().item()
     N, order = cheapest(errors, allowed)
-    print(f"\nteacher's error, mean over the trajectory's times: {allowed:.3f} ± {spread:.3f}\n"
+    print(f"\nteacher's error, mean over the trajectory's times: {allowed:.3f} ± {standard_error:.3f}\n"
           f"\n| solver's error, N = | {' | '.join(map(str, NS))} |\n|---|{'---|' * len(NS)}")
     for p in ORDERS: print(f"| order {p} | {' | '.join(f'{errors[n, p]:.4f}' for n in NS)} |")
     print(f"\nchosen: N = {N}, order {order}", flush=True)
@@ -100,7 +100,7 @@ def main():
     rows = []
     for name, flags in (("recipe", []), ("chosen", ["--nfe", N, "--solver", f"dpm{order}"])):
         stages = zip(*(chain(flags, [], seed) for seed in range(3)))
-        cells = [cell([found[k] for _, found in runs]) for runs in stages for k in (0, 1)]
+        cells = [spread(found[k] for _, found in runs) for runs in stages for k in (0, 1)]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     print("\n| FD-pixels | mid-training: 1 step | 2 steps | post-training: 1 step | 2 steps |\n"
           "|---|---|---|---|---|\n" + "\n".join(rows) + f"\n\n{time.time() - started:.0f} s")

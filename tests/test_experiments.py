@@ -10,6 +10,15 @@ import torch
 from conftest import ROOT, refused
 
 
+@pytest.mark.parametrize("name", sorted(f"{path.parent.name}.{path.stem}" for folder in ("experiments", "tools")
+                                        for path in (ROOT / folder).glob("*.py")))
+def test_every_script_imports(name, monkeypatch):
+    """A name that one script takes from another can go away unseen: most of these run for hours."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    if name == "tools.plot_log": pytest.importorskip("matplotlib")
+    importlib.import_module(name.removeprefix("experiments."))
+
+
 def test_gpu_without_a_gpu_says_so():
     done = subprocess.run([sys.executable, str(ROOT / "experiments/gpu.py")], capture_output=True, text=True)
     assert done.returncode == 2 and "no GPU" in done.stderr and "Traceback" not in done.stderr

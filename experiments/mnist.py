@@ -31,9 +31,9 @@ Report    every number, in docs/mnist.json; two steps as prominently as one; als
 
 Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers
 are in docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the
-table from that file alone.
+table and draws the curves from that file alone; `picture` draws samples of the checkpoints of seed 0.
 """
-import argparse, fcntl, functools, itertools, json, math, os, subprocess, sys, time
+import argparse, fcntl, functools, itertools, json, math, os, shutil, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +212,8 @@ def work():
     torch.set_num_threads(1)
     share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1])})
     share({"noise floor": lambda: judge(classifier(), halves()[0][0])})
-    tasks = [(units, branch, method) for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
+    tasks = [(units, branch, method)
+             for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
     for units, branch, method in sorted(tasks, key=lambda task: task[:2]):      # then in the order of METHODS
         share({f"teacher {branch}, seed {seed}":
                functools.partial(lambda *which: scores(teacher(*which), 5000, (16, 1)), branch, seed)
@@ -224,35 +225,96 @@ def work():
                for seed in SEEDS}, wait=False)
 
 
+def results(found, method):
+    """-> [(units, [scores of a seed, ...]), ...], for the budgets that have results"""
+    name = f"result: {method}, {{}} units, seed {{}}"
+    runs = [(units, [found.get(name.format(units, seed)) for seed in SEEDS]) for units in METHODS[method][1]]
+    return [(units, [*filter(None, scores)]) for units, scores in runs if any(scores)]
+
+
+def teachers(found, branch):
+    """-> the scores of the teachers that are finished"""
+    return [found[key] for seed in SEEDS if (key := f"teacher {branch}, seed {seed}") in found]
+
+
 def report():
-    """Print the table of docs/mnist.json, as far as it goes."""
-    found = json.loads(RESULTS.read_text())
+    """Print the table of docs/mnist.json and draw docs/mnist_curves.png, as far as it goes."""
+    found = stored()
     print(f"classifier accuracy {found['classifier accuracy']:.2%}; noise floor "
           + ", ".join(f"{k} {v:.3f}" for k, v in found["noise floor"].items()))
     print("\n| method | units | lr, setting | " + " | ".join(
         f"{measure}, {k} NFE" for k in (1, 2) for measure in MEASURES) + " |")
     print("|---" * 11 + "|")
-    for method, (_, budgets, setting, *_) in METHODS.items():
-        for units in budgets:
-            keys = [f"result: {method}, {units} units, seed {seed}" for seed in SEEDS]
-            runs = [found[key] for key in keys if key in found]
-            if not runs: continue
-            rate, value = found[f"chosen: {method}, {units} units"]
-            cells = []
-            for k, measure in itertools.product("12", MEASURES):
-                cells.append(common.spread(run[k][measure] for run in runs))
-            print(f"| {method} | {units} | {rate:g}, {setting} {value:g} | " + " | ".join(cells) + " |")
+    for branch in "cm", "mf":
+        runs = teachers(found, branch)
+        for k in ("16", "1") if runs else ():
+            cells = [common.spread(run[k][measure] for run in runs) for measure in MEASURES]
+            print(f"| teacher {branch}, {k} NFE | 0 | | " + " | ".join(cells) + " | | | | |")
+        for method in (method for method, (of, *_) in METHODS.items() if of == branch):
+            for units, runs in results(found, method):
+                rate, value = found[f"chosen: {method}, {units} units"]
+                cells = [common.spread(run[k][measure] for run in runs) for k in "12" for measure in MEASURES]
+                print(f"| {method} | {units} | {rate:g}, {METHODS[method][2]} {value:g} | "
+                      + " | ".join(cells) + " |")
+    draw(found)
+
+
+def draw(found):
+    """docs/mnist_curves.png: FD against compute, one and two steps, both branches. Prints the ratios of
+    compute at equal FD."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from curves import speed_up
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
+    for (branch, k), axes in zip(itertools.product(("cm", "mf"), "12"), panels.flat):
+        lines, name = {}, {"cm": "consistency model", "mf": "Mean Flow"}[branch]
+        for method in (method for method, (of, *_) in METHODS.items() if of == branch):
+            points = [(units, [run[k]["FD"] for run in runs]) for units, runs in results(found, method)]
+            if not points: continue
+            lines[method] = [(units, statistics.geometric_mean(values)) for units, values in points]
+            dots = axes.loglog(*zip(*lines[method]), "o-", label=method)[0]
+            for units, values in points: axes.plot([units] * len(values), values, ".", color=dots.get_color())
+        if runs := teachers(found, branch):
+            level = statistics.mean(run["16"]["FD"] for run in runs)
+            axes.axhline(level, color="grey", ls="--", label="teacher, 16 NFE")
+        axes.axhline(found["noise floor"]["FD"], color="grey", ls=":", label="5,000 other real images")
+        axes.set(title=f"{name}, {k} NFE", xticks=[1, 2, 4], xticklabels=["1", "2", "4"])
+        axes.minorticks_off()
+        if k == "1": axes.set_ylabel("FD of classifier features"), axes.legend(fontsize=8)
+        if branch == "mf": axes.set_xlabel("units of compute after the teacher")
+        with_mid, without = {"cm": ("CMT + ECT", "plain ECT"), "mf": ("CMT + MeanFlow", "MeanFlow")}[branch]
+        if {with_mid, without} <= lines.keys():
+            print(f"{name}, {k} NFE: {speed_up(lines[with_mid], lines[without])}")
+    figure.savefig("docs/mnist_curves.png", dpi=110)
+
+
+def picture(seed=0):
+    """docs/mnist.png, of the runs with one unit of compute of a seed, the same seeds in each column"""
+    found, folder, shown = stored(), FOLDER / "picture", []
+    folder.mkdir(exist_ok=True)
+    def show(name, path, *calls):
+        shutil.copy(path, folder / f"{name}.safetensors")
+        shown.extend(f"{folder / name}.safetensors:{k}" for k in calls)
+    for method, (branch, *_) in METHODS.items():
+        if not (chosen := found.get(f"chosen: {method}, 1 units")): continue
+        path = train(method, 1, *chosen, seed)
+        if method in ("CMT + ECT", "CMT + MeanFlow"):
+            show(f"teacher {branch}", teacher(branch, seed), 16, 1)
+            show(f"mid-training {branch}", path.with_name(f"{path.stem}_mid.safetensors"), 1)
+        show(method, path, 1, 2)
+    command("sample", *shown, "--real", "--labels", "balanced", "--n", 20, "--out", "docs/mnist.npz")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["all", "work", "report"], default="all",
-                   help="work: in one process; report: print the table")
+    p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture"], default="all",
+                   help="work: in one process; report: print the table and draw the curves")
     what = p.parse_args().what
     if what == "report": return report()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / "train.npz").exists(): write_training_half()
-    if what == "work": return work()
+    if what in ("work", "picture"): return globals()[what]()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen([sys.executable, __file__, "work"], env=one_thread) for _ in range(2)]
     failed = [w.wait() for w in workers]

@@ -46,6 +46,19 @@ def test_gpu_reports_a_part_that_fails(monkeypatch, tmp_path):
     assert [row["result"] for row in rows][1:3] == ["fine", "FAILED: RuntimeError: broken"]
 
 
+def test_the_table_of_mnist_follows_from_committed_numbers(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    import mnist
+    monkeypatch.setattr(mnist, "draw", lambda found: None)           # needs matplotlib
+    mnist.report()
+    lines, found = capsys.readouterr().out.splitlines(), mnist.stored()
+    assert lines[0].startswith(f"classifier accuracy {found['classifier accuracy']:.2%}; noise floor FD ")
+    for method, (_, budgets, *_) in mnist.METHODS.items():
+        for units, runs in mnist.results(found, method):
+            mean = np.mean([run["1"]["FD"] for run in runs])
+            assert any(line.startswith(f"| {method} | {units} | ") and f" | {mean:.3f}" in line for line in lines)
+
+
 # --- tools/plot_log.py, docs/cmt.ipynb ----------------------------------------------------------------------
 
 def test_logs_are_drawn(run, chain, tmp_path):

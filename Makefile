@@ -2,7 +2,7 @@
 # make demo-mf      the Mean Flow branch (18 minutes)
 # make test         the fast tests (6 minutes)
 # make test-slow    killed runs, damaged files, compiled networks on two ranks, planted errors (15 minutes)
-# make gpu          on a GPU: tests, compile, one step of every recipe, bench, the digits demo (9 minutes)
+# make gpu          on a GPU: tests, compile, one step of every recipe, bench, the digits demo (15 minutes)
 # make NAME         another experiment: bench (10 minutes), precision (1 hour), compare (2 hours), compare-mf
 #                   (1 hour), ablation (3 hours), share (2 hours), curves (5 hours), choose (1 hour), mnist
 #                   (12 hours), theory
@@ -28,7 +28,7 @@ bench precision ablation share curves choose gpu mnist: $(ENV)
 	$(PY) experiments/$@.py
 
 compare: $(ENV)
-	$(PY) experiments/demo.py --seeds 0-3 --n 10000 --intervals 50 70 95
+	$(PY) experiments/demo.py --seeds 0-4 --n 10000 --intervals 50 70 95
 
 compare-mf: $(ENV)
 	$(PY) experiments/demo.py --branch mf --seeds 0-1 --n 10000 $(FLAGS)

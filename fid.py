@@ -205,7 +205,9 @@ def main():
     features = pixels
     if args.features == "inception":
         net = feature_networks.load_inception(args.inception).to(device)
-        features = lambda images: net(torch.as_tensor(images).to(device))
+        def features(images):                              # in fp32, also with --precision tf32
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                return net(torch.as_tensor(images).to(device))
     for file in args.files: evaluate(file, args, features, rank, world, device)
 
 

@@ -4,7 +4,7 @@
                                              name of the dataset). No images are needed
           runs/D/pretrain_flow.safetensors   instead, with --target mf
   writes  runs/D/midtrain_cm.safetensors     EMA weights of a one- or two-step sampler, for posttrain_cm.py
-          runs/D/midtrain_mf.safetensors     with --target mf: of a sampler with any number of steps
+          runs/D/midtrain_mf.safetensors     with --target mf: EMA weights of a sampler with any number of steps
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
@@ -23,7 +23,7 @@ runs/digits/pretrain.safetensors --init none.
 The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
 its own predictions. All pairs of times are equally likely, and the loss does not weight them.
 """
-import copy, itertools, math, shlex
+import copy, math, shlex
 
 import torch
 
@@ -35,8 +35,8 @@ from tools import dry_run, feature_networks
 # solver    None: the teacher's default
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments of the student that override those of the --init file, or with --init none
-#           those of model.DATASETS
+# network   constructor arguments of the student. They replace those of the --init file, which with --init
+#           none are those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
@@ -195,7 +195,7 @@ def flags():
             f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
-    if target == "mf":      # u also takes r: adds an embedding of t - r whose output is zero at first
+    if target == "mf":      # u also takes r: `interval` adds an embedding of t - r, whose output is zero at first
         args.network = args.network | {"interval": True}
     return args
 
@@ -248,17 +248,19 @@ def batches_from_file(header, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
     states, times, y = read_trajectories(args, header, device)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
-    for step in itertools.count(step):
+    while True:
         first = step * args.batch + rank * local_batch
         chosen = model.batch_indices(len(y) * len(i), args.seed, first, local_batch)
-        yield gather_pairs(states, times, y, chosen.to(device), i, j)
+        if device.type == "cuda": chosen = chosen.pin_memory()         # else this copy waits for the GPU
+        yield gather_pairs(states, times, y, chosen.to(device, non_blocking=True), i, j)
+        step += 1
 
 
 def batches_from_teacher(teacher, header, N, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on: solve a pool of trajectories, shuffle its pairs,
     yield them batch by batch, solve the next pool.
 
-    The paper solves 8 trajectories in every step: 8 * 16 states are its global batch of 128. That starves a
+    The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
     GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
     N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
     N (N+1) / 2; --pairing kd and slow: one). The cost per pair is the paper's. A pool is a function of (seed,

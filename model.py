@@ -811,7 +811,12 @@ def to_network(x, header):
 
 def latent_scale(x, header):
     """mean, scale (C,1,1) of the header's `latents`, on x's device and in its dtype"""
-    return (torch.tensor(header["latents"][k]).to(x)[:, None, None] for k in ("mean", "scale"))
+    return [per_channel(tuple(header["latents"][k]), x.device, x.dtype) for k in ("mean", "scale")]
+
+
+@functools.cache                                           # a copy in every step would wait for the GPU
+def per_channel(values, device, dtype):
+    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
 
 
 def pixel_range(header):
@@ -1323,7 +1328,7 @@ def resume_run(out, net, ema, opt, header):
 class Stop:
     """stop(step): has any rank been asked to end, by SIGTERM (preemption) or SIGINT (Ctrl-C)? The loop then
     saves and ends. All ranks get the same answer, after every step, because torchrun kills 30 s after its
-    SIGTERM. In a single process a second Ctrl-C ends the run at once. Under torchrun one Ctrl-C arrives
+    SIGTERM; a step and save that take longer are lost. In a single process a second Ctrl-C ends the run at once. Under torchrun one Ctrl-C arrives
     twice, from the terminal and from torchrun, so there the second is ignored."""
     def __init__(self, world):
         self.world, self.signalled = world, False

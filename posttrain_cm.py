@@ -10,19 +10,19 @@
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained to match f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE. This target has less variance: x_r is a function
-             of x_t alone, while in ECT the same x_t has another x_r for each image that it can come from. But
-             it inherits the teacher's error.
+--loss ecd   x_r is x_t after one step of the teacher's ODE. This target has less variance: x_r depends
+             on x_t alone, while ECT's x_r also depends on the image that x_t was made from. But it inherits
+             the teacher's error.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
 to start with a wide gap: with q = 2, r is 0 for all t below 1.95, and the target is the image itself. The
-gap then narrows every --double steps. This baseline is run by
+gap then narrows every --double steps. This baseline, ECT without mid-training, is run by
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 70 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
-The backbone runs in fp32, also on a GPU: for large q the difference f(x_t) - f(x_r) is lost in the
-rounding error of bf16. Only imagenet512 runs in TF32, as the authors' code does.
+The backbones run in fp32, also on a GPU: for large q the difference f(x_t) - f(x_r) is lost in the
+rounding error of bf16. Only imagenet512 runs in TF32, as in the authors' code.
 """
 import copy, math, os, shlex
 
@@ -32,8 +32,8 @@ import model, sample, solve
 from tools import dry_run
 
 # q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         every `double` steps k grows by 1, which divides the gap by q. The name is ECT's, with q = 2.
-#                0: k stays 0, as suits a mid-trained model
+# double         every `double` steps k grows by 1, which divides the gap by q. ECT, where q is 2, calls this
+#                doubling. 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  of ln t
@@ -77,9 +77,9 @@ PUBLIC_TEACHERS = {
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     """f at the less noisy point x_r is the target for f at x_t, because points of one trajectory share their
     endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r. ECD solves
-    the teacher's ODE for it. ECT makes it from the image and noise of x_t: for a small gap, its mean over
-    all images and noises that give x_t is the ODE's x_r. At r = 0 the target is x_r itself. One number per
-    sample.
+    the teacher's ODE for it. ECT makes it from the image and noise of x_t. The mean of this x_r over all
+    images and noises that give x_t is, for a small gap, the ODE's x_r. At r = 0 the target is x_r itself.
+    One number per sample.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.
@@ -129,7 +129,7 @@ def ect_weight(t, r, kind, sigma_data=0.5):
 
 def ect_r(t, q, doublings=0):
     """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
-    2406.14548). q^(k+1) is capped at 2^16, where t - r still has 8 of fp32's 24 bits. t (B,) -> (B,)"""
+    2406.14548). q^(k+1) is capped at 2^16, which leaves t - r 8 of fp32's 24 bits. t (B,) -> (B,)"""
     divisor = min(q ** min(doublings + 1, 16), 2 ** 16)
     return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / divisor)).clamp(min=0)
 

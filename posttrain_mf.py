@@ -98,8 +98,8 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     """The velocity with guidance (2505.13447, eq. 20): v_g for samples with a label and t in [low, high], v
     for the others. z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without gradient"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
-    # Training makes u(z, t, t | y) equal to v_g, and then v_g = w v + (1 - w) u(z, t, t | null), where
-    # w = omega / (1 - kappa) is the scale of guidance.
+    # The loss trains u(z, t, t | y) to the mean of v_g given z_t. Solved for u, this mean is
+    # w E[v | z_t] + (1 - w) u(z, t, t | null): guidance with the scale w = omega / (1 - kappa).
     if (omega, kappa) == (1.0, 0.0): return v
     with torch.no_grad():
         nulls = torch.full_like(y, null)
@@ -118,7 +118,7 @@ def drop_labels(y, r_equals_t, label_dropout, null):
 
 def two_times(n, r_neq_t, mean, std, device):
     """Two draws of logit t ~ N(mean, std^2), sorted. In every four samples the first 4 * r_neq_t keep r < t,
-    the others get r = t, so every microbatch has equally many of each. -> r, t (n,)"""
+    the others get r = t, so every microbatch has the same fraction of each. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
     r, t = times.amin(0), times.amax(0)
     return torch.where(torch.arange(n, device=device) % 4 < 4 * r_neq_t, r, t), t
@@ -230,10 +230,10 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Both draw
-            # the same masks only for batches of one shape, from one RNG state. So the loss, too, calls u for
-            # these samples alone, and for r = t in a second call. DDP has no forward-mode derivative: the
-            # JVP is of `net`.
+            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Two
+            # forwards draw the same masks only if their batches have one shape and they start from one RNG
+            # state. So the loss, too, calls u for these samples alone, and for r = t in a second call. DDP
+            # has no forward-mode derivative: the JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

@@ -1,20 +1,22 @@
-"""`make gpu`: everything worth knowing on the day a GPU is at hand, in under nine minutes.
+"""`make gpu`: everything worth knowing on the day a GPU is at hand, in about a quarter of an hour.
 
-  1 tests     the tests of all stages, on CUDA
-  2 compile   torch.compile of the three networks: gradients against eager mode, time of the first call
-  3 recipes   one training step of every recipe at the paper's size, as on one of eight GPUs: time, samples/s,
-              and peak memory against the estimate of --dry-run
-  4 bench     model FLOP/s of mid-training
+  1 compile   torch.compile of the three networks: gradients against eager mode, time of the first call
+  2 ddp       DDP over NCCL with one process, compiled: gradients against eager mode without DDP
+  3 recipes   one training step of every recipe at the paper's size, as on one of eight GPUs, not compiled and
+              without guidance: time, samples/s, and peak memory against the estimate of --dry-run
+  4 tests     the tests of all stages, on CUDA
   5 digits    `make demo`
+  6 bench     model FLOP/s of mid-training, one network after another
 
-Prints one table and writes it to runs/gpu.json. A part that fails is a row of the table and sets exit code 1.
-Parts can be named: `python experiments/gpu.py recipes`. Without a GPU it says so; `--cpu` tries the digits
-recipes only.
+Prints each result as it comes, at the end a table, and stores all in --out after every result. A part that
+fails or outlasts its limit is a row of the table and sets exit code 1. Parts can be named: `python
+experiments/gpu.py recipes`. Without a GPU it says so; `--cpu` tries ddp and the digits recipes.
 """
-import argparse, copy, importlib, json, os, subprocess, sys, time, traceback
+import argparse, copy, importlib, json, os, signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,43 +29,88 @@ STAGES = [("pretrain",), ("pretrain", "--objective", "flow"), ("midtrain",), ("m
 
 
 def script(minutes, *command, **env):
-    """Run a command of the project -> its last lines of output. Raises where it fails or takes too long."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=60 * minutes, env=os.environ | env)
-    lines = (done.stdout + done.stderr).strip().splitlines()
-    if done.returncode: raise RuntimeError(" | ".join(lines[-5:]))
-    return lines
+    """Run a command of the project, yield its lines of output as they come. Raises where it fails, or takes
+    too long and is killed with all of its processes."""
+    options = dict(cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, start_new_session=True)
+    with subprocess.Popen([sys.executable, "-u", *map(str, command)], stderr=subprocess.STDOUT,
+                          **options) as process:
+        timer = threading.Timer(60 * minutes, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
+        last = []
+        for line in process.stdout:
+            last = [*last[-8:], line.strip()]
+            yield line.rstrip()
+        timer.cancel()
+    if process.returncode == -signal.SIGKILL: raise RuntimeError(f"killed after {minutes} minutes")
+    if process.returncode: raise RuntimeError(" | ".join(last))
 
 
 def tests(device):
     files = [f"tests/test_{name}.py" for name in ("runs", "midtrain", "posttrain_cm", "posttrain_mf")]
-    lines = script(3, "-m", "pytest", "-q", "-x", *files, CUDA_VISIBLE_DEVICES="0")
-    yield {"what": "tests on CUDA", "result": lines[-1]}
+    for line in script(2.5, "-m", "pytest", "-q", "--tb=line", *files, CUDA_VISIBLE_DEVICES="0"):
+        if " passed" in line or line.startswith("FAILED"): yield {"what": "tests on CUDA", "result": line}
+
+
+def gradient_error(net, functions, inputs):
+    """Relative difference of the gradients of mean(f(*inputs)^2) of two functions with net's weights, and the
+    seconds of the last."""
+    gradients = []
+    for f in functions:
+        torch.manual_seed(1)
+        started = time.perf_counter()
+        f(*inputs).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+        net.zero_grad()
+        if gradients[0].is_cuda: torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    return ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item(), seconds
+
+
+def small_network(name, kind, device, **shorter):
+    """A network with few layers and weights none of which is zero -> network, header, inputs for it"""
+    header = model.fresh_header(model.DATASETS[name], kind, **shorter)
+    model.setup(None, "fp32")                              # TF32 off
+    torch.manual_seed(0)
+    net = model.build(header).to(device).train()
+    for p in net.parameters(): p.data += 0.02 * torch.randn_like(p)
+    x, t = torch.randn(8, *model.image_shape(header), device=device), torch.full((8,), 0.5, device=device)
+    return net, header, (x, t) if kind == "Denoiser" else (x, 0.2 * t, t)
 
 
 def compiling(device):
     for name, kind, shorter in [("cifar10", "Denoiser", {"num_blocks": 1}),
                                 ("imagenet64", "Denoiser", {"num_blocks": 1}),
                                 ("imagenet256", "MeanVelocity", {"depth": 4})]:
-        header = model.fresh_header(model.DATASETS[name], kind, **shorter)
-        torch.manual_seed(0)
-        net = model.build(header).to(device).train()
-        for p in net.parameters(): p.data += 0.02 * torch.randn_like(p)
-        x, t = torch.randn(8, *model.image_shape(header), device=device), torch.full((8,), 0.5, device=device)
-        inputs = (x, t) if kind == "Denoiser" else (x, 0.2 * t, t)
-        gradients, seconds = [], 0
-        for f in net, model.compiled(net, True):
-            torch.manual_seed(1)
-            started = time.perf_counter()
-            f(*inputs).square().mean().backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-            net.zero_grad()
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-        error = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()
-        if not error < 1e-3: raise RuntimeError(f"{name}: compiled gradients differ by {error:.1e}")
+        net, header, inputs = small_network(name, kind, device, **shorter)
+        error, seconds = gradient_error(net, (net, model.compiled(net, True)), inputs)
         yield {"what": f"compiled {header['network']['class']}, fp32",
-               "result": f"gradients differ from eager mode by {error:.1e}; first step {seconds:.0f} s"}
+               "result": f"{'' if error < 1e-3 else 'FAILED: '}gradients differ from eager mode by "
+                         f"{error:.1e}; first step {seconds:.0f} s"}
+
+
+def ddp(device):
+    """What several ranks use, with one: DDP, its no_sync, two forwards before a backward, and exchanges of
+    CPU tensors and objects beside NCCL."""
+    cuda = device.type == "cuda"
+    index = torch.device("cuda", 0) if cuda else None
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0,
+                            world_size=1, device_id=index)
+    try:
+        net, _, inputs = small_network("digits", "Denoiser", device)
+        wrapped = model.compiled(model.parallel(net, 2), cuda)
+        def two_forwards(x, t): return torch.cat([wrapped(x, t), wrapped(x, 0.5 * t)])
+        def plain(x, t): return torch.cat([net(x, t), net(x, 0.5 * t)])
+        error = gradient_error(net, (plain, two_forwards), inputs)[0]
+        for x, t in model.microbatches(wrapped, 4, *inputs):
+            with torch.no_grad(): target = wrapped(x, 0.5 * t)
+            (wrapped(x, t) - target).square().mean().backward()
+        norm, objects, number = model.gradient_norm(net), [None], torch.ones(1)
+        dist.all_gather_object(objects, "an object")
+        dist.all_reduce(number)
+        dist.barrier()
+        good = error < 1e-3 and norm < float("inf") and objects == ["an object"] and number == 1
+        yield {"what": "DDP", "result": f"{'' if good else 'FAILED: '}gradients differ by {error:.1e}"}
+    finally: dist.destroy_process_group()
 
 
 def stage_loss(stage, args, net, header, teacher, batch, device):
@@ -115,21 +162,21 @@ def recipe_step(command, data, device, gpus=8):
     header = model.fresh_header(model.DATASETS[data], kind, **network)
     model.setup(0, args.precision)
     torch.manual_seed(0)
-    net = model.build(header).to(device).train()
+    with torch.device(device): net = model.build(header).train()
     net.backbone_dtype = model.DTYPES[args.precision]
     ema, optimizer = copy.deepcopy(net).eval().requires_grad_(False), model.optimizer(args, net)
     teacher, teacher_header, teacher_parameters = None, header, 0
     if stage == "midtrain" or getattr(args, "loss", "ect") == "ecd":
         network = args.recipe.get("teacher_network", {})
         teacher_header = model.fresh_header(model.DATASETS[data], kind, **network)
-        teacher = model.build(teacher_header).to(device)
+        with torch.device(device): teacher = model.build(teacher_header).eval()
         teacher_parameters = sum(p.numel() for p in teacher.parameters())
         teacher.backbone_dtype = model.DTYPES[args.precision] if stage == "midtrain" else torch.float32
     def estimate():
         P, _, activations = dry_run.cost(header, args.precision, args.microbatch or batch)
         return sum(dry_run.memory_parts(P, activations, teacher_parameters).values()) / GiB
     memory = torch.cuda.get_device_properties(device).total_memory / GiB if device.type == "cuda" else 1000
-    while estimate() > 0.9 * memory and (args.microbatch or batch) > 4:
+    while estimate() > 0.75 * memory and (args.microbatch or batch) > 4:
         args.microbatch = (args.microbatch or batch) // 2
     if device.type == "cuda": torch.cuda.reset_peak_memory_stats()
     loss, inputs = stage_loss(stage, args, net, teacher_header, teacher, batch, device)
@@ -171,12 +218,15 @@ def bench(device):
 
 
 def digits(device):
-    started = time.time()
-    for line in script(4, "experiments/demo.py")[-12:]: yield {"what": "digits demo", "result": line}
+    started, table = time.time(), False
+    for line in script(4, "experiments/demo.py"):
+        table = table or line.startswith("FD-pixels of")
+        if table and line: yield {"what": "digits demo", "result": line.replace("|", " ")}
     yield {"what": "digits demo", "result": f"{time.time() - started:.0f} s in all"}
 
 
-PARTS = {"tests": tests, "compile": compiling, "recipes": recipes, "bench": bench, "digits": digits}
+PARTS = {"compile": compiling, "ddp": ddp, "recipes": recipes, "tests": tests, "digits": digits,
+         "bench": bench}
 
 
 def failed(what, e):
@@ -188,7 +238,8 @@ def failed(what, e):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    p.add_argument("--cpu", action="store_true", help="try the digits recipes on a CPU")
+    p.add_argument("--cpu", action="store_true", help="try ddp and the digits recipes on a CPU")
+    p.add_argument("--out", default="runs/gpu.json", help="all results, as JSON")
     args = p.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         raise model.UserError(f"{min(unknown)} is not a part; choose of {', '.join(PARTS)}.")
@@ -196,19 +247,21 @@ def main():
         raise model.UserError("torch sees no GPU here; `python experiments/gpu.py --cpu recipes` tries it.")
     device = torch.device("cpu" if args.cpu else "cuda")
     name = "CPU" if args.cpu else torch.cuda.get_device_name()
-    rows = [{"what": "device", "result": f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"}]
+    rows = []
+    def add(row):
+        rows.append(row)
+        print(f"{row['what']}: {row['result']}", flush=True)
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(json.dumps(rows, indent=1))
+    add({"what": "device", "result": f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"})
     for part in args.parts or PARTS:
         started = time.time()
         try:
-            for row in PARTS[part](device):
-                rows.append(row)
-                print(f"{row['what']}: {row['result']}", flush=True)
-        except Exception as e: rows.append(failed(part, e))
-        rows.append({"what": part, "result": f"took {time.time() - started:.0f} s"})
+            for row in PARTS[part](device): add(row)
+        except Exception as e: add(failed(part, e))
+        add({"what": part, "result": f"took {time.time() - started:.0f} s"})
     print("\n| what | result |\n|---|---|")
     for row in rows: print(f"| {row['what']} | {row['result']} |")
-    os.makedirs("runs", exist_ok=True)
-    Path("runs/gpu.json").write_text(json.dumps(rows, indent=1))
     if any("FAILED" in row["result"] for row in rows): sys.exit(1)
 
 

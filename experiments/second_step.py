@@ -36,7 +36,7 @@ def main():
     args = p.parse_args()
     data = model.Data("data/digits.npz")
     real, labels = torch.from_numpy(data.array[:].copy()), data.labels
-    net = common.classifier("runs/digits/classifier.safetensors", real, labels)
+    net = common.classifier("data/digits_classifier.safetensors", real, labels)
     def judge(images, reference=real):
         return (common.distance(fid.pixels(reference), fid.pixels(images)),
                 common.distance(common.features(net, reference), common.features(net, images)))

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+torch.backends.cudnn.deterministic = True              # runs are compared bit for bit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = str(ROOT), str(ROOT / "tools"), str(ROOT / "experiments")
 
@@ -73,6 +74,16 @@ def mixture_denoiser(means, stds, weights):
         log_g = weights.log() - v.log() * x.shape[1] / 2 - gap.square().sum(-1) / (2 * v)
         return (log_g.softmax(1)[..., None] * (means + (stds ** 2 / v)[..., None] * gap)).sum(1)
     return denoise
+
+
+@pytest.fixture(autouse=True)
+def eager_on_a_gpu(monkeypatch):
+    """On a GPU --compile is the default, and compiling takes minutes; experiments/gpu.py tests it."""
+    import model
+    if torch.cuda.is_available(): monkeypatch.setattr(model, "compiled", lambda function, wanted: function)
+
+
+one_process_a_gpu = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="NCCL takes one process per GPU")
 
 
 @pytest.fixture(scope="session")

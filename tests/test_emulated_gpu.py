@@ -34,7 +34,7 @@ REFUSED_BY_CUDA = [
      "torch.arange(self.frequencies, dtype=t.dtype)", "test_networks"),
     ("model.py", "torch.arange(self.model_channels // 2, device=noise.device, dtype=noise.dtype)",
      "torch.arange(self.model_channels // 2, dtype=noise.dtype)", "pretrain"),
-    ("model.py", "torch.tensor(header[\"latents\"][k]).to(x)", "torch.tensor(header[\"latents\"][k])", "latents"),
+    ("model.py", "torch.tensor(values, device=device, dtype=dtype)", "torch.tensor(values, dtype=dtype)", "latents"),
     ("model.py", "    opt.load_state_dict(opt.state_dict() | {\"state\": dict(enumerate(moments))})",
      "    opt.state.update(zip(net.parameters(), moments))", "resumed"),
     ("model.py", "x, t = (a.to(next(ema.parameters()).device) for a in", "x, t = (a for a in", "pretrain"),
@@ -54,7 +54,7 @@ REFUSED_BY_CUDA = [
      "torch.arange(size, dtype=torch.float32)", "inception"),
 ]
 ALLOWED_BY_CUDA = [                                        # CPU indices; a 0-dim CPU tensor as a number
-    ("midtrain.py", "chosen.to(device), i, j)", "chosen, i, j)", "trajectories"),
+    ("midtrain.py", "chosen.to(device, non_blocking=True), i, j)", "chosen, i, j)", "trajectories"),
     ("midtrain.py", "chosen[torch.randperm(len(chosen), device=device)]", "chosen[torch.randperm(len(chosen))]",
      "midtrain"),
     ("posttrain_cm.py", "return 1 / (t - r)", "return torch.tensor(1.0) / (t - r)", "posttrain_cm"),

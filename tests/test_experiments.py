@@ -46,6 +46,22 @@ def test_gpu_reports_a_part_that_fails(monkeypatch, tmp_path):
     assert [row["result"] for row in rows][1:3] == ["fine", "FAILED: RuntimeError: broken"]
 
 
+def test_gpu_keeps_what_a_command_printed_before_it_was_killed(monkeypatch):
+    import gpu
+    lines = []
+    with pytest.raises(RuntimeError, match="killed after"):
+        for line in gpu.script(0.05, "-c", "print('first'); import time; time.sleep(60)"): lines.append(line)
+    assert lines == ["first"]
+    with pytest.raises(RuntimeError, match="ends here"):
+        for line in gpu.script(1, "-c", "raise SystemExit('ends here')"): pass
+
+
+def test_gpu_tries_ddp(monkeypatch):
+    import gpu
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    assert "differ by" in next(gpu.ddp(torch.device("cpu")))["result"]
+
+
 def test_the_table_of_mnist_follows_from_committed_numbers(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     import mnist

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing
 
 import midtrain, model, pretrain
-from conftest import ROOT, free_port, refused, relerr, write_npz
+from conftest import ROOT, free_port, one_process_a_gpu, refused, relerr, write_npz
 
 SMALL = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
 # what each stage's file is called, and its command line
@@ -402,6 +402,7 @@ def rank_main(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+@one_process_a_gpu
 def test_two_ranks_average_to_one_process_on_the_global_batch(tmp_path):
     torch.multiprocessing.spawn(rank_main, (free_port(), str(tmp_path)), nprocs=2)
     for k in range(3):
@@ -419,6 +420,7 @@ def test_two_ranks_average_to_one_process_on_the_global_batch(tmp_path):
             assert grad.abs().max() > 0 and relerr(one[k][name], grad) < 1e-9, (k, name)
 
 
+@one_process_a_gpu
 @pytest.mark.parametrize("script", ["midtrain.py", "posttrain_mf.py"])
 def test_torchrun_with_two_ranks(chain, tmp_path, script):
     out = tmp_path / "a.safetensors"
@@ -457,6 +459,7 @@ def one_step_of_everything(rank, ports, folder):
             torch.distributed.destroy_process_group()
 
 
+@one_process_a_gpu
 def test_each_architecture_takes_a_step_of_each_stage_on_two_ranks(tmp_path):
     (tmp_path / "data").symlink_to(ROOT / "data")
     for cls, network in TINY.items():

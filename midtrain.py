@@ -35,8 +35,8 @@ from tools import dry_run, feature_networks
 # solver    None: the teacher's default
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments of the student. They replace those of the --init file, which with --init
-#           none are those of model.DATASETS
+# network   constructor arguments of the student. They override those of the --init file, or with --init
+#           none those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
@@ -94,8 +94,9 @@ def cmt_loss(f, x, t, x_end, y, distance):
 
 
 def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
-    """Mid-training of a Mean Flow model (2509.24526), one number per pair of states of one trajectory in flow
-    time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) labels of the trajectories -> (B,)"""
+    """Mid-training of a Mean Flow model (2509.24526), one number per pair. A pair is two states of one
+    trajectory, in flow time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) the labels of the
+    trajectories -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<j} || u(x_t, r, t, y) - (x_t - x_r) / (t - r) ||^2,   t = t_i, r = t_j
     target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
     return (u(x_t, r, t, y) - target).square().flatten(1).sum(1)
@@ -116,8 +117,7 @@ def huber(a, b):
 def pair_table(N, target, pairing="cmt"):
     """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
     endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": instead only the start with the
-    endpoint, M = 1. "slow" has the table of "cmt"; `draw_pairs` then takes one pair of each trajectory.
-    -> i, j (M,)"""
+    endpoint, M = 1. "slow": as "cmt", but the caller draws one pair of each trajectory. -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)

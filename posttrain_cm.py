@@ -15,7 +15,7 @@
              the teacher's error.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
-Without mid-training f(x_r, r) is a posterior mean, which is near the data only where r is small. So ECT has
+Without mid-training f(x_r, r) is a posterior mean, which is near the endpoint only at small r. So ECT has
 to start with a wide gap: with q = 2, r is 0 for all t below 1.95, and the target is the image itself. The
 gap then narrows every --double steps. This baseline, ECT without mid-training, is run by
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 70 --steps 1500 \
@@ -32,8 +32,8 @@ import model, sample, solve
 from tools import dry_run
 
 # q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         every `double` steps k grows by 1, which divides the gap by q. ECT, where q is 2, calls this
-#                doubling. 0: k stays 0, as suits a mid-trained model
+# double         every `double` steps k grows by 1, which divides the gap by q. The ECT paper, with q = 2,
+#                calls this doubling. 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  of ln t
@@ -77,8 +77,8 @@ PUBLIC_TEACHERS = {
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     """f at the less noisy point x_r is the target for f at x_t, because points of one trajectory share their
     endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r. ECD solves
-    the teacher's ODE for it. ECT makes it from the image and noise of x_t. The mean of this x_r over all
-    images and noises that give x_t is, for a small gap, the ODE's x_r. At r = 0 the target is x_r itself.
+    the teacher's ODE for it. ECT makes it from the image and noise of x_t. For a small gap, the mean of this
+    x_r over all images and noises that give x_t equals the ODE's x_r. At r = 0 the target is x_r itself.
     One number per sample.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
@@ -129,7 +129,7 @@ def ect_weight(t, r, kind, sigma_data=0.5):
 
 def ect_r(t, q, doublings=0):
     """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
-    2406.14548). q^(k+1) is capped at 2^16, which leaves t - r 8 of fp32's 24 bits. t (B,) -> (B,)"""
+    2406.14548). q^(k+1) is capped at 2^16, so that t - r keeps 8 of fp32's 24 bits. t (B,) -> (B,)"""
     divisor = min(q ** min(doublings + 1, 16), 2 ** 16)
     return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / divisor)).clamp(min=0)
 

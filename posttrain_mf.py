@@ -4,7 +4,8 @@
   u = v - (t - r) du/dt                                                   its derivative by t
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  replaces v(z_t, t), in both places, by eps - x_0, since v(z_t, t) is the mean of eps - x_0 given z_t.
+  replaces v(z_t, t), in both places where it stands, by eps - x_0. This is right on average, because the mean
+  of eps - x_0 given z_t is v(z_t, t), and the target is linear in v.
 
   reads   runs/D/midtrain_mf.safetensors and the images of --data (D: the name of the dataset)
   writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -98,8 +99,8 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     """The velocity with guidance (2505.13447, eq. 20): v_g for samples with a label and t in [low, high], v
     for the others. z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without gradient"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
-    # The loss trains u(z, t, t | y) to the mean of v_g given z_t. Solved for u, this mean is
-    # w E[v | z_t] + (1 - w) u(z, t, t | null): guidance with the scale w = omega / (1 - kappa).
+    # The loss pulls u(z, t, t | y) to the mean of v_g, which contains u itself. The fixed point is
+    # u = w E[v | z_t, y] + (1 - w) u(z, t, t | null): guidance with the scale w = omega / (1 - kappa).
     if (omega, kappa) == (1.0, 0.0): return v
     with torch.no_grad():
         nulls = torch.full_like(y, null)
@@ -230,10 +231,10 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Two
-            # forwards draw the same masks only if their batches have one shape and they start from one RNG
-            # state. So the loss, too, calls u for these samples alone, and for r = t in a second call. DDP
-            # has no forward-mode derivative: the JVP is of `net`.
+            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Two forwards
+            # draw the same masks only from the same RNG state and with the same batch shape. So the loss,
+            # too, calls u for these samples alone, and for r = t in a second call. DDP has no forward-mode
+            # derivative: the JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

@@ -127,13 +127,11 @@ def read_statistics(path):
                               "be the covariance matrix of mu.")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise model.UserError(f"{path} has values that are not finite; compute the statistics again.")
-    if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or sigma.diagonal().min() < 0:
-        raise model.UserError(f"{path}: sigma is not symmetric with a diagonal >= 0, so no covariance.")
-    sigma = (sigma + sigma.T) / 2
-    values = torch.linalg.eigvalsh(sigma)
-    if values[0] < -1e-3 * values[-1]:
-        raise model.UserError(f"{path}: sigma has negative eigenvalues, so it is no covariance.")
-    return mu, sigma
+    values = torch.linalg.eigvalsh((sigma + sigma.T) / 2)
+    if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or values[0] < -1e-3 * values[-1]:
+        raise model.UserError(f"{path}: sigma is no covariance matrix, which is symmetric with eigenvalues "
+                              ">= 0.")
+    return mu, (sigma + sigma.T) / 2
 
 
 def save_statistics(path, n, mu, cov):

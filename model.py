@@ -816,7 +816,7 @@ def latent_scale(x, header):
 
 @functools.cache                                           # a copy in every step would wait for the GPU
 def per_channel(values, device, dtype):
-    return torch.tensor(values, device=device, dtype=dtype)[:, None, None]
+    return torch.tensor(values, dtype=dtype).to(device)[:, None, None]
 
 
 def pixel_range(header):
@@ -1385,14 +1385,13 @@ class Log:
         self.losses, self.last, self.clock = [], step, time.time()
         if not is_rank_0(): return
         unit, batch, steps = self.unit, self.args.batch, self.args.steps
-        found, rate, left = dict(zip(names, mean.tolist())), batch / seconds, (steps - step) * seconds
-        gib = peak_memory() / 2 ** 30
+        line = {"step": step, unit: step * batch, **dict(zip(names, mean.tolist())), "grad": norm, "lr": lr,
+                f"{unit}/s": batch / seconds, "left": (steps - step) * seconds,
+                "GiB": peak_memory() / 2 ** 30, "skipped": self.skipped}
         say(f"step {step:>7,}/{steps:,}  {unit} {step * batch:,}  "
-            + "".join(f"{k} {v:.5f}  " for k, v in found.items()) + f"grad {norm:.3f}  lr {lr:.2e}  "
-            f"{rate:,.0f} {unit}/s  left {left:,.0f} s  {gib:.1f} GiB"
+            + "".join(f"{k} {line[k]:.5f}  " for k in names) + f"grad {norm:.3f}  lr {lr:.2e}  "
+            f"{batch / seconds:,.0f} {unit}/s  left {line['left']:,.0f} s  {line['GiB']:.1f} GiB"
             + (f"  skipped {self.skipped}" if self.skipped else ""))
-        line = {"step": step, unit: step * batch, **found, "grad": norm, "lr": lr, f"{unit}/s": rate,
-                "left": left, "GiB": gib, "skipped": self.skipped}
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
         file = Path(beside(self.args.out, ".jsonl"))
         with contextlib.suppress(OSError):                 # if the disk is full, the next save says so

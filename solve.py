@@ -227,12 +227,10 @@ def guide_teacher(teacher, header, args, path):
                                 f"--out {args.guide}` makes it of a smaller or less trained public model.")
         guide, other = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, other, path, model.image_shape(header), null)
-        if other["stage"] not in TEACHERS:
-            raise model.UserError(f"{args.guide} is a consistency model, which cannot guide; give a smaller "
-                                  "or less trained teacher.")
-        if other["kind"] != header["kind"]:
-            raise model.UserError(f"{args.guide} is a {other['kind']}, {path} a {header['kind']}; they have "
-                                  "to be of one kind.")
+        if other["stage"] not in TEACHERS or other["kind"] != header["kind"]:
+            raise model.UserError(f"{args.guide}, a {other['kind']} of stage {other['stage']}, cannot guide "
+                                  f"{path}; give a smaller or less trained {header['kind']}, no consistency "
+                                  "model.")
         guide.backbone_dtype = teacher.backbone_dtype
         return guided(teacher, guide, args.guidance)
     if not null or not header["label_dropout"]:

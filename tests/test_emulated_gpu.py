@@ -34,7 +34,7 @@ REFUSED_BY_CUDA = [
      "torch.arange(self.frequencies, dtype=t.dtype)", "test_networks"),
     ("model.py", "torch.arange(self.model_channels // 2, device=noise.device, dtype=noise.dtype)",
      "torch.arange(self.model_channels // 2, dtype=noise.dtype)", "pretrain"),
-    ("model.py", "torch.tensor(values, device=device, dtype=dtype)", "torch.tensor(values, dtype=dtype)", "latents"),
+    ("model.py", "torch.tensor(values, dtype=dtype).to(device)", "torch.tensor(values, dtype=dtype)", "latents"),
     ("model.py", "    opt.load_state_dict(opt.state_dict() | {\"state\": dict(enumerate(moments))})",
      "    opt.state.update(zip(net.parameters(), moments))", "resumed"),
     ("model.py", "x, t = (a.to(next(ema.parameters()).device) for a in", "x, t = (a for a in", "pretrain"),

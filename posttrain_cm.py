@@ -32,8 +32,8 @@ import model, sample, solve
 from tools import dry_run
 
 # q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         every `double` steps k grows by 1, which divides the gap by q. The ECT paper, with q = 2,
-#                calls this doubling. 0: k stays 0, as suits a mid-trained model
+# double         every `double` steps k grows by 1, and the divisor q^(k+1) by the factor q: for q = 2, ECT's
+#                doubling. 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  of ln t

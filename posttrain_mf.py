@@ -4,15 +4,15 @@
   u = v - (t - r) du/dt                                                   its derivative by t
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  replaces v(z_t, t), in both places where it stands, by eps - x_0. This is right on average, because the mean
-  of eps - x_0 given z_t is v(z_t, t), and the target is linear in v.
+  replaces v(z_t, t), in both places where it stands, by eps - x_0, whose mean given z_t is v(z_t, t). The
+  target is linear in v, so its mean stays the same.
 
   reads   runs/D/midtrain_mf.safetensors and the images of --data (D: the name of the dataset)
   writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
   run     python posttrain_mf.py                                        # digits, two minutes on two CPU cores
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
-          forwards. Guidance costs two forwards more, --velocity teacher one
+          forwards. Guidance adds two forwards, and --velocity teacher adds one
   expect  digits (p = 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0
           given z_t, which no model can predict. With p = 1 every loss is divided by its own value, and stays
           near 1. Look at samples
@@ -233,8 +233,8 @@ def main():
 
             # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Two forwards
             # draw the same masks only from the same RNG state and with the same batch shape. So the loss,
-            # too, calls u for these samples alone, and for r = t in a second call. DDP has no forward-mode
-            # derivative: the JVP is of `net`.
+            # like du/dt, calls u on the samples with r < t alone, and on the others in a second call. DDP has
+            # no forward-mode derivative: the JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

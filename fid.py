@@ -1,7 +1,7 @@
 """Evaluation: the Frechet distance between two sets of images.
 
   reads   FILE ...: images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint FILE[:STEPS];
-          --ref: the name of prepared data, images, or statistics (an .npz with mu and sigma, or EDM2's .pkl)
+          --ref: NAME of prepared data, images, or statistics (an .npz with mu and sigma, or EDM2's .pkl)
   prints  for each FILE one line, and then the same as JSON
   writes  with --save-stats X.npz the statistics of FILE, mu and sigma in EDM's layout, for a later --ref
   run     torchrun --nproc_per_node=8 fid.py runs/cifar10/posttrain_cm.safetensors:2    # 50,000 samples
@@ -10,8 +10,8 @@
 
 `--features inception` is the published FID (1706.08500): Inception-v3 with TensorFlow's weights of 2015,
 images resized to 299x299 by TensorFlow 1's bilinear filter (torch-fidelity's convention), fp32 features,
-float64 statistics. The weights are one file to download. With N < 50,000 samples the result is labelled, for
-example, FID-10k: FID is biased upwards for small N.
+float64 statistics. The weights are one file to download. The result is named after the number of samples, for
+example FID-10k, because FID is biased upwards for few samples.
 
 `--features pixels` compares raw images in [-1, 1] of at most 3,072 values. The result is called FD-pixels; it
 is not FID. It is for images that are too small for Inception.
@@ -43,14 +43,12 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
         values, vectors = torch.linalg.eigh(cov_a)
         root = vectors * values.clamp(min=0).sqrt()
     cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
-    if min(cov_a.diagonal().min(), cov_b.diagonal().min()) < 0:
-        raise ValueError("a covariance has a negative diagonal")
     distance = (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.clamp(min=0)                           # rounding error of equal Gaussians
 
 
 def sums(batches):
-    """Of feature batches (n, d), in float64: number, sum (d,), sum of squares x x^T (d,d)."""
+    """Batches of features (n, d) -> their number, sum (d,) and sum of x x^T (d,d), in float64"""
     n, total, outer = 0, 0, 0
     for x in batches:
         x = x.double()
@@ -80,8 +78,8 @@ def read(path, rank, world):
     if path.endswith(".npz"):
         data = model.Data(path)
         if data.latents:
-            raise model.UserError(f"{path} holds latents, and a Frechet distance is between images; "
-                                  "give --ref, images or their statistics.")
+            raise model.UserError(f"{path} holds latents; a Frechet distance compares images or their "
+                                  "statistics.")
         for indices in torch.arange(len(data)).split(64)[rank::world]: yield data.array[indices.numpy()]
     else:
         from tools import prepare_data
@@ -93,7 +91,7 @@ def is_images(path):
 
 
 def reduced(n, total, outer, device):
-    """Sums over all ranks -> number, mean, covariance"""
+    """This rank's sums -> number, mean and covariance over all ranks"""
     if dist.is_initialized():
         size = torch.tensor([0 if n == 0 else len(total)], device=device)
         dist.all_reduce(size, dist.ReduceOp.MAX)           # a rank may have had no images
@@ -108,7 +106,7 @@ def reduced(n, total, outer, device):
 
 def read_statistics(path):
     """mu and sigma of an .npz in EDM's or ADM's layout, or of EDM2's .pkl -> mean (d,), covariance (d,d),
-    both float64; None if it has none. Raises UserError for statistics of no Gaussian."""
+    both float64; None if it has none. Raises UserError if sigma is no covariance."""
     try:
         if path.endswith(".pkl"):
             from tools import prepare_data
@@ -120,7 +118,7 @@ def read_statistics(path):
         mu, sigma = (torch.from_numpy(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
     except Exception as e:
         raise model.UserError(f"{path} is damaged, or no mu and sigma are in it ({type(e).__name__}: {e}).")
-    if mu.dim() == 2 and sigma.dim() <= 1: mu, sigma = sigma, mu                   # swapped
+    if mu.dim() == 2 and sigma.dim() <= 1: mu, sigma = sigma, mu
     mu = mu.flatten()
     if sigma.shape != (len(mu), len(mu)):
         raise model.UserError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; sigma has to "
@@ -149,13 +147,10 @@ def reference(args, header, features, rank, world, device):
         raise model.UserError(f"--ref {path} is one image; give its folder.")
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
-        raise model.UserError(f"the images to compare with, {path}, do not exist; give --ref.")
+        raise model.UserError(f"{path} does not exist; --ref names the images to compare with.")
     cache = None
-    if path.endswith(".pkl"):
-        if found := read_statistics(path): return path, None, *found
-        raise model.UserError(f"{path} has no mu and sigma.")
+    if path.endswith((".npz", ".pkl")) and (found := read_statistics(path)): return path, None, *found
     if path.endswith(".npz"):
-        if found := read_statistics(path): return path, None, *found
         network = model.sha256(args.inception) if args.features == "inception" else "pixels"
         key = hashlib.sha256(f"{model.data_identity(path)} {network}".encode()).hexdigest()[:16]
         cache = Path(f"runs/reference/{key}.npz")
@@ -177,7 +172,8 @@ def main():
     p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="images or checkpoints")
     p.add_argument("--ref", metavar="NAME|PATH",
                    help="what to compare with (default: the data the checkpoint was trained on)")
-    p.add_argument("--features", choices=["inception", "pixels"], default="inception", help="what to compare")
+    p.add_argument("--features", choices=["inception", "pixels"], default="inception",
+                   help="FID, or FD-pixels")
     p.add_argument("--inception", default=f"data/{feature_networks.INCEPTION}", metavar="FILE",
                    help="weights")
     p.add_argument("--save-stats", metavar="X.npz", help="write mu and sigma of FILE, in EDM's layout")
@@ -229,7 +225,7 @@ def evaluate(file, args, features, rank, world, device):
                                 args.solver)
         batches = (images for images, _ in drawn)
         what = {"file": file, "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
-        if header["stage"] in solve.TEACHERS: what["solver"] = args.solver or solve.default_solver(header)
+        if header["stage"] in solve.HAS_ODE: what["solver"] = args.solver or solve.default_solver(header)
         if args.labels.isdecimal() and rank == 0:
             print(f"note: samples of class {args.labels} only; --ref should have images of that class only")
         batches = sample.progress(batches, len(seeds), world)

@@ -1,10 +1,10 @@
 """Stage 3, consistency mid-training (CMT): map every state of a teacher trajectory to its endpoint.
 
-  reads   runs/D/pretrain.safetensors        the teacher, and the initial weights of the student (D: the
-                                             name of the dataset). No images are needed
-          runs/D/pretrain_flow.safetensors   instead, with --target mf
-  writes  runs/D/midtrain_cm.safetensors     EMA weights of a one- or two-step sampler, for posttrain_cm.py
-          runs/D/midtrain_mf.safetensors     with --target mf: EMA weights of a sampler with any number of steps
+  reads   runs/NAME/pretrain.safetensors       the teacher, and the initial weights of the student. No images
+                                               are needed
+          runs/NAME/pretrain_flow.safetensors  instead, with --target mf
+  writes  runs/NAME/midtrain_cm.safetensors    EMA weights of a one- or two-step sampler, for posttrain_cm.py
+          runs/NAME/midtrain_mf.safetensors    with --target mf: EMA weights of an any-step sampler
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
@@ -195,7 +195,7 @@ def flags():
             f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
-    if target == "mf":      # u also takes r: `interval` adds an embedding of t - r, whose output is zero at first
+    if target == "mf":            # u also takes r: `interval` embeds t - r, and its output is zero at first
         args.network = args.network | {"interval": True}
     return args
 
@@ -300,7 +300,7 @@ def main():
     # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
-    teacher_stages = solve.TEACHERS if target == "mf" else [predecessor]
+    teacher_stages = solve.HAS_ODE if target == "mf" else [predecessor]
     teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device,
                                                      model.DATASETS.get(args.recipe_name))
     teacher.backbone_dtype = model.DTYPES[args.precision]

@@ -43,10 +43,10 @@ class Diverged(UserError):
 
 
 # === 1. networks ============================================================================================
-# Every network is called as net(x, t, y, gap) -> (B,C,H,W). x (B,C,H,W) has the backbone's dtype; t (B,),
-# fp32 or float64, is the time as `Denoiser` or `MeanVelocity` scales it; y (B,) or None; gap (B,) is t - r,
-# for networks built with `interval`. Each layer casts its weights to the dtype of its input: bf16, fp32, or
-# float64 in exact tests. Autocast is not used.
+# Every network is called as net(x, t, y, gap) -> (B,C,H,W). x (B,C,H,W) has the backbone's dtype; y (B,) or
+# None; t (B,), fp32 or float64, is the time and gap (B,), for networks built with `interval`, is t - r, both
+# as scaled by `Denoiser` or `MeanVelocity`. Each layer casts its weights to the dtype of its input: bf16,
+# fp32, or float64 in exact tests. Autocast is not used.
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -143,10 +143,11 @@ class Block(nn.Module):
         return x
 
 
-def unet(conv_in, c, resolution, widths, num_blocks, attn_resolutions, enc_block, dec_block, attend_every):
-    """The layers of a U-Net with EDM's names. Each level has `num_blocks` encoder blocks of its width and one
-    more decoder block. `c`: output channels of `conv_in`. `attend_every`: all decoder blocks of a resolution
-    with attention have it, else only the last one. -> encoder, decoder (ModuleDict)"""
+def unet(conv_in, c, resolution, widths, num_blocks, attn_resolutions, enc_block, dec_block, attend_all):
+    """The layers of a U-Net with EDM's names. Each level has `num_blocks` encoder blocks and
+    num_blocks + 1 decoder blocks of its width. `c`: output channels of `conv_in`. `attend_all`: in
+    `attn_resolutions` all decoder blocks have attention, else only the last.
+    -> encoder, decoder (ModuleDict)"""
     sizes = [resolution >> level for level in range(len(widths))]
     enc, dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
     for level, (s, width) in enumerate(zip(sizes, widths)):
@@ -164,14 +165,14 @@ def unet(conv_in, c, resolution, widths, num_blocks, attn_resolutions, enc_block
         else:
             dec[f"{s}x{s}_up"] = dec_block(c, c, resample="up")
         for i in range(num_blocks + 1):
-            attend = s in attn_resolutions and (attend_every or i == num_blocks)
+            attend = s in attn_resolutions and (attend_all or i == num_blocks)
             dec[f"{s}x{s}_block{i}"] = dec_block(c + skips.pop(), width, attention=attend)
             c = width
     return enc, dec
 
 
 def run_unet(enc, dec, x, emb, cat):
-    """x (B,C,H,W), emb (B,emb_dim). `cat` joins the input of a decoder block with the encoder's output."""
+    """x (B,C,H,W), emb (B,emb_dim). `cat` joins the input of a decoder block with its skip connection."""
     skips = []
     for name, layer in enc.items():
         x = layer(x) if name.endswith("conv") else layer(x, emb)
@@ -181,10 +182,10 @@ def run_unet(enc, dec, x, emb, cat):
     return x
 
 
-def one_hot(y, noise, classes):
-    """y (B,) or None -> (B,classes) of magnitude 1, in the dtype of `noise`. The null label is all zeros."""
-    y = torch.full_like(noise, classes, dtype=torch.int64) if y is None else y
-    return F.one_hot(y, classes + 1)[:, :-1].to(noise.dtype) * classes ** 0.5
+def one_hot(y, t, classes):
+    """y (B,) or None -> (B,classes) of rms 1, in the dtype of t (B,). The null label is all zeros."""
+    y = torch.full_like(t, classes, dtype=torch.int64) if y is None else y
+    return F.one_hot(y, classes + 1)[:, :-1].to(t.dtype) * classes ** 0.5
 
 
 class DDPMpp(nn.Module):
@@ -205,22 +206,22 @@ class DDPMpp(nn.Module):
         conv_in = initialised(Conv(img_channels, model_channels, 3, padding=1))
         widths = [model_channels * m for m in channel_mult]
         self.enc, self.dec = unet(conv_in, model_channels, img_resolution, widths, num_blocks,
-                                  attn_resolutions, block, block, attend_every=False)
+                                  attn_resolutions, block, block, attend_all=False)
         self.dec[f"{img_resolution}x{img_resolution}_aux_norm"] = Norm(widths[0])
         self.dec[f"{img_resolution}x{img_resolution}_aux_conv"] = initialised(
             Conv(widths[0], img_channels, 3, padding=1), 1e-5)
 
-    def embed(self, noise, y, gap=None):                                     # -> (B, emb_dim), never in bf16
-        half = torch.arange(self.model_channels // 2, device=noise.device, dtype=noise.dtype)
-        angles = noise[:, None] * 1e-4 ** (half / (len(half) - 1))           # (B, model_channels / 2)
+    def embed(self, t, y, gap=None):                                         # -> (B, emb_dim), never in bf16
+        i = torch.arange(self.model_channels // 2, device=t.device, dtype=t.dtype)
+        angles = t[:, None] * 1e-4 ** (i / (len(i) - 1))                     # (B, model_channels / 2)
         emb = torch.cat([angles.sin(), angles.cos()], dim=1)
-        if self.label_dim: emb = emb + self.map_label(one_hot(y, noise, self.label_dim))
+        if self.label_dim: emb = emb + self.map_label(one_hot(y, t, self.label_dim))
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         return F.silu(emb + self.r_embedder(gap) if self.r_embedder else emb)
 
-    def forward(self, x, noise, y=None, gap=None):
+    def forward(self, x, t, y=None, gap=None):
         *dec, (_, norm), (_, conv) = self.dec.items()
-        x = run_unet(self.enc, dict(dec), x, self.embed(noise, y, gap), lambda *xs: torch.cat(xs, dim=1))
+        x = run_unet(self.enc, dict(dec), x, self.embed(t, y, gap), lambda *xs: torch.cat(xs, dim=1))
         return conv(F.silu(norm(x)))
 
 
@@ -242,8 +243,8 @@ def mp_sum(a, b, t):                                                         # e
 
 
 def mp_cat(a, b, t):                                                         # eq. 103
-    C = ((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t ** 2)) ** 0.5
-    return torch.cat([C * (1 - t) / a.shape[1] ** 0.5 * a, C * t / b.shape[1] ** 0.5 * b], dim=1)
+    scale = ((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t ** 2)) ** 0.5
+    return torch.cat([scale * (1 - t) / a.shape[1] ** 0.5 * a, scale * t / b.shape[1] ** 0.5 * b], dim=1)
 
 
 class MPFourier(nn.Module):
@@ -275,8 +276,8 @@ class MPConv(nn.Module):
 def normalise_weights(net):
     """Forced weight normalisation (EDM2, 2312.02696, eq. 66): store the weights of each output channel of
     every MPConv with magnitude 1, which keeps the effective learning rate constant. Call it once before the
-    first step and after every optimizer step. A second call would move weights by about 1e-5, so a resumed
-    run does not begin with one. Other networks have no MPConv and stay unchanged."""
+    first step and after every optimizer step. It is not idempotent: a second call moves weights by about
+    1e-5, so a resumed run does not begin with it. Other networks have no MPConv and stay unchanged."""
     for layer in net.modules():
         if isinstance(layer, MPConv):
             layer.weight.copy_(unit(layer.weight, tuple(range(1, layer.weight.dim()))))
@@ -318,7 +319,7 @@ class MPBlock(nn.Module):
 class EDM2UNet(nn.Module):
     """The magnitude-preserving U-Net of EDM2 (2312.02696, config G). Parameter names and constructor
     arguments are EDM2's, so its published weights fit by name; its uncertainty head (logvar) is not built.
-    `interval` adds an embedding of t - r (ours); `dropout_resolutions` keeps dropout to these (ECT's)."""
+    `interval` adds an embedding of t - r (ours); only `dropout_resolutions` have dropout (ECT's)."""
     def __init__(self, img_resolution, img_channels, label_dim=0, model_channels=192,
                  channel_mult=(1, 2, 3, 4), channel_mult_noise=None, channel_mult_emb=None, num_blocks=3,
                  attn_resolutions=(16, 8), label_balance=0.5, concat_balance=0.5, interval=False,
@@ -337,15 +338,15 @@ class EDM2UNet(nn.Module):
         conv_in = MPConv(img_channels + 1, widths[0], 3)                         # + 1: a channel of ones
         self.enc, self.dec = unet(conv_in, widths[0], img_resolution, widths, num_blocks, attn_resolutions,
                                   functools.partial(block, encoder=True),
-                                  functools.partial(block, encoder=False), attend_every=True)
+                                  functools.partial(block, encoder=False), attend_all=True)
         self.out_conv = MPConv(widths[0], img_channels, 3)
         for name, layer in [*self.enc.items(), *self.dec.items()]:
             if dropout_resolutions and int(name.split("x")[0]) not in dropout_resolutions: layer.dropout = 0.0
 
-    def forward(self, x, noise, y=None, gap=None):
-        emb = self.emb_noise(self.emb_fourier(noise))                        # (B, emb_dim), never in bf16
+    def forward(self, x, t, y=None, gap=None):
+        emb = self.emb_noise(self.emb_fourier(t))                            # (B, emb_dim), never in bf16
         if self.label_dim:
-            emb = mp_sum(emb, self.emb_label(one_hot(y, noise, self.label_dim)), self.label_balance)
+            emb = mp_sum(emb, self.emb_label(one_hot(y, t, self.label_dim)), self.label_balance)
         if self.r_embedder: emb = emb + self.r_embedder(gap)
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         x = run_unet(self.enc, self.dec, x, mp_silu(emb), lambda a, b: mp_cat(a, b, self.concat_balance))
@@ -388,7 +389,7 @@ class SiTBlock(nn.Module):
 
 
 class SiT(nn.Module):
-    """The diffusion transformer SiT (2401.08740) with Mean Flow's second time (2505.13447): the embeddings of
+    """The diffusion transformer SiT (2401.08740) with Mean Flow's time r (2505.13447): the embeddings of
     t, t - r and y are summed. Parameter names are the public implementations'. `interval` builds the
     embedding of t - r."""
     def __init__(self, img_resolution, img_channels, label_dim, patch_size=2, hidden_size=1152, depth=28,
@@ -433,8 +434,8 @@ class Denoiser(nn.Module):
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
     x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the backbone F runs in
-    `backbone_dtype`. In bf16 ln(t)/4 would be equal for times that differ by less than about 1/64 of t, and
-    at small t the sum would lose c_out F. float64 in computes in float64 throughout.
+    `backbone_dtype`. bf16 would round ln(t)/4 of times within about t/64 to one value, and lose c_out F in
+    the sum at small t. A float64 input stays float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
         super().__init__()
@@ -474,7 +475,7 @@ class MeanVelocity(nn.Module):
 
 
 # === 3. datasets ============================================================================================
-# network: the architecture that a stage builds without an input file, the paper's except for digits, with the
+# network: the architecture that a stage builds without an --init file, the paper's (digits: ours), with the
 # dropout of pre-training. public: a checkpoint for tools/import_checkpoint.py. label_dropout: probability of
 # the null label. noise_scale: multiplies ln(t)/4; 4 is ours, for small networks (digits: a little better than
 # 1, one seed). time_scale: multiplies flow time; 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
@@ -520,8 +521,8 @@ DATASETS = {
 
 def custom_dataset(shape, classes, latents=None):
     """The config of a dataset that DATASETS does not list (ours). The U-Net halves the resolution while it is
-    even and above 8. It has 128 channels, but 32, and one block a level, if images have up to 16 pixels a
-    side or the machine has no GPU. latents: as in DATASETS, of the prepared file."""
+    even and above 8, but at least once. It has 128 channels and 2 blocks a level; for images of up to 16x16
+    pixels, or without a GPU, 32 channels and 1 block. latents: as in DATASETS, of the prepared file."""
     size, multiples = shape[-1], [1 if shape[-1] <= 16 else 2]
     while size % 2 == 0 and size > 8 or len(multiples) < 2:
         size, multiples = size // 2, multiples + [2]
@@ -533,7 +534,7 @@ def custom_dataset(shape, classes, latents=None):
 
 
 def find_data(data, flag="--data"):
-    """NAME, which stands for data/NAME.npz, or the path of an .npz, whose stem is the name.
+    """data: NAME, for data/NAME.npz, or the path of an .npz, whose stem is then the name.
     -> key of the recipe (a name in DATASETS, else "custom"), name, path of the .npz"""
     path = Path(data)
     if not ("/" in data or os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
@@ -585,7 +586,7 @@ def read_info(path):
 
 
 def data_identity(path):
-    """A string that other data do not have: size and CRC-32 of arr_0 and arr_1, and for latents the
+    """A fingerprint of data: size and CRC-32 of arr_0 and arr_1, and for latents the
     autoencoder and its pixel range. No array is read. Raises UserError."""
     try:
         members, info = read_info(path)
@@ -637,7 +638,7 @@ class Data:
         return len(self.array)
 
     def batch(self, indices):
-        """Indices (B,) -> uint8 (B,C,H,W) or fp32 latents as stored, labels (B,), 0 where there are none."""
+        """Indices (B,) -> uint8 (B,C,H,W) or unscaled fp32 latents, labels (B,), 0 where there are none."""
         indices = np.asarray(indices)
         x = torch.from_numpy(self.array[indices])
         x = x.float() if self.latents else x.permute(0, 3, 1, 2).contiguous()
@@ -676,8 +677,8 @@ def open_data(args):
 @contextlib.contextmanager
 def atomic_write(path, unique=False):
     """`with atomic_write(path) as part:` writes to the file `part`, then renames it to `path`, so that `path`
-    is either complete or unchanged. unique: several processes may write the path at once. Raises UserError
-    if the file cannot be written."""
+    is either complete or unchanged. unique: each process has a `part` of its own, as several may write.
+    Raises UserError if the file cannot be written."""
     path = Path(os.path.realpath(path))                    # a link stays a link
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if unique else f"{path.name}.part")
     try:
@@ -707,7 +708,7 @@ def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises UserError as `atomic_write` does."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = json.dumps(header | {"crc32": checksum(tensors, header)})
-    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # or keys are shuffled
+    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # several keys get shuffled
 
 
 def read(path, tensors=True):
@@ -728,7 +729,7 @@ def read(path, tensors=True):
 
 
 def build(header):
-    """An untrained model as a header describes it: {"kind", "network" and the scales of its kind}."""
+    """An untrained model as a header describes it: kind, network, and the constructor's other arguments."""
     network = dict(header["network"])
     net = {"DDPMpp": DDPMpp, "EDM2UNet": EDM2UNet, "SiT": SiT}[network.pop("class")](**network)
     if header["kind"] == "MeanVelocity": return MeanVelocity(net, header["time_scale"])
@@ -820,15 +821,15 @@ def per_channel(values, device, dtype):
 
 
 def pixel_range(header):
-    """[0, 1] or [-1, 1], the pixels that a model's autoencoder encodes and decodes. Files from before this
-    was stored: EDM2's [0, 1], the others' [-1, 1]."""
+    """[0, 1] or [-1, 1], the pixels that a model's autoencoder encodes and decodes. Older files
+    lack it: EDM2's are [0, 1], the others [-1, 1]."""
     default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]
     return header["latents"].get("pixel_range") or default
 
 
 def save_grid(path, rows, names):
-    """Save a picture with one line of images for each of `rows` uint8 (n,H,H,C), C 1 or 3, and its name at
-    the left. Small images are enlarged."""
+    """Save a picture. Each of `rows`, uint8 (n,H,H,C) with C 1 or 3, becomes one line of images with its name
+    at the left. Small images are enlarged."""
     from PIL import Image, ImageDraw, ImageFont
     n, H = len(rows[0]), max(row.shape[1] for row in rows)
     side, gap = max(1, 48 // H) * H, 4
@@ -851,22 +852,22 @@ def epoch_order(n, seed, epoch):
 def batch_indices(n, seed, start, count):
     """Indices start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..."
     -> (count,) int64. A function of its arguments alone, so a resumed run sees the same images."""
-    positions = torch.arange(start, start + count)
-    return torch.cat([epoch_order(n, seed, e)[positions[positions // n == e] % n]
+    stream = torch.arange(start, start + count)
+    return torch.cat([epoch_order(n, seed, e)[stream[stream // n == e] % n]
                       for e in range(start // n, (start + count - 1) // n + 1)])
 
 
 def read_batches(data, args, step, rank, batch, device):
     """Yield x uint8 (batch,C,H,W), or latents, and labels (batch,) on the device: this rank's share of the
     batches from `step` on. A thread reads one batch ahead, into pinned memory for a GPU."""
-    def read(step):
+    def fetch(step):
         tensors = data.batch(batch_indices(len(data), args.seed, step * args.batch + rank * batch, batch))
         return [x.pin_memory() for x in tensors] if device.type == "cuda" else tensors
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(read, step)
+        ahead = thread.submit(fetch, step)
         while True:
             tensors, step = ahead.result(), step + 1
-            ahead = thread.submit(read, step)
+            ahead = thread.submit(fetch, step)
             yield [x.to(device, non_blocking=True) for x in tensors]
 
 
@@ -936,7 +937,7 @@ HYPERPARAMETERS = {
     "optimizer": dict(choices=["Adam", "AdamW", "RAdam"], help="with eps 1e-8 and no weight decay"),
     "beta1":     dict(type=fraction, help="of the optimizer"),
     "beta2":     dict(type=fraction, help="of the optimizer"),
-    "decay":     dict(type=decay, help="learning rate: constant, linear to 0, or 1/sqrt from this step on"),
+    "decay":     dict(type=decay, help="learning rate: constant, linear, or the step where 1/sqrt starts"),
     "warmup":    dict(type=not_negative_int, help="images over which the learning rate rises linearly"),
     "P_mean":    dict(type=finite, help="mean of ln t, or of logit t in flow time"),
     "P_std":     dict(type=positive_float, help="standard deviation of ln t, or of logit t in flow time"),
@@ -966,7 +967,7 @@ def reject_if_typed(*flags, because):
 def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     """The flags that all training stages share. --data picks the entry of `recipes` that holds the defaults,
     also those that --help prints. `predecessor` (None for the first stage) and `writes` name files in
-    runs/D/."""
+    runs/NAME/."""
     recipe_name, name, path = find_data(peek_flag("--data", "digits"))
     if recipe_name not in recipes:
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
@@ -984,13 +985,13 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
             choices=[16, 32, 64, 96, 128, 160, 192, 256],
             help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
     add("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
-        help="result; NAME.resume.safetensors beside it continues")
+        help="result; NAME.resume.safetensors beside it holds the state of the run")
     for hyperparameter, options in HYPERPARAMETERS.items():
         if hyperparameter in recipe:
             add("--" + hyperparameter.replace("_", "-"), dest=hyperparameter, **options)
     if DATASETS.get(recipe_name, {}).get("network", {}).get("class") != "SiT":
         add("--dropout", type=fraction, action=SetNetwork, metavar="P",
-            help="of the network (default: the recipe's, else that of --init)")
+            help="of the network (default: that of RECIPES, else of --init)")
     add("--microbatch", type=positive, metavar="N",
         help="samples per forward and backward pass of a GPU, to save memory (default: all of its batch)")
     add("--seed", type=not_negative_int, default=0, help="of all random numbers")
@@ -1001,7 +1002,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-        default=compile and torch.cuda.is_available() and recipe_name != "digits")    # compiling takes longer
+        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # too short for it
     add("--no-preview", dest="preview", action="store_false", help="write no picture of samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
         add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of that picture")
@@ -1016,8 +1017,8 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
 
 def setup(batch, precision="fp32"):
     """Read torchrun's variables, choose the device, and start a process group if there are several processes.
-    Plain `python` is one process. batch: global batch, 0 where there is none, None for a script that runs in
-    one process only. -> rank, world, device, this rank's share of the batch"""
+    Plain `python` is one process. batch: the global batch; 0: there is none; None: the script runs in one
+    process only. -> rank, world, device, this rank's share of the batch"""
     rank, local, world = (int(os.environ.get(k, d))
                           for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if batch is None and world > 1:
@@ -1050,8 +1051,8 @@ def is_rank_0():
 
 
 def say(text):
-    """Print on rank 0. If nobody reads any more, as after Ctrl-C in `python midtrain.py | tee log`, which
-    ends tee, it acts as SIGTERM does: a training run saves and ends."""
+    """Print on rank 0. If stdout is closed, as when Ctrl-C ends tee in `python midtrain.py | tee log`, raise
+    SIGTERM: a training run saves and ends."""
     try:
         if is_rank_0(): print(text, flush=True)
     except BrokenPipeError:
@@ -1070,8 +1071,8 @@ def parallel(net, world):
 
 
 def compiled(function, wanted):
-    """torch.compile around a network, or a function of networks, if --compile wants it. Shapes are static, or
-    torch would compile with dynamic shapes when teacher and student call `forward` with other batch sizes."""
+    """torch.compile around a network, or a function of networks, if --compile wants it. Shapes are static:
+    the different batch sizes of teacher and student would make torch compile dynamic shapes."""
     if not wanted: return function
     from torch._inductor import config
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
@@ -1096,10 +1097,11 @@ def microbatches(ddp, size, *tensors):
     """Yield slices of `size` samples (None: all) of a rank's tensors, for one backward each. DDP averages the
     gradients over the ranks in the last backward."""
     total = len(tensors[0])
-    for start in range(0, total, size or total):
-        last = start + (size or total) >= total or not hasattr(ddp, "no_sync")
-        with contextlib.nullcontext() if last else ddp.no_sync():
-            yield [x[start:start + (size or total)] for x in tensors]
+    size = size or total
+    for start in range(0, total, size):
+        sync = start + size >= total or not hasattr(ddp, "no_sync")
+        with contextlib.nullcontext() if sync else ddp.no_sync():
+            yield [x[start:start + size] for x in tensors]
 
 
 def learning_rate(args, step):
@@ -1169,15 +1171,15 @@ def check_same_data(path, header, args, flag):
     if not os.path.exists(args.npz) or not header.get("data_identity"): return
     if header["data_identity"] == data_identity(args.npz): return
     text = f"{path} was trained on other data than {args.npz} ({header['data_identity']})"
-    was_typed = typed(f"--{flag}") or flag == "init" and path == peek_flag("--teacher", None)   # its default
-    if not was_typed:
+    if not any(path in (word, word.partition("=")[2]) for word in sys.argv[1:]):       # it was not typed
         raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under another "
                         "name.")
     say(f"warning: {text}.")
 
 
 # Settings that a continued run need not share: they do not change the result, or are compared by content (as
-# sha256, identity or network) instead. `world` is --dry-run's; run_metadata adds the number of processes.
+# sha256, identity or network) instead. `world` here is the flag of --dry-run; run_metadata adds the number of
+# processes.
 NOT_COMPARED = {"kind", "stage", "command_for", "name", "out", "save_every", "keep", "log_every", "data",
                 "npz", "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe",
                 "preview", "vae", "network", "teacher_network", "teacher_command"}
@@ -1241,7 +1243,7 @@ def check_finite(ema, header, out):
 
 def save_run(args, step, net, ema, opt, header):
     """Write first NAME.resume.safetensors (weights, EMA, optimizer state, step), which a resumed run reads,
-    then NAME.safetensors (EMA weights and header). With --keep NAME-STEP.safetensors before both."""
+    then NAME.safetensors (EMA weights and header). --keep: before both, NAME-STEP.safetensors."""
     check_finite(ema, header, args.out)
     state = {f"net.{k}": v for k, v in net.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
@@ -1256,11 +1258,11 @@ def save_run(args, step, net, ema, opt, header):
 
 
 def check_replaceable(out, stage):
-    """Raise UserError if `out` exists and is no earlier result of this stage: an imported teacher, say."""
+    """Raise UserError if `out` exists and is not a result of this stage, or is an imported teacher."""
     if not os.path.exists(out): return
     try: old = read(out, tensors=False)[1]
     except UserError: old = {}
-    imported = "imported from" in old and old["step"] == 0           # trained models keep the first of these
+    imported = "imported from" in old and old["step"] == 0           # "imported from" is inherited
     if old.get("stage") != stage or imported:
         what = "an imported checkpoint" if imported else f"from {old.get('stage', 'elsewhere')}"
         raise UserError(f"{out} exists, and is {what}; choose another --out, or move it away.")
@@ -1327,9 +1329,10 @@ def resume_run(out, net, ema, opt, header):
 
 class Stop:
     """stop(step): has any rank been asked to end, by SIGTERM (preemption) or SIGINT (Ctrl-C)? The loop then
-    saves and ends. All ranks get the same answer, after every step, because torchrun kills 30 s after its
-    SIGTERM; a step and save that take longer are lost. In a single process a second Ctrl-C ends the run at once. Under torchrun one Ctrl-C arrives
-    twice, from the terminal and from torchrun, so there the second is ignored."""
+    saves and ends. All ranks get the same answer. It is asked after every step, because torchrun kills 30 s
+    after its SIGTERM; a step and save that take longer are lost. In a single process a second Ctrl-C ends the
+    run at once. Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun, so there the
+    second is ignored."""
     def __init__(self, world):
         self.world, self.signalled = world, False
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
@@ -1342,12 +1345,12 @@ class Stop:
         # Only the handler writes `signalled`: a signal during the exchange counts at the next step.
         stop = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
         if self.world > 1: dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if stop: say(f"asked to stop: ends after step {step:,}, saved; the same command continues.")
+        if stop: say(f"asked to stop: saves and ends after step {step:,}; the same command continues.")
         return bool(stop)
 
 
 def peak_memory():
-    """Bytes at the highest, of the GPU, else of this process (NaN on Windows)."""
+    """Peak bytes, of the GPU, else of this process (NaN on Windows)."""
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     if sys.platform == "win32": return math.nan
     import resource
@@ -1356,7 +1359,7 @@ def peak_memory():
 
 class Log:
     """Rank 0: one line per --log-every steps and the same as JSON in NAME.jsonl beside the checkpoint: mean
-    loss since the last line over all ranks, its parts, gradient norm, rate, time left, memory at its highest.
+    loss since the last line over all ranks, its parts, gradient norm, rate, time left, peak memory.
     A resumed run appends, so of two lines with the same step the last one counts. Raises Diverged after 10
     skipped steps in a row."""
     def __init__(self, args, unit, world, step):
@@ -1372,7 +1375,7 @@ class Log:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == 10 or step == self.args.steps and self.in_a_row == step - self.start:
             saved = "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
-            raise Diverged(f"the gradient was not finite for {self.in_a_row} steps in a row, the last one "
+            raise Diverged(f"the gradient was not finite for {self.in_a_row} steps in a row, up to step "
                            f"{step}; {saved}. Try a smaller --lr or --precision fp32, with another --out.")
         if step % self.args.log_every == 0 or step in (1, 2, 5, 10, self.args.steps):
             self.write(step, ["loss", *parts], norm, lr)

@@ -1,9 +1,8 @@
 """Post-training, consistency branch (stage 4): Easy Consistency Tuning (ECT) or Distillation (ECD).
 
-  reads   runs/D/midtrain_cm.safetensors and the images of --data; with --loss ecd also
-          runs/D/pretrain.safetensors, the teacher
-  writes  runs/D/posttrain_cm.safetensors   EMA weights; sample.py samples from them in one or two steps. D is
-                                            the name of the dataset
+  reads   runs/NAME/midtrain_cm.safetensors and the images of --data; with --loss ecd also
+          runs/NAME/pretrain.safetensors, the teacher
+  writes  runs/NAME/posttrain_cm.safetensors   EMA weights; sample.py samples from them in one or two steps
   run     python posttrain_cm.py                                      # digits, half a minute on two CPU cores
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
   cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one)

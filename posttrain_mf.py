@@ -7,8 +7,8 @@
   replaces v(z_t, t), in both places where it stands, by eps - x_0, whose mean given z_t is v(z_t, t). The
   target is linear in v, so its mean stays the same.
 
-  reads   runs/D/midtrain_mf.safetensors and the images of --data (D: the name of the dataset)
-  writes  runs/D/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
+  reads   runs/NAME/midtrain_mf.safetensors and the images of --data
+  writes  runs/NAME/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
   run     python posttrain_mf.py                                        # digits, two minutes on two CPU cores
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two

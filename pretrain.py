@@ -1,8 +1,8 @@
 """Stage 1, pre-training: a diffusion model D(x, t) ~ E[x_0 | x_t], or a flow-matching model, as the teacher.
 
   reads   the images of --data
-  writes  runs/D/pretrain.safetensors        EMA weights; midtrain.py solves their ODE and starts from them
-          runs/D/pretrain_flow.safetensors   with --objective flow: v(z, t) for the mean-flow branch
+  writes  runs/NAME/pretrain.safetensors       EMA weights; midtrain.py solves their ODE and starts from them
+          runs/NAME/pretrain_flow.safetensors  with --objective flow: v(z, t) for the Mean Flow branch
   run     python pretrain.py                                           # digits, two minutes on two CPU cores
           python pretrain.py --objective flow
           torchrun --nproc_per_node=8 pretrain.py --data cifar10       # EDM's recipe, 200M images

@@ -1,11 +1,11 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
   reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE)
-  writes  runs/D/samples.png     the first 64 images of one FILE; of several the first 20, one row per
-                                 FILE:STEPS, the same seeds in each column
-          runs/D/samples.npz     with one FILE only: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
+  writes  runs/NAME/samples.png  the first 64 images of one FILE; or of several FILEs 20 each, one row per
+                                 FILE:STEPS, one column per seed
+          runs/NAME/samples.npz  with one FILE only: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
-  run     python sample.py data/digits_cmt.safetensors:1 --n 64        # trained digits, ten seconds
+  run     python sample.py data/digits_cmt.safetensors:1 --n 64        # a trained model, ten seconds
           python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
@@ -37,13 +37,13 @@ def consistency_sampler(f, eps, times, y):
     return x
 
 
-def geometric_times(steps, t_max, mid_t):
-    """t_max, then geometrically down to mid_t; two steps give [t_max, mid_t]. -> list of `steps` numbers"""
-    return [t_max * (mid_t / t_max) ** (i / max(1, steps - 1)) for i in range(steps)]
+def geometric_times(steps, t_max, last_t):
+    """t_max, then geometrically down to last_t; two steps give [t_max, last_t]. -> list of `steps` numbers"""
+    return [t_max * (last_t / t_max) ** (i / max(1, steps - 1)) for i in range(steps)]
 
 
 def draw_block(block, steps, shape, classes):
-    """The randomness of seeds 64 block .. 64 block + 63, each from its own generator.
+    """Labels and noise of the 64 seeds of a block, each from a generator of its own.
     -> labels (64,) int64, noise (steps,64,C,H,W), both on the CPU: every device gets the same numbers"""
     labels, noise = [], []
     for seed in range(64 * block, 64 * block + 64):
@@ -56,9 +56,9 @@ def draw_block(block, steps, shape, classes):
 # === the run ================================================================================================
 
 def step_times(header, steps, mid_t=None):
-    """The times at which a few-step model is called: t_max, then the steps - 1 numbers mid_t. Without mid_t:
-    down to the header's mid_t geometrically for a consistency model, uniformly for Mean Flow. -> list of
-    `steps` numbers"""
+    """The times at which a few-step model is called: t_max, then the steps - 1 numbers mid_t. Without mid_t
+    they fall geometrically to the header's mid_t for a consistency model, and uniformly for Mean Flow.
+    -> list of `steps` numbers"""
     if mid_t and steps > 1:
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
@@ -85,8 +85,8 @@ def open_vae(header, path, device):
 
 
 def to_images(x, header, vae):
-    """Samples of a model -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to the pixel range
-    that the autoencoder encoded. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
+    """Samples of a model -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to pixels in the
+    autoencoder's range. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
     if not x.isfinite().all():
         raise model.UserError("the model's samples are not finite: its training diverged, or the file is of "
                               "another network. Nothing is written.")
@@ -112,12 +112,12 @@ def draw_samples(net, header, eps, y, steps, times, solver):
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
              rank=0, world=1, solver=None):
     """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order; every
-    world-th block from `rank` on. net, header as from model.load; net may be any function with its arguments,
-    if its device is given; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from
+    world-th block from `rank` on. net, header as from model.load; net may be any such function, if
+    `device` is given; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from
     open_vae; solver of a teacher's ODE, by default solve.default_solver's. Raises UserError, also for outputs
     that are not finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
-    consistency, labels = header["stage"] not in solve.TEACHERS, str(labels)
+    consistency, labels = header["stage"] not in solve.HAS_ODE, str(labels)
     if consistency and solver:
         raise model.UserError("a consistency model has no ODE to solve; leave out solver.")
     solver = None if consistency else solver or solve.default_solver(header)
@@ -141,11 +141,9 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         yield to_images(x[keep], header, vae), y.numpy()[keep]
 
 
-# What a row of the picture is called.
-LABELS = {"pretrain": "teacher", "pretrain_flow": "teacher", "midtrain_cm": "after mid-training",
-          "midtrain_mf": "after mid-training", "posttrain_cm": "after post-training",
-          "posttrain_mf": "after post-training"}
-PART = 1024                                                # images a part, a multiple of 64
+# What a row of the picture is called, by the first word of its stage.
+ROW_NAMES = {"pretrain": "teacher", "midtrain": "after mid-training", "posttrain": "after post-training"}
+PART = 1024                                                # images per part, a multiple of 64
 
 
 def write_preview(ema, header, args):
@@ -164,7 +162,7 @@ def write_preview(ema, header, args):
 
 def progress(batches, total, world=1, size=len, unit="images"):
     """Pass batches on. Rank 0 prints rate and time left every ten seconds, as if all ranks were equally fast.
-    size(batch): its number of images, or of what `unit` names."""
+    size(batch): how many of `unit` a batch has."""
     started = last = time.time()
     done = 0
     for batch in batches:
@@ -184,9 +182,9 @@ def is_whole_npz(path):
     except Exception: return False                         # damaged files raise anything
 
 
-def check_replaceable(path, seeds):
-    """Raise UserError if `path` exists and was not written by this script. Files of samples hold arr_0 and
-    arr_1 only, and are never in data/. A folder may have images of these seeds only."""
+def check_samples(path, seeds):
+    """Raise UserError if `path` exists and holds no samples. An .npz counts as samples if it has only arr_0
+    and arr_1 and is not in data/, a folder if it has only images of these seeds."""
     if path.suffix != ".npz" and path.is_dir():
         others = {name for name in os.listdir(path)} - {f"{seed:06d}.png" for seed in seeds}
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
@@ -280,18 +278,18 @@ def path_of(text):
 
 
 def open_model(text, args, device):
-    """FILE or FILE:STEPS -> model, guided as the flags say, header, steps. Without STEPS: --steps, else
-    teachers 16, others 1."""
+    """FILE or FILE:STEPS -> the model, guided if the flags say so, header, steps. Without STEPS: --steps,
+    else 16 for pre-trained models and 1 for others."""
     path = path_of(text)
     count = args.steps if path == text else text[len(path) + 1:]
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".pt", ".pkl"):
-        raise model.UserError(f"{path} is no .safetensors checkpoint of this project. Images are given as a "
-                              "folder or .npz; tools/import_checkpoint.py imports public checkpoints.")
+        raise model.UserError(f"{path} is no .safetensors checkpoint of this project. fid.py takes images as "
+                              "a folder or .npz; tools/import_checkpoint.py imports public checkpoints.")
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if steps == 1: model.reject_if_typed("--mid-t", because=f"{text} is sampled in one step")
-    if header["stage"] not in solve.TEACHERS:
+    if header["stage"] not in solve.HAS_ODE:
         model.reject_if_typed("--guidance", "--guide", "--solver",
                            because=f"{path} is a consistency model, and only its teacher has an ODE to solve")
     else:
@@ -318,7 +316,7 @@ def numbers(text):
 def real_images(path, labels, header, vae):
     """For each label the next real image of that class; any image if the model has no classes. -> uint8
     (n,H,W,C)"""
-    if not path: raise model.UserError("--real: the file does not say where its images are; give --data.")
+    if not path: raise model.UserError("--real: the first FILE does not name its data; give --data.")
     data = model.Data(path)
     y, K = data.labels, header["network"]["label_dim"]
     if K and y is None: raise model.UserError(f"{path} has no labels; leave out --real.")
@@ -333,15 +331,15 @@ def real_images(path, labels, header, vae):
 def sampling_flags(p):
     """Flags that sample.py and fid.py share."""
     p.add_argument("--steps", type=model.positive,
-                   help="NFE of a FILE without :STEPS (default: teachers 16, others 1)")
+                   help="NFE of a FILE without :STEPS (default: 16 for pre-trained models, else 1)")
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
-                   help="drawn from the seed, seed modulo classes, or one class")
+                   help="random: drawn from the seed; balanced: seed modulo classes; K: class K")
     p.add_argument("--solver", choices=solve.SOLVERS,
                    help="of a teacher's ODE (default: dpm3 for denoisers, heun for flow matching, jump for "
-                        "Mean Flow); heun with an odd number of steps is EDM's sampler")
+                        "Mean Flow); heun with an odd NFE is EDM's sampler")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
-                   help="times of the second step and of those after it (default: the file's)")
+                   help="times of steps 2, 3, ... (default: from the file; for Mean Flow uniform)")
     p.add_argument("--precision", choices=model.DTYPES, default="fp32", help="of the network's backbone")
     p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) for models of latents")
     solve.guidance_flags(p)
@@ -354,15 +352,16 @@ def main():
     sampling_flags(p)
     p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")
     p.add_argument("--data", metavar="NAME|PATH.npz",
-                   help="where --real finds them (default: what the first FILE was trained on)")
+                   help="source of the images of --real (default: what the first FILE was trained on)")
     p.add_argument("--out", metavar="X.npz|FOLDER/",
-                   help="result, its grid beside it as X.png (default: runs/D/samples.npz)")
+                   help="images of one FILE; the picture is X.png (default: runs/NAME/samples.npz)")
     args = p.parse_args()
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
     folder = args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out))
     if folder and len(args.files) > 1:
-        raise model.UserError(f"--out {args.out} is a folder, for the images of one FILE. Give X.npz.")
+        raise model.UserError(f"--out {args.out} is a folder, for the images of one FILE; of several FILEs "
+                              "only X.png is written: give --out X.npz.")
     if all(path_of(file) != file for file in args.files):
         model.reject_if_typed("--steps", because="each FILE:STEPS says its number of steps")
     one, seeds = len(args.files) == 1, args.seeds or range(args.n)
@@ -378,7 +377,7 @@ def main():
         draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device,
                                       solver=args.solver)
         if one:
-            check_replaceable(result, seeds)
+            check_samples(result, seeds)
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
             key["sha256"] = [model.sha256(file) for file in (path_of(text), solve.guide_file(args)) if file]
             parts = draw_parts(draw, seeds, Path(f"{out}.parts"), key, rank, world)
@@ -386,12 +385,12 @@ def main():
         images, labels = (collect(parts, seeds, result, rank, world) if one else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
-        names.append(f"{LABELS[header['stage']]}, {steps} NFE")
-        if one and not args.real:                          # a sheet of one FILE, named in its first line
+        names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {steps} NFE")
+        if one and not args.real:                          # one FILE: rows of 16, the first is named
             rows = [images[i:i + 16] for i in range(0, len(images), 16)]
             names += [""] * (len(rows) - 1)
         else: rows.append(images[:20])
-        if header["stage"] in solve.TEACHERS:
+        if header["stage"] in solve.HAS_ODE:
             print(f"{text}: solver {args.solver or solve.default_solver(header)}")
         headers.append(header)
         if len(headers) == 1: first_labels, first_vae = labels[:20], vae

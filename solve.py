@@ -1,8 +1,8 @@
 """Stage 2, solving: the teacher's probability-flow ODE (PF-ODE), from noise to an image.
 
-  reads   runs/D/pretrain.safetensors, or --teacher any flow-time model (pretrain_flow, posttrain_mf, ...)
-  writes  runs/D/trajectories.safetensors   states (n,N+1,C,H,W) fp32, times (N+1,) float64, labels (n,)
-          runs/D/trajectories.png           one trajectory per row, from noise (left) to its endpoint (right)
+  reads   runs/NAME/pretrain.safetensors, or --teacher FILE, any denoiser or flow-time model
+  writes  runs/NAME/trajectories.safetensors  states (n,N+1,C,H,W) fp32, times (N+1,) float64, labels (n,)
+          runs/NAME/trajectories.png          one trajectory per row, from noise (left) to endpoint (right)
   run     python solve.py
           python solve.py --teacher runs/digits/pretrain_flow.safetensors --out runs/digits/flow.safetensors
   expect  a table: the error of each solver at the endpoint for 4..64 NFE, and the observed order
@@ -48,7 +48,7 @@ def uniform_times(n, t_max=1.0, t_min=0.0):
 def dpm_solver_pp(denoise, x, times, order=3):
     """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
     denoise(x, t) per step. Order k needs the outputs of k - 1 earlier steps, so the first steps have orders
-    1, 2, 3. As released, the last steps have orders 3, 2, 1. times > 0, descending; else ValueError.
+    1, 2, 3. As in CMT's code, the last steps have orders 3, 2, 1. times > 0, descending; else ValueError.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
     if order not in (1, 2, 3): raise ValueError(f"order is {order}, not 1, 2 or 3")
@@ -149,7 +149,7 @@ SOLVERS = {
 CALLS_PER_STEP = {"heun": 2}
 
 # A consistency model uses the Denoiser class but does not predict E[x_0 | x_t], so it has no ODE to solve.
-TEACHERS = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
+HAS_ODE = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
 
 
 def default_solver(header):
@@ -161,9 +161,9 @@ def default_solver(header):
 def solver_times(header, nfe, solver):
     """The grid of `solver` for `nfe` function evaluations. -> (N+1,) float64
 
-    Heun takes two per step, but one in a step into t = 0. Of a denoiser an even nfe ends at t_min, and an odd
-    one at 0, which is EDM's own sampler (2206.00364, algorithm 1). The grid of a flow-matching model always
-    ends at 0, so an even nfe makes one call less."""
+    Heun takes two per step, but one in a step into t = 0. A denoiser's grid ends at t_min if nfe is even, and
+    at 0 if nfe is odd, as in EDM's own sampler (2206.00364, algorithm 1). A flow-matching model's grid always
+    ends at 0, so Heun leaves one of an even nfe unused."""
     ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
     if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
     grid = karras_times if denoiser else uniform_times
@@ -174,8 +174,8 @@ def solver_times(header, nfe, solver):
 
 
 def solve_teacher(teacher, header, x, y, nfe, solver):
-    """The PF-ODE of a model with `nfe` function evaluations in total, each solver on its own grid.
-    teacher, header as from model.load, x (B,C,H,W) at t_max, y (B,).
+    """Solve the PF-ODE of a model in at most `nfe` function evaluations, on the grid of `solver`. teacher,
+    header as from model.load, x (B,C,H,W) at t_max, y (B,).
     -> states (N+1,B,C,H,W), times (N+1,) float64"""
     takes, function = SOLVERS[solver]
     if header["kind"] == "Denoiser":
@@ -217,26 +217,26 @@ def guide_file(args):
 def guide_teacher(teacher, header, args, path):
     """The teacher read from `path`, guided as the flags say -> a function of the teacher's arguments. Raises
     UserError if no guide is possible."""
-    null = header["network"]["label_dim"]
+    classes = header["network"]["label_dim"]            # also the null label
     if args.guidance == 1:
         model.reject_if_typed("--guide", because="--guidance is 1")
         return teacher
     if args.guide:
         if not Path(args.guide).exists():
             raise model.UserError(f"{args.guide} does not exist; `python tools/import_checkpoint.py FILE "
-                                f"--out {args.guide}` makes it of a smaller or less trained public model.")
+                                f"--out {args.guide}` imports a smaller or less trained public model.")
         guide, other = model.load(args.guide, next(teacher.parameters()).device)
-        model.check_fit(args.guide, other, path, model.image_shape(header), null)
-        if other["stage"] not in TEACHERS or other["kind"] != header["kind"]:
+        model.check_fit(args.guide, other, path, model.image_shape(header), classes)
+        if other["stage"] not in HAS_ODE or other["kind"] != header["kind"]:
             raise model.UserError(f"{args.guide}, a {other['kind']} of stage {other['stage']}, cannot guide "
                                   f"{path}; give a smaller or less trained {header['kind']}, no consistency "
                                   "model.")
         guide.backbone_dtype = teacher.backbone_dtype
         return guided(teacher, guide, args.guidance)
-    if not null or not header["label_dropout"]:
-        raise model.UserError(f"{path} was never trained without labels and cannot guide itself; "
+    if not classes or not header["label_dropout"]:
+        raise model.UserError(f"{path} was not trained with and without labels, so it cannot guide itself; "
                               "give --guide, a smaller or less trained model.")
-    return guided(teacher, without_label(teacher, null), args.guidance)
+    return guided(teacher, without_label(teacher, classes), args.guidance)
 
 
 def error_table(teacher, header, x, y):
@@ -264,7 +264,7 @@ def main():
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
                    type=model.checkpoint, help="result; its picture lies beside it")
     p.add_argument("--solver", choices=SOLVERS,
-                   help="dpm1-3: DPM-Solver++ of that order; jump: of a Mean Flow model "
+                   help="dpm1-3: DPM-Solver++ 1M to 3M; jump: of a Mean Flow model "
                         "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
     p.add_argument("--nfe", type=model.positive, default=16, help="NFE of a trajectory")
     p.add_argument("--n", type=model.positive, default=64, help="trajectories")
@@ -277,7 +277,7 @@ def main():
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
     args.npz, args.command_for = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
-    teacher, header = model.load_predecessor(args, "teacher", TEACHERS, device)
+    teacher, header = model.load_predecessor(args, "teacher", HAS_ODE, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)
     teacher = guide_teacher(teacher, header, args, args.teacher)

@@ -3,10 +3,10 @@
   reads   FILE, which is a network pickle of EDM, EDM2 or ECT (.pkl), or holds the weights of a SiT, also of
           REPA or MeanFlow-PyTorch (.pt, .pth, .pth.tar, .ckpt, .bin), or is a .safetensors whose metadata
           give the constructor arguments of the network
-  writes  runs/D/pretrain.safetensors         for a denoiser (EDM, EDM2)
-          runs/D/pretrain_flow.safetensors    for a velocity model (SiT, REPA)
-          runs/D/posttrain_cm.safetensors     for a consistency model (ECT)
-          runs/D/posttrain_mf.safetensors     for a Mean Flow model (MeanFlow-PyTorch)
+  writes  runs/NAME/pretrain.safetensors         for a denoiser (EDM, EDM2)
+          runs/NAME/pretrain_flow.safetensors    for a velocity model (SiT, REPA)
+          runs/NAME/posttrain_cm.safetensors     for a consistency model (ECT)
+          runs/NAME/posttrain_mf.safetensors     for a Mean Flow model (MeanFlow-PyTorch)
   run     python tools/import_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl --data cifar10
           python tools/import_checkpoint.py SiT-XL-2-256.pt --data imagenet256 --time data-at-1
 """

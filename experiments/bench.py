@@ -97,7 +97,8 @@ def losses(name, batch, device):
 
     def meanflow(derivative, share=0.25):
         k = round(share * batch)
-        r_below_t, r_equals_t = [x[:k], 0.5 * t[:k], t[:k], y[:k], eps[:k]], [x[k:], t[k:], t[k:], y[k:], eps[k:]]
+        r_below_t = [x[:k], 0.5 * t[:k], t[:k], y[:k], eps[:k]]
+        r_equals_t = [x[k:], t[k:], t[k:], y[k:], eps[k:]]
         dudt = derivative(u, *r_below_t)
         loss = posttrain_mf.meanflow_loss(u, *r_below_t, dudt)
         return torch.cat([loss, posttrain_mf.meanflow_loss(u, *r_equals_t, 0)]) if k < batch else loss
@@ -142,8 +143,7 @@ def compiling(name, batch, device, turns):
           f"{relative_error(loss(fast), loss(f)):.1e}", flush=True)
 
 
-# --- mid-training against the naive baseline, the solver against bare calls
-# --------------------------------------
+# --- mid-training against the naive baseline, the solver against bare calls ---------------------------------
 
 def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
     """A pool's worth of pairs as midtrain.py goes through it, and the same pairs as the released recipe does:

@@ -65,8 +65,8 @@ def train_mf(seed, file, scratch):
 def export(path, out):
     """Copy a checkpoint in fp16. Its header says which file it was and how that was trained."""
     tensors, header = model.read(path)
-    model.save(out, {k: v.half() for k, v in tensors.items()},
-               header | {"made by": "python experiments/demo.py --export", "sha256 in fp32": model.sha256(path)})
+    header |= {"made by": "python experiments/demo.py --export", "sha256 in fp32": model.sha256(path)}
+    model.save(out, {k: v.half() for k, v in tensors.items()}, header)
 
 
 def main():
@@ -101,14 +101,15 @@ def main():
     command("sample", *(f"{shown[i]}:{k}" for i, k in calls), "--real", "--labels", "balanced", "--n", 20,
             "--out", picture)
 
-    print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {len(args.seeds)} training seed(s)"
-          f"\n\n| | NFE | training compute after the teacher, M forwards | FD-pixels | median | each seed |"
+    print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {len(args.seeds)} training "
+          f"seed(s)\n\n| | NFE | training compute after the teacher, M forwards | FD-pixels | median | each seed |"
           f"\n|---|---|---|---|---|---|"
           f"\n| real, one half against the other | | | {floor:.3f} | | |")
     for (name, calls, cost), values in table.items():
         line, each = f"{statistics.mean(values):.3f}", " ".join(f"{value:.3f}" for value in values)
-        if len(values) > 1: line += f" ± {statistics.stdev(values):.3f} | {statistics.median(values):.3f} | {each}"
-        else:               line += " | |"
+        if len(values) > 1:
+            line += f" ± {statistics.stdev(values):.3f} | {statistics.median(values):.3f} | {each}"
+        else: line += " | |"
         print(f"| {name} | {calls} | {cost / 1e6:.2f} | {line} |")
     print(f"\nThe picture is {Path(picture).with_suffix('.png')}. {time.time() - started:.0f} s.")
 

@@ -1,4 +1,4 @@
-"""`python experiments/second_step.py NAME=FILE,FILE...`: does a second sampling step help on digits, and when?
+"""`python experiments/second_step.py NAME=FILE,FILE...`: does a second sampling step help on digits, when?
 
 For models of `make compare`, one file a seed: the Frechet distance of samples to the 1,797 real digits in one
 step, and in two for several times of the second. Judged twice: by pixels, and by the 128 features of a small

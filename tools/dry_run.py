@@ -1,5 +1,6 @@
-"""What `--dry-run` of a training stage prints: the recipe, the missing files with the commands that make them, and
-estimates of memory and compute. The estimates run the network on the meta device, which takes no memory."""
+"""What `--dry-run` of a training stage prints: the recipe, the missing files with the commands that make them,
+and estimates of memory and compute. The estimates run the network on the meta device, which takes no memory.
+"""
 import os, sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def midtrain(args, kind):
     if teacher:
         solver = args.solver or solve.default_solver(teacher)
         solve.check_solver(solver, args.teacher, teacher)
-        if args.pairing == "cmt": pairs_per_trajectory = len(solve.solver_times(teacher, args.nfe, solver)) - 1
+        if args.pairing == "cmt":
+            pairs_per_trajectory = len(solve.solver_times(teacher, args.nfe, solver)) - 1
     report(args, "pairs", header, 0, teacher, nfe / pairs_per_trajectory)
 
 

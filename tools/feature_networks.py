@@ -135,7 +135,7 @@ def load_inception(path):
     return net.eval().requires_grad_(False)
 
 
-# === the paper's distances ===================================================================================
+# === the paper's distances ==================================================================================
 
 class LPIPS(nn.Module):
     """LPIPS of VGG-16 (1801.03924): features of both images, of unit length in each pixel, their squared

@@ -320,7 +320,8 @@ def convert(path, time):
         if wrong: raise model.UserError(f"its arguments describe {what}")
     if network["img_channels"] == 4:
         header["latents"] = model.LATENTS.get(network["class"], model.LATENTS["EDM2UNet"])
-    if network.get("num_blocks", 0) * len(network.get("channel_mult", ())) + network.get("depth", 0) > len(tensors):
+    blocks = network.get("num_blocks", 0) * len(network.get("channel_mult", ())) + network.get("depth", 0)
+    if blocks > len(tensors):
         raise model.UserError("its arguments describe more blocks than tensors")
     with torch.device("meta"): net = model.build(header)       # where a huge network takes no memory
     ours, theirs = ({k: tuple(v.shape) for k, v in d.items()} for d in (net.net.state_dict(), tensors))

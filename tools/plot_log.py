@@ -13,8 +13,8 @@ from experiments import common
 
 
 def read_log(path):
-    """NAME.jsonl -> {quantity: list of numbers, NaN where a line has none}, in the order of the steps. A resumed
-    run writes some steps again: the last line of a step counts. Raises UserError."""
+    """NAME.jsonl -> {quantity: list of numbers, NaN where a line has none}, in the order of the steps. A
+    resumed run writes some steps again: the last line of a step counts. Raises UserError."""
     lines = {}
     try:
         for text in Path(path).read_text().splitlines():
@@ -56,7 +56,8 @@ def main():
     for ax in axes.flat: ax.grid(alpha=0.3)
     axes[-1][0].set_xlabel("step")
     axes[-1][1].set_xlabel("million network forwards (a backward counts as two)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=min(6, len(args.logs)))
+    columns = min(6, len(args.logs))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
     with model.atomic_write(args.out) as part: figure.savefig(part, dpi=90, format="png")
     print(f"{len(args.logs)} logs in {args.out}")
 

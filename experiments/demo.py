@@ -102,7 +102,7 @@ def main():
             "--out", picture)
 
     print(f"\nFD-pixels of {args.n:,} samples against the 1,797 real digits, {len(args.seeds)} training "
-          f"seed(s)\n\n| | NFE | training compute after the teacher, M forwards | FD-pixels | median | each seed |"
+          "seed(s)\n\n| | NFE | compute after the teacher, M forwards | FD-pixels | median | each seed |"
           f"\n|---|---|---|---|---|---|"
           f"\n| real, one half against the other | | | {floor:.3f} | | |")
     for (name, calls, cost), values in table.items():

@@ -1,4 +1,4 @@
-"""What `--dry-run` of a training stage prints: the recipe, the missing files with the commands that make them,
+"""What `--dry-run` of a training stage prints: the recipe, missing files with the commands that make them,
 and estimates of memory and compute. The estimates run the network on the meta device, which takes no memory.
 """
 import os, sys

@@ -43,6 +43,8 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
         values, vectors = torch.linalg.eigh(cov_a)
         root = vectors * values.clamp(min=0).sqrt()
     cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
+    if min(cov_a.diagonal().min(), cov_b.diagonal().min()) < 0:
+        raise ValueError("a covariance has a negative diagonal")
     distance = (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.clamp(min=0)                           # rounding error of equal Gaussians
 
@@ -114,11 +116,11 @@ def read_statistics(path):
             found = found.get("fid", found)
         else:
             with np.load(path, allow_pickle=False) as f: found = {k: f[k] for k in ("mu", "sigma") if k in f}
-        if not found: return None
+        if not found and path.endswith(".npz"): return None          # it holds images
         mu, sigma = (torch.from_numpy(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
     except Exception as e:
         raise model.UserError(f"{path} is damaged, or no mu and sigma are in it ({type(e).__name__}: {e}).")
-    if mu.dim() == 2 and sigma.dim() <= 1: mu, sigma = sigma, mu
+    if mu.dim() == 2 and sigma.dim() <= 1: mu, sigma = sigma, mu                 # stored the other way round
     mu = mu.flatten()
     if sigma.shape != (len(mu), len(mu)):
         raise model.UserError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; sigma has to "
@@ -126,7 +128,8 @@ def read_statistics(path):
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise model.UserError(f"{path} has values that are not finite; compute the statistics again.")
     values = torch.linalg.eigvalsh((sigma + sigma.T) / 2)
-    if (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max() or values[0] < -1e-3 * values[-1]:
+    asymmetric = (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max()
+    if asymmetric or sigma.diagonal().min() < 0 or values[0] < -1e-3 * values[-1]:
         raise model.UserError(f"{path}: sigma is no covariance matrix, which is symmetric with eigenvalues "
                               ">= 0.")
     return mu, (sigma + sigma.T) / 2
@@ -199,9 +202,7 @@ def main():
     features = pixels
     if args.features == "inception":
         net = feature_networks.load_inception(args.inception).to(device)
-        def features(images):                              # in fp32, also with --precision tf32
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                return net(torch.as_tensor(images).to(device))
+        features = lambda images: net(torch.as_tensor(images).to(device))
     for file in args.files: evaluate(file, args, features, rank, world, device)
 
 

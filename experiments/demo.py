@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import command, compute, distances, model, scores, steps_for
+from common import command, compute, distances, model, scores, spread, steps_for
 from sample import seed_range
 
 
@@ -106,10 +106,8 @@ def main():
           f"\n|---|---|---|---|---|---|"
           f"\n| real, one half against the other | | | {floor:.3f} | | |")
     for (name, calls, cost), values in table.items():
-        line, each = f"{statistics.mean(values):.3f}", " ".join(f"{value:.3f}" for value in values)
-        if len(values) > 1:
-            line += f" ± {statistics.stdev(values):.3f} | {statistics.median(values):.3f} | {each}"
-        else: line += " | |"
+        line, each = spread(values), " ".join(f"{value:.3f}" for value in values)
+        line += f" | {statistics.median(values):.3f} | {each}" if len(values) > 1 else " | |"
         print(f"| {name} | {calls} | {cost / 1e6:.2f} | {line} |")
     print(f"\nThe picture is {Path(picture).with_suffix('.png')}. {time.time() - started:.0f} s.")
 

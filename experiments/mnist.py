@@ -49,6 +49,9 @@ RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 SHARES = [0.05, 0.25, 0.5, 0.75, 0.9, 0.97]                # of compute, for mid-training
 INTERVALS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]  # between two doublings, in steps of the run
 EXPONENTS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5]
+# keys of docs/mnist.json; a trial's is TRIALS_KEY and its settings
+TEACHER_KEY, CHOSEN_KEY = "teacher {}, seed {}", "chosen: {}, {} units"
+RESULT_KEY, TRIALS_KEY = "result: {}, {} units, seed {}", "tuning: {}, {:g} units, "
 MEASURES = ("FD", "FD-pixels", "precision", "recall")
 # method: (branch, budgets, name of the second setting, its ladder, first rate, first value tried)
 METHODS = {
@@ -181,7 +184,7 @@ def trials(method, units, settings):
     def run(rate, value):
         found = scores(train(method, units, rate, value, TUNING_SEED), 2000)
         return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
-    name = f"tuning: {method}, {units:g} units, lr {{:g}}, {METHODS[method][2]} {{:g}}"
+    name = TRIALS_KEY.format(method, units) + f"lr {{:g}}, {METHODS[method][2]} {{:g}}"
     return share({name.format(*setting): functools.partial(run, *setting) for setting in settings})
 
 
@@ -215,30 +218,34 @@ def work():
     tasks = [(units, branch, method)
              for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
     for units, branch, method in sorted(tasks, key=lambda task: task[:2]):      # then in the order of METHODS
-        share({f"teacher {branch}, seed {seed}":
+        share({TEACHER_KEY.format(branch, seed):
                functools.partial(lambda *which: scores(teacher(*which), 5000, (16, 1)), branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
         setting = tune(method, units)
-        record(f"chosen: {method}, {units} units", setting)
-        share({f"result: {method}, {units} units, seed {seed}":
+        record(CHOSEN_KEY.format(method, units), setting)
+        share({RESULT_KEY.format(method, units, seed):
                functools.partial(lambda *which: scores(train(*which), 5000), method, units, *setting, seed)
                for seed in SEEDS}, wait=False)
 
 
 def results(found, method):
     """-> [(units, [scores of a seed, ...]), ...], for the budgets that have results"""
-    name = f"result: {method}, {{}} units, seed {{}}"
-    runs = [(units, [found.get(name.format(units, seed)) for seed in SEEDS]) for units in METHODS[method][1]]
+    runs = [(units, [found.get(RESULT_KEY.format(method, units, seed)) for seed in SEEDS])
+            for units in METHODS[method][1]]
     return [(units, [*filter(None, scores)]) for units, scores in runs if any(scores)]
 
 
 def teachers(found, branch):
     """-> the scores of the teachers that are finished"""
-    return [found[key] for seed in SEEDS if (key := f"teacher {branch}, seed {seed}") in found]
+    return [found[key] for seed in SEEDS if (key := TEACHER_KEY.format(branch, seed)) in found]
+
+
+def methods_of(branch):
+    return [method for method, (of, *_) in METHODS.items() if of == branch]
 
 
 def report():
-    """Print the table of docs/mnist.json and draw docs/mnist_curves.png, as far as it goes."""
+    """Print the tables of docs/mnist.json and draw docs/mnist_curves.png, as far as it goes."""
     found = stored()
     print(f"classifier accuracy {found['classifier accuracy']:.2%}; noise floor "
           + ", ".join(f"{k} {v:.3f}" for k, v in found["noise floor"].items()))
@@ -250,12 +257,20 @@ def report():
         for k in ("16", "1") if runs else ():
             cells = [common.spread(run[k][measure] for run in runs) for measure in MEASURES]
             print(f"| teacher {branch}, {k} NFE | 0 | | " + " | ".join(cells) + " | | | | |")
-        for method in (method for method, (of, *_) in METHODS.items() if of == branch):
+        for method in methods_of(branch):
             for units, runs in results(found, method):
-                rate, value = found[f"chosen: {method}, {units} units"]
+                rate, value = found[CHOSEN_KEY.format(method, units)]
                 cells = [common.spread(run[k][measure] for run in runs) for k in "12" for measure in MEASURES]
                 print(f"| {method} | {units} | {rate:g}, {METHODS[method][2]} {value:g} | "
                       + " | ".join(cells) + " |")
+    print("\n| method | units | trials | best trial | its settings |\n|---|---|---|---|---|")
+    for method, (_, budgets, *_) in METHODS.items():
+        for units in sorted({part * budget for budget in budgets for part in (0.25, 0.5)}):
+            name = TRIALS_KEY.format(method, units)
+            trials = {key.removeprefix(name): found[key] for key in found if key.startswith(name)}
+            if not trials: continue
+            best = min(trials, key=trials.get)
+            print(f"| {method} | {units:g} | {len(trials)} | {trials[best]:.1f} | {best} |")
     draw(found)
 
 
@@ -269,7 +284,7 @@ def draw(found):
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
     for (branch, k), axes in zip(itertools.product(("cm", "mf"), "12"), panels.flat):
         lines, name = {}, {"cm": "consistency model", "mf": "Mean Flow"}[branch]
-        for method in (method for method, (of, *_) in METHODS.items() if of == branch):
+        for method in methods_of(branch):
             points = [(units, [run[k]["FD"] for run in runs]) for units, runs in results(found, method)]
             if not points: continue
             lines[method] = [(units, statistics.geometric_mean(values)) for units, values in points]
@@ -297,7 +312,7 @@ def picture(seed=1):
         shutil.copy(path, folder / f"{name}.safetensors")
         shown.extend(f"{folder / name}.safetensors:{k}" for k in calls)
     for method, (branch, *_) in METHODS.items():
-        if not (chosen := found.get(f"chosen: {method}, 1 units")): continue
+        if not (chosen := found.get(CHOSEN_KEY.format(method, 1))): continue
         path = train(method, 1, *chosen, seed)
         if method in ("CMT + ECT", "CMT + MeanFlow"):
             show(f"teacher {branch}", teacher(branch, seed), 16, 1)
@@ -309,12 +324,12 @@ def picture(seed=1):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture"], default="all",
-                   help="work: in one process; report: print the table and draw the curves")
+                   help="work: in one process; report: tables and curves; picture: samples")
     what = p.parse_args().what
     if what == "report": return report()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / "train.npz").exists(): write_training_half()
-    if what in ("work", "picture"): return globals()[what]()
+    if what != "all": return {"work": work, "picture": picture}[what]()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen([sys.executable, __file__, "work"], env=one_thread) for _ in range(2)]
     failed = [w.wait() for w in workers]

@@ -62,7 +62,7 @@ def test_gpu_tries_ddp(monkeypatch):
     assert "differ by" in next(gpu.ddp(torch.device("cpu")))["result"]
 
 
-def test_the_table_of_mnist_follows_from_committed_numbers(monkeypatch, capsys):
+def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     import mnist
     monkeypatch.setattr(mnist, "draw", lambda found: None)           # needs matplotlib
@@ -73,6 +73,8 @@ def test_the_table_of_mnist_follows_from_committed_numbers(monkeypatch, capsys):
         for units, runs in mnist.results(found, method):
             mean = np.mean([run["1"]["FD"] for run in runs])
             assert any(line.startswith(f"| {method} | {units} | ") and f" | {mean:.3f}" in line for line in lines)
+    trials = (ROOT / "docs/mnist.md").read_text().partition("its settings |\n")[2].partition("\n\n")[0].splitlines()
+    assert len(trials) > 1 and set(trials) <= set(lines)
 
 
 # --- tools/plot_log.py, docs/cmt.ipynb ----------------------------------------------------------------------

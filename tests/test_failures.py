@@ -216,12 +216,13 @@ class Evil:
 @pytest.mark.parametrize("arrays, words", [
     (dict(mu=MU * math.nan, sigma=SIGMA), "not finite"), (dict(mu=MU, sigma=SIGMA * math.inf), "not finite"),
     (dict(mu=MU, sigma=SIGMA[:8]), "covariance"), (dict(mu=MU, sigma=np.triu(SIGMA)), "symmetric"),
-    (dict(mu=MU, sigma=-SIGMA), "symmetric"), (dict(mu=MU), "sigma"), ("evil", "damaged")])
+    (dict(mu=MU, sigma=-SIGMA), "symmetric"), (dict(mu=MU), "sigma"), ("evil", "damaged"), ("empty", "no mu"),
+    (dict(mu=MU, sigma=np.diag([-1e-4] + 63 * [1.0])), "symmetric")])
 def test_statistics_that_are_none(run, here, tmp_path, arrays, words):
     path = tmp_path / "stats.npz"
-    if arrays == "evil":
+    if isinstance(arrays, str):
         path = tmp_path / "stats.pkl"
-        path.write_bytes(pickle.dumps({"fid": Evil()}))
+        path.write_bytes(pickle.dumps({"fid": Evil()} if arrays == "evil" else {}))
     else: np.savez(path, **arrays)
     refused(run("fid", "data/digits.npz", "--ref", path, "--features", "pixels"), words)
     assert not Path("evil").exists()
@@ -451,7 +452,7 @@ def test_more_library_edges(here):
     with pytest.raises(ValueError): solve.log_uniform_times(0)
     mu, cov = torch.randn(8), torch.eye(8)
     assert fid.frechet_distance(mu[:, None], cov, mu, cov) == 0
-    for wrong in (mu[:1], cov), (torch.randn(100, 8), cov), (mu, cov[0]):
+    for wrong in (mu[:1], cov), (torch.randn(100, 8), cov), (mu, cov[0]), (mu, -1e-4 * cov):
         with pytest.raises(ValueError): fid.frechet_distance(*wrong, mu, cov)
 
 

@@ -112,6 +112,7 @@ class Inception(nn.Module):
             ("branch7x7x3_4", 192, 3)]], stride=2)
         self.Mixed_7b, self.Mixed_7c = mixed_e(1280, False), mixed_e(2048, True)
 
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)          # fp32, also with --precision tf32
     def forward(self, images):
         x = rearrange(torch.as_tensor(images), "n h w c -> n c h w").to(self.Conv2d_1a_3x3.conv.weight)
         x = (resize_tf1(x.expand(-1, 3, -1, -1)) - 128) / 128

@@ -71,7 +71,7 @@ def pixels(images):
     x = model.to_float(torch.as_tensor(images)).flatten(1)
     if x.shape[1] > 3072:
         raise model.UserError(f"--features pixels is for small images (at most 3,072 values), not for "
-                            f"{x.shape[1]:,}.")
+                              f"{x.shape[1]:,}.")
     return x
 
 
@@ -196,7 +196,7 @@ def main():
     if all(is_images(file) for file in args.files):
         if args.features == "pixels": model.reject_if_typed("--precision", because="pixels need no network")
         model.reject_if_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
-                           "--guide", "--solver", because="FILE is a set of images, not a checkpoint")
+                              "--guide", "--solver", because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     rank, world, device, _ = model.setup(0, args.precision)
     features = pixels

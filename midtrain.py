@@ -116,8 +116,8 @@ def huber(a, b):
 
 def pair_table(N, target, pairing="cmt"):
     """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
-    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": instead only the start with the
-    endpoint, M = 1. "slow": as "cmt", but the caller draws one pair of each trajectory. -> i, j (M,)"""
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. `pairing` is the flag: "kd" has only the start
+    with the endpoint, M = 1; "cmt" and "slow" have all M pairs. -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
@@ -186,9 +186,9 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    public = model.DATASETS.get(args.recipe_name, {}).get("public")
+    url = model.DATASETS.get(args.recipe_name, {}).get("public")
     command = f"python pretrain.py --data {shlex.quote(args.data)}" + " --objective flow" * (target == "mf")
-    if public and target == "cm": command = model.import_command(public, args.data)
+    if url and target == "cm": command = model.import_command(url, args.data)
     args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
         args.command_for[args.trajectories] = (
@@ -251,7 +251,7 @@ def batches_from_file(header, args, step, rank, local_batch, device):
     while True:
         first = step * args.batch + rank * local_batch
         chosen = model.batch_indices(len(y) * len(i), args.seed, first, local_batch)
-        if device.type == "cuda": chosen = chosen.pin_memory()         # else this copy waits for the GPU
+        if device.type == "cuda": chosen = chosen.pin_memory()         # unpinned, .to would wait for the GPU
         yield gather_pairs(states, times, y, chosen.to(device, non_blocking=True), i, j)
         step += 1
 

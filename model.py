@@ -44,9 +44,9 @@ class Diverged(UserError):
 
 # === 1. networks ============================================================================================
 # Every network is called as net(x, t, y, gap) -> (B,C,H,W). x (B,C,H,W) has the backbone's dtype; y (B,) or
-# None; t (B,), fp32 or float64, is the time and gap (B,), for networks built with `interval`, is t - r, both
-# as scaled by `Denoiser` or `MeanVelocity`. Each layer casts its weights to the dtype of its input: bf16,
-# fp32, or float64 in exact tests. Autocast is not used.
+# None; t (B,), fp32 or float64, is the time; gap (B,), only for networks built with `interval`, is t - r.
+# Both are scaled by `Denoiser` or `MeanVelocity`. Each layer casts its weights to the dtype of its input:
+# bf16, fp32, or float64 in exact tests. Autocast is not used.
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -75,7 +75,7 @@ def initialised(layer, gain=1.0):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of a time and two layers, named as in SiT. t (B,) -> (B, dim) in t's dtype."""
+    """Sinusoidal embedding of a time, then two layers, named as in SiT. t (B,) -> (B, dim) in t's dtype."""
     def __init__(self, dim, frequencies=128):
         super().__init__()
         self.frequencies = frequencies
@@ -107,17 +107,17 @@ def resize(x, resample):
     return x
 
 
-def attention(qkv, heads, normalise=lambda x: x):
+def attention(qkv, heads, norm=lambda x: x):
     """Self-attention over pixels. qkv (B,3C,H,W), its channels ordered head, channel, q k v -> (B,C,H,W)"""
     H, W = qkv.shape[2:]
     qkv = rearrange(qkv, "b (n c three) h w -> three b n (h w) c", n=heads, three=3)
-    q, k, v = normalise(qkv.contiguous())                            # fused kernels need contiguous channels
+    q, k, v = norm(qkv.contiguous())                       # fused kernels need contiguous channels
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b n (h w) c -> b (n c) h w", h=H, w=W)
 
 
 class Block(nn.Module):
     """Residual block of DDPM++: norm, conv, add the time embedding, norm, dropout, conv; then self-attention.
-    Both sums are scaled by sqrt(1/2). `resample` is "down", "up" or None."""
+    Sums of a skip connection and its branch are scaled by sqrt(1/2). `resample` is "down", "up" or None."""
     def __init__(self, c_in, c_out, emb_dim, dropout=0.0, attention=False, resample=None):
         super().__init__()
         self.resample, self.dropout = resample, dropout
@@ -145,8 +145,8 @@ class Block(nn.Module):
 
 def unet(conv_in, c, resolution, widths, num_blocks, attn_resolutions, enc_block, dec_block, attend_all):
     """The layers of a U-Net with EDM's names. Each level has `num_blocks` encoder blocks and
-    num_blocks + 1 decoder blocks of its width. `c`: output channels of `conv_in`. `attend_all`: in
-    `attn_resolutions` all decoder blocks have attention, else only the last.
+    num_blocks + 1 decoder blocks of its width. `c`: output channels of `conv_in`. At `attn_resolutions` all
+    decoder blocks of a level have attention if `attend_all`, otherwise only the last.
     -> encoder, decoder (ModuleDict)"""
     sizes = [resolution >> level for level in range(len(widths))]
     enc, dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
@@ -227,7 +227,7 @@ class DDPMpp(nn.Module):
 
 # EDM2's parts (2312.02696). It keeps the magnitude (root-mean-square) of activations and weights at 1.
 
-def unit(x, dims):
+def normalise(x, dims):
     """x / rms(x over dims), computed in at least fp32. 1e-4 avoids a division by zero."""
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
     norm = torch.linalg.vector_norm(x32, dim=dims, keepdim=True)
@@ -268,7 +268,7 @@ class MPConv(nn.Module):
 
     def forward(self, x, gain=1.0):
         w = self.weight.to(torch.promote_types(x.dtype, torch.float32))
-        w = (unit(w, tuple(range(1, w.dim()))) * gain / w[0].numel() ** 0.5).to(x.dtype)
+        w = (normalise(w, tuple(range(1, w.dim()))) * gain / w[0].numel() ** 0.5).to(x.dtype)
         return F.linear(x, w) if w.dim() == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
 
 
@@ -280,7 +280,7 @@ def normalise_weights(net):
     1e-5, so a resumed run does not begin with it. Other networks have no MPConv and stay unchanged."""
     for layer in net.modules():
         if isinstance(layer, MPConv):
-            layer.weight.copy_(unit(layer.weight, tuple(range(1, layer.weight.dim()))))
+            layer.weight.copy_(normalise(layer.weight, tuple(range(1, layer.weight.dim()))))
 
 
 class MPBlock(nn.Module):
@@ -304,14 +304,14 @@ class MPBlock(nn.Module):
 
     def forward(self, x, emb):                                           # x (B, c_in, H, W), emb (B, emb_dim)
         x = resize(x, self.resample)
-        if self.encoder: x = unit(self.conv_skip(x) if self.conv_skip else x, 1)
+        if self.encoder: x = normalise(self.conv_skip(x) if self.conv_skip else x, 1)
         h = self.conv_res0(mp_silu(x))
         h = mp_silu(h * (self.emb_linear(emb, self.emb_gain) + 1)[:, :, None, None].to(h.dtype))
         h = self.conv_res1(F.dropout(h, self.dropout, self.training))
         if not self.encoder and self.conv_skip: x = self.conv_skip(x)
         x = mp_sum(x, h, self.res_balance)
         if self.attention:
-            a = attention(self.attn_qkv(x), self.heads, lambda qkv: unit(qkv, -1))
+            a = attention(self.attn_qkv(x), self.heads, lambda qkv: normalise(qkv, -1))
             x = mp_sum(x, self.attn_proj(a), self.attn_balance)
         return x.clamp(-self.clip, self.clip) if self.clip else x
 
@@ -434,8 +434,8 @@ class Denoiser(nn.Module):
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
     x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the backbone F runs in
-    `backbone_dtype`. bf16 would round ln(t)/4 of times within about t/64 to one value, and lose c_out F in
-    the sum at small t. A float64 input stays float64 throughout.
+    `backbone_dtype`. In bf16, all times within about t/64 of t would have the same ln(t)/4, and at small t
+    the sum would lose c_out F. A float64 input stays float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
         super().__init__()
@@ -708,7 +708,7 @@ def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises UserError as `atomic_write` does."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = json.dumps(header | {"crc32": checksum(tensors, header)})
-    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # several keys get shuffled
+    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # one key: order is random
 
 
 def read(path, tensors=True):
@@ -725,7 +725,7 @@ def read(path, tensors=True):
         return found, header
     except Exception as e:                                 # a damaged file can raise any exception
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
-                      "make it again or copy it again.")
+                        "make it again or copy it again.")
 
 
 def build(header):
@@ -753,7 +753,7 @@ def load(path, device="cpu", **network):
         model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     except Exception as e:
         raise UserError(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
-                      "it is damaged or was written by another program.")
+                        "it is damaged or was written by another program.")
     return model.to(device).eval(), header
 
 
@@ -803,14 +803,14 @@ def to_network(x, header):
     the header's `latents`; with 2C channels, means and standard deviations, z is drawn first.
     (B,C or 2C,H,W) -> (B,C,H,W)"""
     if x.dtype == torch.uint8: return to_float(x)
-    mean, scale = latent_scale(x, header)
+    mean, scale = latent_mean_and_scale(x, header)
     if x.shape[1] == 2 * len(mean):
         z, deviation = x.chunk(2, dim=1)
         x = z + deviation * torch.randn_like(z)
     return (x - mean) * scale
 
 
-def latent_scale(x, header):
+def latent_mean_and_scale(x, header):
     """mean, scale (C,1,1) of the header's `latents`, on x's device and in its dtype"""
     return [per_channel(tuple(header["latents"][k]), x.device, x.dtype) for k in ("mean", "scale")]
 
@@ -891,7 +891,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class SetNetwork(argparse.Action):
-    """A flag that sets a constructor argument of the network, on top of the recipe's `network`."""
+    """A flag that sets a constructor argument of the network. It overrides `network` of RECIPES."""
     def __call__(self, parser, namespace, value, option=None):
         namespace.network = namespace.network | {self.dest: value}
 
@@ -918,7 +918,7 @@ def decay(text):
     return text if text in ("constant", "linear") else positive(text)
 
 
-def checkpoint(text):
+def output_path(text):
     """--out: a checkpoint in a folder that can be written. Raises UserError."""
     there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
     if not text.endswith(".safetensors") or text.endswith(".resume.safetensors") or not (
@@ -983,8 +983,8 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     elif recipe_name == "custom":
         add("--width", type=int, dest="model_channels", action=SetNetwork, metavar="CHANNELS",
             choices=[16, 32, 64, 96, 128, 160, 192, 256],
-            help="of the U-Net (default: 128; 32 for images of up to 16 pixels and without a GPU)")
-    add("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=checkpoint,
+            help="of the U-Net (default: 128; 32 for images of up to 16x16 pixels, or without a GPU)")
+    add("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=output_path,
         help="result; NAME.resume.safetensors beside it holds the state of the run")
     for hyperparameter, options in HYPERPARAMETERS.items():
         if hyperparameter in recipe:
@@ -1002,7 +1002,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # too short for it
+        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # a run too short
     add("--no-preview", dest="preview", action="store_false", help="write no picture of samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
         add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of that picture")
@@ -1105,8 +1105,8 @@ def microbatches(ddp, size, *tensors):
 
 
 def learning_rate(args, step):
-    """--lr after a linear warm-up over args.warmup images, then, by args.decay, "constant", "linear" to 0 at
-    the end, or with 1/sqrt from step T on if it is a number T (EDM2, 2312.02696, eq. 67)."""
+    """--lr, after a linear warm-up over args.warmup images. args.decay: "constant"; "linear", to 0 at the
+    end; or a number T: the rate falls as sqrt(T / step) from step T on (EDM2, 2312.02696, eq. 67)."""
     lr = args.lr * min(1, (step + 1) * args.batch / max(args.warmup, 1))
     if args.decay == "linear": return lr * (1 - step / args.steps)
     return lr if args.decay == "constant" else lr / max(step / args.decay, 1) ** 0.5
@@ -1178,8 +1178,8 @@ def check_same_data(path, header, args, flag):
 
 
 # Settings that a continued run need not share: they do not change the result, or are compared by content (as
-# sha256, identity or network) instead. `world` here is the flag of --dry-run; run_metadata adds the number of
-# processes.
+# sha256, identity or network) instead. `world` here is the flag of --dry-run; run_metadata stores the number
+# of processes in its place.
 NOT_COMPARED = {"kind", "stage", "command_for", "name", "out", "save_every", "keep", "log_every", "data",
                 "npz", "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe",
                 "preview", "vae", "network", "teacher_network", "teacher_command"}
@@ -1262,7 +1262,7 @@ def check_replaceable(out, stage):
     if not os.path.exists(out): return
     try: old = read(out, tensors=False)[1]
     except UserError: old = {}
-    imported = "imported from" in old and old["step"] == 0           # "imported from" is inherited
+    imported = "imported from" in old and old["step"] == 0     # models trained from it keep "imported from"
     if old.get("stage") != stage or imported:
         what = "an imported checkpoint" if imported else f"from {old.get('stage', 'elsewhere')}"
         raise UserError(f"{out} exists, and is {what}; choose another --out, or move it away.")
@@ -1283,9 +1283,9 @@ def check_settings(path, old, header):
     """Raise UserError unless a run with `header` continues the run whose state is in `path`."""
     was = old["settings"] | old["network"]
     now = header["settings"] | json.loads(json.dumps(header["network"]))           # JSON has no tuples
-    free = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
+    may_differ = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
     # Shared keys only: a file from before a flag was added lacks the flag.
-    different = {k for k in was.keys() & now.keys() - free if was[k] != now[k]}
+    different = {k for k in was.keys() & now.keys() - may_differ if was[k] != now[k]}
     if changed := [f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                         "settings to continue it, another --out to keep both, or delete it to start over.")
@@ -1359,9 +1359,9 @@ def peak_memory():
 
 class Log:
     """Rank 0: one line per --log-every steps and the same as JSON in NAME.jsonl beside the checkpoint: mean
-    loss since the last line over all ranks, its parts, gradient norm, rate, time left, peak memory.
-    A resumed run appends, so of two lines with the same step the last one counts. Raises Diverged after 10
-    skipped steps in a row."""
+    loss since the last line over all ranks, its parts, gradient norm, learning rate, speed, time left, peak
+    memory. A resumed run appends, so of two lines with the same step the last one counts. Raises Diverged
+    after 10 skipped steps in a row."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world = args, unit, world
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()

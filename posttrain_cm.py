@@ -105,8 +105,9 @@ def ecd_loss(f, x_t, x_r, t, r, y, weight, c):
 
 
 def ode_step(D, x, t, r, y, solver="heun"):
-    """One step of the PF-ODE from t to r, a time for each sample, "euler" or "heun" (2206.00364, algorithm
-    1). A step into r = 0 is always Euler's. x (B,C,H,W), t, r (B,), y (B,) -> x_r (B,C,H,W), no graph"""
+    """One solver step of the PF-ODE, from each sample's t to its r, by "euler" or "heun" (2206.00364,
+    algorithm 1). A step into r = 0 is always Euler's. x (B,C,H,W), t, r (B,), y (B,) -> x_r (B,C,H,W),
+    without gradient"""
     if solver not in ("euler", "heun"): raise ValueError(f"solver is {solver}, not euler or heun")
     t_, r_ = (s.reshape(-1, *[1] * (x.dim() - 1)) for s in (t, r))
     with torch.no_grad():
@@ -154,12 +155,12 @@ def flags():
     args = p.parse_args()
     if args.loss == "ect":
         model.reject_if_typed("--teacher", "--solver", "--guidance", "--guide",
-                           because="--loss ect has no teacher")
+                              because="--loss ect has no teacher")
     if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
-    data, public = shlex.quote(args.data), model.DATASETS.get(args.recipe_name, {}).get("public")
-    pretrain = model.import_command(public, args.data) if public else f"python pretrain.py --data {data}"
+    data, url = shlex.quote(args.data), model.DATASETS.get(args.recipe_name, {}).get("public")
+    pretrain = model.import_command(url, args.data) if url else f"python pretrain.py --data {data}"
     args.command_for = {args.npz: model.prepare_command(args.name),
-                    args.init: f"python midtrain.py --data {data}"}
+                        args.init: f"python midtrain.py --data {data}"}
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
         args.command_for = {pretrained: pretrain} | args.command_for
     if args.loss == "ecd":

@@ -4,8 +4,8 @@
   u = v - (t - r) du/dt                                                   its derivative by t
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  replaces v(z_t, t), in both places where it stands, by eps - x_0, whose mean given z_t is v(z_t, t). The
-  target is linear in v, so its mean stays the same.
+  replaces v, in the identity and in du/dt, by eps - x_0, whose mean given z_t is v(z_t, t). The target is
+  linear in v, so its mean stays the same.
 
   reads   runs/NAME/midtrain_mf.safetensors and the images of --data
   writes  runs/NAME/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -164,7 +164,7 @@ def flags():
                               "choose --precision fp32 or --derivative jvp.")
     data = shlex.quote(args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
-                  args.init: f"python midtrain.py --target mf --data {data}"}
+                        args.init: f"python midtrain.py --target mf --data {data}"}
     if args.velocity == "teacher":
         args.command_for[args.teacher] = f"python pretrain.py --objective flow --data {data}"
     return args
@@ -232,9 +232,9 @@ def main():
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
             # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Two forwards
-            # draw the same masks only from the same RNG state and with the same batch shape. So the loss,
-            # like du/dt, calls u on the samples with r < t alone, and on the others in a second call. DDP has
-            # no forward-mode derivative: the JVP is of `net`.
+            # draw the same masks only from the same RNG state and with the same batch shape. So the loss
+            # calls u on the samples with r < t alone, as du/dt does, and then on the others. DDP has no
+            # forward-mode derivative: the JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]

@@ -63,7 +63,7 @@ def step_times(header, steps, mid_t=None):
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
             raise model.UserError(f"--mid-t {','.join(map(str, mid_t))}: {steps} steps need {steps - 1} "
-                                f"falling times between {header['t_max']:g} and {header['t_min']:g}.")
+                                  f"falling times between {header['t_max']:g} and {header['t_min']:g}.")
         return times
     if header["kind"] == "Denoiser": return geometric_times(steps, header["t_max"], header["mid_t"])
     return solve.uniform_times(steps, header["t_max"], header["t_min"])[:-1].tolist()
@@ -91,7 +91,7 @@ def to_images(x, header, vae):
         raise model.UserError("the model's samples are not finite: its training diverged, or the file is of "
                               "another network. Nothing is written.")
     if vae:
-        mean, scale = model.latent_scale(x, header)
+        mean, scale = model.latent_mean_and_scale(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in x / scale + mean])       # one by one: memory
     if vae and model.pixel_range(header) == [0, 1]: x = (x.clamp(0, 1) * 255).to(torch.uint8)
     else:                                           x = model.to_uint8(x)
@@ -290,8 +290,8 @@ def open_model(text, args, device):
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if steps == 1: model.reject_if_typed("--mid-t", because=f"{text} is sampled in one step")
     if header["stage"] not in solve.HAS_ODE:
-        model.reject_if_typed("--guidance", "--guide", "--solver",
-                           because=f"{path} is a consistency model, and only its teacher has an ODE to solve")
+        because = f"{path} is a consistency model, and only its teacher has an ODE to solve"
+        model.reject_if_typed("--guidance", "--guide", "--solver", because=because)
     else:
         solver = args.solver or solve.default_solver(header)
         solve.check_solver(solver, path, header)

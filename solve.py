@@ -198,7 +198,7 @@ def check_solver(solver, teacher, header):
     if solver not in solvers_of(header):
         why = " without an embedding of t - r" * (solver == "jump" and header["kind"] == "MeanVelocity")
         raise model.UserError(f"--solver {solver} does not fit {teacher}, a {header['kind']}{why}; "
-                            f"choose one of {', '.join(solvers_of(header))}.")
+                              f"choose one of {', '.join(solvers_of(header))}.")
 
 
 def guidance_flags(p):
@@ -224,7 +224,7 @@ def guide_teacher(teacher, header, args, path):
     if args.guide:
         if not Path(args.guide).exists():
             raise model.UserError(f"{args.guide} does not exist; `python tools/import_checkpoint.py FILE "
-                                f"--out {args.guide}` imports a smaller or less trained public model.")
+                                  f"--out {args.guide}` imports a smaller or less trained public model.")
         guide, other = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, other, path, model.image_shape(header), classes)
         if other["stage"] not in HAS_ODE or other["kind"] != header["kind"]:
@@ -262,7 +262,7 @@ def main():
     p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE",
                    help="a denoiser or a flow-time model")
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
-                   type=model.checkpoint, help="result; its picture lies beside it")
+                   type=model.output_path, help="result; its picture lies beside it")
     p.add_argument("--solver", choices=SOLVERS,
                    help="dpm1-3: DPM-Solver++ 1M to 3M; jump: of a Mean Flow model "
                         "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")

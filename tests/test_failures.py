@@ -349,7 +349,7 @@ def test_elatentlpips(monkeypatch):
     monkeypatch.setitem(sys.modules, "elatentlpips", types.SimpleNamespace(ELatentLPIPS=ELatentLPIPS))
     distance = feature_networks.load_elatentlpips(header, "cpu")
     z = torch.randn(3, 4, 64, 64)
-    mean, scale = model.latent_scale(z, header)
+    mean, scale = model.latent_mean_and_scale(z, header)
     a = ((z - mean) * scale).requires_grad_()
     d = distance(a, torch.zeros(3, 4, 64, 64))
     d.sum().backward()

@@ -58,7 +58,7 @@ def test_loss_reproduces_the_reference():
     states, times = solve.dpm_solver_pp(denoise, x_T, solve.log_uniform_times(N))
     step_major = torch.arange(N * mini) % mini * N + torch.arange(N * mini) // mini
     x, t, x_end, _, _ = midtrain.gather_pairs(states, times, torch.zeros(mini), step_major,
-                                       *midtrain.pair_table(N, "cm"))
+                                              *midtrain.pair_table(N, "cm"))
     assert relerr(x, v["out64/student_x"]) < 1e-12 and relerr(t, v["out64/student_t"]) < 1e-12
     for name, distance in [("MSE", midtrain.l2),
                            ("MAE", lambda a, b: torch.linalg.vector_norm(a - b, dim=1))]:

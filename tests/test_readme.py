@@ -31,7 +31,7 @@ def test_command_parses(script, args, monkeypatch, tmp_path):
 def test_the_chain_of_the_readme_is_there():
     text = " ".join(c.id for c in commands() if c.id.startswith("README"))
     assert all(f"{s}" in text for s in ("pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf",
-                                       "sample", "fid"))
+                                        "sample", "fid"))
 
 
 def snippets():

@@ -132,7 +132,7 @@ def load_inception(path):
         net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
     except Exception as e:                                 # damaged, or another network
         raise model.UserError(f"{path} is not {INCEPTION} ({type(e).__name__}: {str(e).splitlines()[0]}); "
-                            f"fetch {WHERE}.")
+                              f"fetch {WHERE}.")
     return net.eval().requires_grad_(False)
 
 
@@ -185,7 +185,7 @@ def load_lpips(files, header):
         return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
     except Exception as e:                                 # missing, damaged, or of another network
         raise model.UserError(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); "
-                            f"{LPIPS_FILES}")
+                              f"{LPIPS_FILES}")
 
 
 def load_elatentlpips(header, device):
@@ -199,6 +199,6 @@ def load_elatentlpips(header, device):
         raise model.UserError(f"--distance elatentlpips needs `pip install elatentlpips` ({e}).")
     net = ELatentLPIPS(encoder="sd15", augment="bg", verbose=False).to(device).requires_grad_(False)
     def distance(a, b):
-        mean, scale = model.latent_scale(a, header)
+        mean, scale = model.latent_mean_and_scale(a, header)
         return net(a / scale + mean, b / scale + mean, normalize=True).flatten()           # (B,1,1,1) -> (B,)
     return distance

@@ -370,7 +370,7 @@ def main():
                    help="dataset of FILE; it names the folder in runs/ (default: the name of FILE)")
     p.add_argument("--time", choices=["data-at-0", "data-at-1"],
                    help="time of the data, for a SiT that predicts a velocity but does not say at which time")
-    p.add_argument("--out", metavar="FILE", type=model.checkpoint, help="result (default: in runs/)")
+    p.add_argument("--out", metavar="FILE", type=model.output_path, help="result (default: in runs/)")
     args = p.parse_args()
     model.setup(None)
     row, name, path = model.find_data(args.data) if args.data else (None, Path(args.file).stem, "")

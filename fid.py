@@ -92,7 +92,7 @@ def is_images(path):
     return path.endswith((".npz", ".zip")) or os.path.isdir(path)
 
 
-def reduced(n, total, outer, device):
+def over_ranks(n, total, outer, device):
     """This rank's sums -> number, mean and covariance over all ranks"""
     if dist.is_initialized():
         size = torch.tensor([0 if n == 0 else len(total)], device=device)
@@ -142,8 +142,8 @@ def save_statistics(path, n, mu, cov):
 
 def reference(args, header, features, rank, world, device):
     """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
-    covariance; only rank 0 uses them. Statistics of an .npz are cached in runs/reference/. The key is a hash
-    of the identity of its images and the sha256 of the feature network."""
+    covariance; only rank 0 uses them. Statistics of the images of an .npz are cached in runs/reference/. The
+    key is a hash of the identity of its images and the sha256 of the feature network."""
     path = header["data_path"] if not args.ref else args.ref
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -160,7 +160,7 @@ def reference(args, header, features, rank, world, device):
     is_cached = [cache and sample.is_whole_npz(cache)]
     if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # as rank 0 sees it
     if not is_cached[0]:
-        n, mu, cov = reduced(*sums(features(x) for x in read(path, rank, world)), device)
+        n, mu, cov = over_ranks(*sums(features(x) for x in read(path, rank, world)), device)
         if cache and rank == 0:
             cache.unlink(missing_ok=True)                  # it may be damaged
             save_statistics(cache, n, mu, cov)
@@ -213,7 +213,7 @@ def evaluate(file, args, features, rank, world, device):
     if is_images(file):
         if file.endswith(".npz") and os.path.isfile(file) and read_statistics(file):
             raise model.UserError(f"{file} holds statistics, not images; give it as --ref.")
-        batches, what = read(file, rank, world), {"file": file}
+        batches, details = read(file, rank, world), {"file": file}
         if not args.ref and not args.save_stats:
             raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")
     else:
@@ -225,15 +225,17 @@ def evaluate(file, args, features, rank, world, device):
         drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world,
                                 args.solver)
         batches = (images for images, _ in drawn)
-        what = {"file": file, "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
-        if header["stage"] in solve.HAS_ODE: what["solver"] = args.solver or solve.default_solver(header)
+        details = {"file": file, "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
+                   "labels": args.labels}
+        if header["stage"] in solve.ODE_STAGES:
+            details["solver"] = args.solver or solve.default_solver(header)
         if args.labels.isdecimal() and rank == 0:
             print(f"note: samples of class {args.labels} only; --ref should have images of that class only")
         batches = sample.progress(batches, len(seeds), world)
     ref_statistics = None
     if args.ref or not args.save_stats:
         ref_statistics = reference(args, header, features, rank, world, device)
-    n, mu, cov = reduced(*sums(features(x) for x in batches), device)
+    n, mu, cov = over_ranks(*sums(features(x) for x in batches), device)
     if rank: return
     if args.save_stats:
         save_statistics(args.save_stats, n, mu, cov)
@@ -245,10 +247,10 @@ def evaluate(file, args, features, rank, world, device):
                               "has to be of the same features and, for pixels, of the same size.")
     distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
     key, name = ("fid", f"FID-{n / 1000:g}k") if args.features == "inception" else ("fd", "FD-pixels")
-    if key == "fid": what |= {"features": "Inception-v3 of 2015", "resize": "TF1 bilinear, 299x299"}
+    if key == "fid": details |= {"features": "Inception-v3 of 2015", "resize": "TF1 bilinear, 299x299"}
     print(f"{name} {distance:.4f}  {n:,} images against {f'the {n_ref:,} of ' if n_ref else ''}{ref}  "
-          + "  ".join(f"{k} {v}" for k, v in what.items()))
-    print(json.dumps({key: distance, "name": name, "n": n, "ref": ref, "n_ref": n_ref} | what), flush=True)
+          + "  ".join(f"{k} {v}" for k, v in details.items()))
+    print(json.dumps({key: distance, "name": name, "n": n, "ref": ref, "n_ref": n_ref} | details), flush=True)
 
 
 if __name__ == "__main__":

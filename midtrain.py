@@ -8,7 +8,7 @@
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
-  cost    per pair: one forward of the teacher (Heun: two), one forward and one backward of the student
+  cost    per pair: one forward of the teacher (Heun: nearly two), one forward and one backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
           with --target mf, a squared distance, from about 2.5 to about 0.35
 
@@ -35,8 +35,8 @@ from tools import dry_run, feature_networks
 # solver    None: the teacher's default
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments of the student. They override those of the --init file, or with --init
-#           none those of model.DATASETS
+# network   constructor arguments of the student. They override those of the --init file, and those of
+#           model.DATASETS if there is none
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
@@ -130,16 +130,16 @@ def gather_pairs(states, times, y, indices, i, j):
     P trajectories, times (N+1,), y (P,), i, j (M,) from `pair_table`
     -> x_t (B,C,H,W), t (B,), x_r (B,C,H,W), r (B,), y (B,)"""
     trajectory, pair = indices // len(i), indices % len(i)
-    start, end = i[pair], j[pair]
-    t, r = times[start].to(states), times[end].to(states)
-    return states[start, trajectory], t, states[end, trajectory], r, y[trajectory]
+    i, j = i[pair], j[pair]
+    t, r = times[i].to(states), times[j].to(states)
+    return states[i, trajectory], t, states[j, trajectory], r, y[trajectory]
 
 
-def draw_pairs(trajectories, pairs_per_trajectory, M, device):
-    """Choose pairs_per_trajectory of the M pairs of each trajectory without replacement, and shuffle all.
-    -> flat indices (trajectories * pairs_per_trajectory,) for `gather_pairs`"""
-    chosen = torch.rand(trajectories, M, device=device).argsort(dim=1)[:, :pairs_per_trajectory]
-    chosen = (chosen + M * torch.arange(trajectories, device=device)[:, None]).flatten()
+def draw_pairs(P, pairs_per_trajectory, M, device):
+    """Choose pairs_per_trajectory of the M pairs of each of P trajectories without replacement, and shuffle
+    all. -> flat indices (P * pairs_per_trajectory,) for `gather_pairs`"""
+    chosen = torch.rand(P, M, device=device).argsort(dim=1)[:, :pairs_per_trajectory]
+    chosen = (chosen + M * torch.arange(P, device=device)[:, None]).flatten()
     return chosen[torch.randperm(len(chosen), device=device)]
 
 
@@ -206,21 +206,21 @@ def pool_size(local_batch, pairs_per_trajectory, at_least=128):
     return math.ceil(at_least / multiple) * multiple
 
 
-def student_time(states, times, header, target):
-    """Convert a denoiser's trajectories to flow time for a mean-flow student."""
-    if target == "mf" and header["kind"] == "Denoiser": return solve.edm_to_flow(states, times)
+def student_time(states, times, teacher_header, target):
+    """Trajectories in the student's time: those of a denoiser are converted to flow time for --target mf."""
+    if target == "mf" and teacher_header["kind"] == "Denoiser": return solve.edm_to_flow(states, times)
     return states, times
 
 
 @torch.no_grad()
-def solve_pool(teacher, header, trajectories, args, device):
+def solve_pool(teacher, teacher_header, P, args, device):
     """Draw noise and labels (some labels null, as in pre-training) and solve the teacher's ODE from each.
-    -> states (N+1,trajectories,C,H,W), times (N+1,), y (trajectories,), in the student's time"""
-    x = header["t_max"] * torch.randn(trajectories, *model.image_shape(header), device=device)
-    y = torch.randint(max(1, header["network"]["label_dim"]), (trajectories,), device=device)
-    y = model.drop_labels(y, header)
-    states, times = solve.solve_teacher(teacher, header, x, y, args.nfe, args.solver)
-    return *student_time(states, times.to(device), header, args.target), y
+    -> states (N+1,P,C,H,W), times (N+1,), y (P,), in the student's time"""
+    x = teacher_header["t_max"] * torch.randn(P, *model.image_shape(teacher_header), device=device)
+    y = torch.randint(max(1, teacher_header["network"]["label_dim"]), (P,), device=device)
+    y = model.drop_labels(y, teacher_header)
+    states, times = solve.solve_teacher(teacher, teacher_header, x, y, args.nfe, args.solver)
+    return *student_time(states, times.to(device), teacher_header, args.target), y
 
 
 def check_trajectories(args):
@@ -235,18 +235,18 @@ def check_trajectories(args):
     args.nfe, args.solver = made["nfe"], made["solver"]
 
 
-def read_trajectories(args, header, device):
+def read_trajectories(args, teacher_header, device):
     """-> states (N+1,n,C,H,W), times (N+1,), y (n,) of solve.py's file, in the student's time"""
     tensors = model.read(args.trajectories)[0]
     if not tensors["states"].isfinite().all():
         raise model.UserError(f"{args.trajectories} has values that are not finite; solve it again.")
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
-    return *student_time(states.transpose(0, 1), times, header, args.target), y
+    return *student_time(states.transpose(0, 1), times, teacher_header, args.target), y
 
 
-def batches_from_file(header, args, step, rank, local_batch, device):
+def batches_from_file(teacher_header, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
-    states, times, y = read_trajectories(args, header, device)
+    states, times, y = read_trajectories(args, teacher_header, device)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
     while True:
         first = step * args.batch + rank * local_batch
@@ -256,7 +256,7 @@ def batches_from_file(header, args, step, rank, local_batch, device):
         step += 1
 
 
-def batches_from_teacher(teacher, header, N, args, step, rank, local_batch, device):
+def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on: solve a pool of trajectories, shuffle its pairs,
     yield them batch by batch, solve the next pool.
 
@@ -268,13 +268,13 @@ def batches_from_teacher(teacher, header, N, args, step, rank, local_batch, devi
     a compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
-    trajectories = pool_size(local_batch, pairs_per_trajectory)
-    steps_per_pool = trajectories * pairs_per_trajectory // local_batch
+    P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
+    steps_per_pool = P * pairs_per_trajectory // local_batch
     while True:
         pool, used = divmod(step, steps_per_pool)
         model.reseed(args.seed, rank, "pool", pool)
-        states, times, y = solve_pool(teacher, header, trajectories, args, device)
-        indices = draw_pairs(trajectories, pairs_per_trajectory, len(i), device)
+        states, times, y = solve_pool(teacher, teacher_header, P, args, device)
+        indices = draw_pairs(P, pairs_per_trajectory, len(i), device)
         for chosen in indices.split(local_batch)[used:]:
             yield gather_pairs(states, times, y, chosen, i, j)
         step = (pool + 1) * steps_per_pool
@@ -300,7 +300,7 @@ def main():
     # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
-    teacher_stages = solve.HAS_ODE if target == "mf" else [predecessor]
+    teacher_stages = solve.ODE_STAGES if target == "mf" else [predecessor]
     teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device,
                                                      model.DATASETS.get(args.recipe_name))
     teacher.backbone_dtype = model.DTYPES[args.precision]
@@ -331,9 +331,9 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    shared = args, step, rank, local_batch, device
-    batches = (batches_from_file(teacher_header, *shared) if args.trajectories else
-               batches_from_teacher(teacher, teacher_header, N, *shared))
+    position = args, step, rank, local_batch, device
+    batches = (batches_from_file(teacher_header, *position) if args.trajectories else
+               batches_from_teacher(teacher, teacher_header, N, *position))
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):

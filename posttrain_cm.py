@@ -1,4 +1,4 @@
-"""Post-training, consistency branch (stage 4): Easy Consistency Tuning (ECT) or Distillation (ECD).
+"""Stage 4, post-training of the consistency branch: Easy Consistency Tuning (ECT) or Distillation (ECD).
 
   reads   runs/NAME/midtrain_cm.safetensors and the images of --data; with --loss ecd also
           runs/NAME/pretrain.safetensors, the teacher

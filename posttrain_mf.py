@@ -1,4 +1,4 @@
-"""Post-training, Mean Flow branch (stage 4): real images and the MeanFlow identity
+"""Stage 4, post-training of the Mean Flow branch: real images and the MeanFlow identity
 
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
   u = v - (t - r) du/dt                                                   its derivative by t

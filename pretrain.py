@@ -40,7 +40,7 @@ RECIPES = {
         "imagenet512": EDM2 | dict(steps=458_752, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),  # EDM2
         "custom":      OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),   # ours
     },
-    # Nobody published a flow-matching teacher for CMT.
+    # In the CMT paper the teacher of a Mean Flow model is a small Mean Flow model, not one of these.
     "flow": {
         "digits":      FLOW | dict(steps=1600, batch=64, lr=2e-3, decay="linear", warmup=0, ema=0.99),  # ours
         "cifar10":     FLOW | dict(steps=200_000,                                                 # ours

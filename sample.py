@@ -111,13 +111,13 @@ def draw_samples(net, header, eps, y, steps, times, solver):
 @torch.no_grad()
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
              rank=0, world=1, solver=None):
-    """Yield (images uint8 (n,H,W,C), labels int64 (n,)) block by block for the range `seeds`, in order; every
-    world-th block from `rank` on. net, header as from model.load; net may be any such function, if
-    `device` is given; labels "random" | "balanced" | a class; mid_t as for step_times; vae as from
-    open_vae; solver of a teacher's ODE, by default solve.default_solver's. Raises UserError, also for outputs
-    that are not finite."""
+    """Yield (images uint8 (n,H,W,C), labels int64 (n,)) of the range `seeds`, one block of 64 seeds at a
+    time, in order: the blocks rank, rank + world, ... net, header as from model.load; net may be a plain
+    function if `device` is given; labels "random" | "balanced" | a class; mid_t as for step_times; vae as
+    from open_vae; solver of a teacher's ODE, by default solve.default_solver's. Raises UserError, also for
+    outputs that are not finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
-    consistency, labels = header["stage"] not in solve.HAS_ODE, str(labels)
+    consistency, labels = header["stage"] not in solve.ODE_STAGES, str(labels)
     if consistency and solver:
         raise model.UserError("a consistency model has no ODE to solve; leave out solver.")
     solver = None if consistency else solver or solve.default_solver(header)
@@ -182,9 +182,9 @@ def is_whole_npz(path):
     except Exception: return False                         # damaged files raise anything
 
 
-def check_samples(path, seeds):
-    """Raise UserError if `path` exists and holds no samples. An .npz counts as samples if it has only arr_0
-    and arr_1 and is not in data/, a folder if it has only images of these seeds."""
+def check_overwrites(path, seeds):
+    """Raise UserError if `path` holds anything but samples, which would be lost. An .npz counts as samples
+    if it has only arr_0 and arr_1 and is not in data/, a folder if it has only images of these seeds."""
     if path.suffix != ".npz" and path.is_dir():
         others = {name for name in os.listdir(path)} - {f"{seed:06d}.png" for seed in seeds}
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
@@ -192,7 +192,7 @@ def check_samples(path, seeds):
     if not os.path.exists(path) or os.path.isfile(path) and os.path.getsize(path) == 0: return
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     if set(names) != {"arr_0.npy", "arr_1.npy"} or Path(path).absolute().parent.name == "data":
-        raise model.UserError(f"{path} exists, and holds no samples; choose another --out.")
+        raise model.UserError(f"{path} holds something else than samples; choose another --out.")
 
 
 def draw_parts(draw, seeds, folder, key, rank, world):
@@ -289,7 +289,7 @@ def open_model(text, args, device):
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if steps == 1: model.reject_if_typed("--mid-t", because=f"{text} is sampled in one step")
-    if header["stage"] not in solve.HAS_ODE:
+    if header["stage"] not in solve.ODE_STAGES:
         because = f"{path} is a consistency model, and only its teacher has an ODE to solve"
         model.reject_if_typed("--guidance", "--guide", "--solver", because=because)
     else:
@@ -364,7 +364,7 @@ def main():
                               "only X.png is written: give --out X.npz.")
     if all(path_of(file) != file for file in args.files):
         model.reject_if_typed("--steps", because="each FILE:STEPS says its number of steps")
-    one, seeds = len(args.files) == 1, args.seeds or range(args.n)
+    single, seeds = len(args.files) == 1, args.seeds or range(args.n)
 
     rank, world, device, _ = model.setup(0, args.precision)
     rows, names, headers = [], [], []
@@ -376,21 +376,21 @@ def main():
         vae = open_vae(header, args.vae, device)
         draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device,
                                       solver=args.solver)
-        if one:
-            check_samples(result, seeds)
+        if single:
+            check_overwrites(result, seeds)
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
             key["sha256"] = [model.sha256(file) for file in (path_of(text), solve.guide_file(args)) if file]
             parts = draw_parts(draw, seeds, Path(f"{out}.parts"), key, rank, world)
-        if rank and not one: return
-        images, labels = (collect(parts, seeds, result, rank, world) if one else
+        if rank and not single: return
+        images, labels = (collect(parts, seeds, result, rank, world) if single else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
         names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {steps} NFE")
-        if one and not args.real:                          # one FILE: rows of 16, the first is named
+        if single and not args.real:                       # one FILE: rows of 16, the first is named
             rows = [images[i:i + 16] for i in range(0, len(images), 16)]
             names += [""] * (len(rows) - 1)
         else: rows.append(images[:20])
-        if header["stage"] in solve.HAS_ODE:
+        if header["stage"] in solve.ODE_STAGES:
             print(f"{text}: solver {args.solver or solve.default_solver(header)}")
         headers.append(header)
         if len(headers) == 1: first_labels, first_vae = labels[:20], vae
@@ -402,7 +402,7 @@ def main():
         rows.insert(0, real_images(path, first_labels, headers[0], first_vae))
         names.insert(0, "real")
     model.save_grid(f"{out}.png", rows, names)
-    print(f"{', '.join(filter(None, names))}: " + (f"{len(seeds):,} images in {result}, " if one else "")
+    print(f"{', '.join(filter(None, names))}: " + (f"{len(seeds):,} images in {result}, " if single else "")
           + f"picture {out}.png")
 
 

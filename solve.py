@@ -149,7 +149,7 @@ SOLVERS = {
 CALLS_PER_STEP = {"heun": 2}
 
 # A consistency model uses the Denoiser class but does not predict E[x_0 | x_t], so it has no ODE to solve.
-HAS_ODE = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
+ODE_STAGES = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
 
 
 def default_solver(header):
@@ -161,9 +161,9 @@ def default_solver(header):
 def solver_times(header, nfe, solver):
     """The grid of `solver` for `nfe` function evaluations. -> (N+1,) float64
 
-    Heun takes two per step, but one in a step into t = 0. A denoiser's grid ends at t_min if nfe is even, and
-    at 0 if nfe is odd, as in EDM's own sampler (2206.00364, algorithm 1). A flow-matching model's grid always
-    ends at 0, so Heun leaves one of an even nfe unused."""
+    Heun takes two per step, but one in a step into t = 0. For a denoiser, Heun's grid ends at t_min if nfe is
+    even, and at 0 if it is odd, as in EDM's own sampler (2206.00364, algorithm 1). For a flow-matching model
+    it always ends at 0, so with an even nfe Heun takes only nfe - 1 evaluations."""
     ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
     if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
     grid = karras_times if denoiser else uniform_times
@@ -217,7 +217,7 @@ def guide_file(args):
 def guide_teacher(teacher, header, args, path):
     """The teacher read from `path`, guided as the flags say -> a function of the teacher's arguments. Raises
     UserError if no guide is possible."""
-    classes = header["network"]["label_dim"]            # also the null label
+    classes = header["network"]["label_dim"]            # the number of classes is also the null label
     if args.guidance == 1:
         model.reject_if_typed("--guide", because="--guidance is 1")
         return teacher
@@ -225,16 +225,16 @@ def guide_teacher(teacher, header, args, path):
         if not Path(args.guide).exists():
             raise model.UserError(f"{args.guide} does not exist; `python tools/import_checkpoint.py FILE "
                                   f"--out {args.guide}` imports a smaller or less trained public model.")
-        guide, other = model.load(args.guide, next(teacher.parameters()).device)
-        model.check_fit(args.guide, other, path, model.image_shape(header), classes)
-        if other["stage"] not in HAS_ODE or other["kind"] != header["kind"]:
-            raise model.UserError(f"{args.guide}, a {other['kind']} of stage {other['stage']}, cannot guide "
-                                  f"{path}; give a smaller or less trained {header['kind']}, no consistency "
-                                  "model.")
+        guide, guide_header = model.load(args.guide, next(teacher.parameters()).device)
+        model.check_fit(args.guide, guide_header, path, model.image_shape(header), classes)
+        if guide_header["stage"] not in ODE_STAGES or guide_header["kind"] != header["kind"]:
+            raise model.UserError(f"{args.guide}, a {guide_header['kind']} of stage {guide_header['stage']}, "
+                                  f"cannot guide {path}; give a smaller or less trained {header['kind']}, no "
+                                  "consistency model.")
         guide.backbone_dtype = teacher.backbone_dtype
         return guided(teacher, guide, args.guidance)
     if not classes or not header["label_dropout"]:
-        raise model.UserError(f"{path} was not trained with and without labels, so it cannot guide itself; "
+        raise model.UserError(f"{path} was not trained with label dropout, so it cannot guide itself; "
                               "give --guide, a smaller or less trained model.")
     return guided(teacher, without_label(teacher, classes), args.guidance)
 
@@ -277,7 +277,7 @@ def main():
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
     args.npz, args.command_for = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
-    teacher, header = model.load_predecessor(args, "teacher", HAS_ODE, device)
+    teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)
     teacher = guide_teacher(teacher, header, args, args.teacher)

@@ -508,14 +508,14 @@ def test_a_dry_run_counts_no_more_samples_than_there_are(run, here):
 def test_other_files_are_not_replaced(run, here, tmp_path):
     """Only an earlier result of the same script is: not data, statistics, imported or other checkpoints."""
     model_file, digits = "runs/digits/midtrain_cm.safetensors", Path("data/digits.npz").read_bytes()
-    refused(run("sample", model_file, "--n", 2, "--out", "data/digits.npz"), "holds no samples")
+    refused(run("sample", model_file, "--n", 2, "--out", "data/digits.npz"), "holds something else than samples")
     assert Path("data/digits.npz").read_bytes() == digits
     np.savez(tmp_path / "stats.npz", mu=MU, sigma=SIGMA)
     (tmp_path / "text.npz").write_text("not a zip")
     (tmp_path / "empty.npz").touch()
     (tmp_path / "folder.npz").mkdir()
     for name in "stats", "text", "folder":
-        refused(run("sample", model_file, "--n", 2, "--out", tmp_path / name), "holds no samples")
+        refused(run("sample", model_file, "--n", 2, "--out", tmp_path / name), "holds something else than samples")
     for _ in range(2): assert run("sample", model_file, "--n", 2, "--out", tmp_path / "empty.npz").code == 0
     tensors, header = model.read("runs/digits/pretrain.safetensors")
     for stage, extra in ("pretrain", {"imported from": "x.pkl", "step": 0}), ("posttrain_cm", {}), ("solve", {}):

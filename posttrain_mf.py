@@ -179,8 +179,6 @@ def load_teacher(args, dataset, device):
 def main():
     args = flags()
     if args.dry_run: return dry_run.posttrain_mf(args)
-    # Each process takes the mean over its local_batch. DDP averages the gradients of all processes, which
-    # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
     if local_batch % 4:
         raise model.UserError(f"--batch {args.batch} is not a multiple of {4 * world}; in each of the "
@@ -198,7 +196,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares the weights of net, and adds DDP and torch.compile where they are used.
+    # wrapped_net shares net's weights and adds torch.compile and DDP, the mean of gradients over processes.
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]

@@ -91,8 +91,6 @@ def flags():
 def main():
     args = flags()
     if args.dry_run: return dry_run.pretrain(args)
-    # Each process takes the mean over its local_batch. DDP averages the gradients of all processes, which
-    # gives the mean over the global batch.
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     data, dataset = model.open_data(args)
@@ -102,7 +100,7 @@ def main():
     header |= model.run_metadata(args, args.stage, "images", world, data=data)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares the weights of net, and adds DDP and torch.compile where they are used.
+    # wrapped_net shares net's weights and adds torch.compile and DDP, the mean of gradients over processes.
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 

@@ -170,12 +170,6 @@ def flags():
     return args
 
 
-def load_teacher(args, dataset, device):
-    """--teacher, guided as the flags say -> a function of (x, t, y), compiled if --compile"""
-    teacher, header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
-    return model.compiled(solve.guide_teacher(teacher, header, args, args.teacher), args.compile)
-
-
 def main():
     args = flags()
     if args.dry_run: return dry_run.posttrain_cm(args)
@@ -186,7 +180,9 @@ def main():
     net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
     files = dict(init=args.init, data=data)
     if args.loss == "ecd":
-        teacher = load_teacher(args, dataset, device)
+        teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
+        teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
+        teacher = model.compiled(teacher, args.compile)
         files |= dict(teacher=args.teacher, guide=solve.guide_file(args))
     header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
     header["mid_t"] = args.mid_t

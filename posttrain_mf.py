@@ -170,12 +170,6 @@ def flags():
     return args
 
 
-def load_teacher(args, dataset, device):
-    """--teacher -> a function of (z, r, t, y), compiled if --compile"""
-    teacher, _ = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
-    return model.compiled(teacher, args.compile)
-
-
 def main():
     args = flags()
     if args.dry_run: return dry_run.posttrain_mf(args)
@@ -191,7 +185,8 @@ def main():
     net, header = model.initial_model(args, "MeanVelocity", dataset, device, interval=True, **args.network)
     teacher, files = None, dict(init=args.init, data=data)
     if args.velocity == "teacher":
-        teacher, files["teacher"] = load_teacher(args, dataset, device), args.teacher
+        teacher, _ = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
+        teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
     header |= model.run_metadata(args, "posttrain_mf", "images", world, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()

@@ -781,8 +781,6 @@ def image_shape(header):
 
 
 def sha256(path):
-    if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist.")
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 

@@ -235,18 +235,11 @@ def check_trajectories(args):
     args.nfe, args.solver = made["nfe"], made["solver"]
 
 
-def read_trajectories(args, teacher_header, device):
-    """-> states (N+1,n,C,H,W), times (N+1,), y (n,) of solve.py's file, in the student's time"""
-    tensors = model.read(args.trajectories)[0]
-    if not tensors["states"].isfinite().all():
-        raise model.UserError(f"{args.trajectories} has values that are not finite; solve it again.")
-    states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
-    return *student_time(states.transpose(0, 1), times, teacher_header, args.target), y
-
-
 def batches_from_file(teacher_header, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
-    states, times, y = read_trajectories(args, teacher_header, device)
+    tensors = model.read(args.trajectories)[0]
+    states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
+    states, times = student_time(states.transpose(0, 1), times, teacher_header, args.target)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
     while True:
         first = step * args.batch + rank * local_batch

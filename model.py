@@ -1210,6 +1210,10 @@ def beside(out, ending):
     return str(out).removesuffix(".safetensors") + ending
 
 
+def resume_file(out):
+    return beside(out, ".resume.safetensors")
+
+
 class SaveTimer:
     """due(step): every --save-every steps; by default every 10 minutes, as saves of large models are slow."""
     def __init__(self, args):
@@ -1245,7 +1249,7 @@ def save_run(args, step, net, ema, opt, header):
         state |= {f"opt.{slot}.{name}": v for slot, v in opt.state[p].items()}
     header = header | {"step": step, header["unit"]: step * header["settings"]["batch"]}
     if args.keep: save(beside(args.out, f"-{step:06d}.safetensors"), ema.state_dict(), header)
-    save(beside(args.out, ".resume.safetensors"), state, header)
+    save(resume_file(args.out), state, header)
     save(args.out, ema.state_dict(), header)
     say(f"{args.out} is finished ({step:,} steps)." if step == args.steps else
         f"saved {args.out} at step {step:,}.")
@@ -1292,7 +1296,7 @@ def check_settings(path, old, header):
 
 def resume_run(out, net, ema, opt, header):
     """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
-    path = beside(out, ".resume.safetensors")
+    path = resume_file(out)
     if dist.is_initialized():
         seen = [None] * dist.get_world_size()
         dist.all_gather_object(seen, os.path.exists(path))

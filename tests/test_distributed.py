@@ -152,7 +152,7 @@ def test_no_sigterm_is_lost(chain, tmp_path):
         if "is finished" in rest: break
         assert "asked to stop" in rest, err
         delivered += 1
-        steps.append(model.read(model.beside(out, ".resume.safetensors"))[1]["step"])
+        steps.append(model.read(model.resume_file(out))[1]["step"])
         assert steps[-1] > steps[-2]
     finished(torchrun(tmp_path, "none", *args, "--out", out, cwd=chain))
     same_state(tmp_path / "whole.safetensors", out)

@@ -24,7 +24,7 @@ def test_a_diverged_run_saves_nothing_and_says_so(run, here, tmp_path):
     out = tmp_path / "a.safetensors"
     done = run("pretrain", "--lr", 1e9, "--steps", 20, "--batch", 8, "--save-every", 5, "--out", out)
     assert done.code == 3 and "not finite" in done.err and "nothing was saved" in done.err
-    assert not out.exists() and not Path(model.beside(out, ".resume.safetensors")).exists()
+    assert not out.exists() and not Path(model.resume_file(out)).exists()
 
 
 def test_a_diverged_run_keeps_its_last_good_save(run, here, tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_a_diverged_run_keeps_its_last_good_save(run, here, tmp_path, monkeypatc
     done = run("midtrain", "--steps", 8, "--batch", 8, "--nfe", 4, "--save-every", 2, "--out", out)
     assert done.code == 3 and "keeps what was saved before" in done.err
     assert model.read(out)[1]["step"] == 2
-    assert all(v.isfinite().all() for v in model.read(model.beside(out, ".resume.safetensors"))[0].values())
+    assert all(v.isfinite().all() for v in model.read(model.resume_file(out))[0].values())
 
 
 @pytest.mark.parametrize("script", ["sample", "fid"])

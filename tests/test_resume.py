@@ -76,10 +76,10 @@ def test_killed_at_three_points_a_run_ends_as_it_would_have(run, chain, tmp_path
     for event, count, saved in [("step", 3, 2), ("write", 1, 2), ("renamed", 3, 6)]:
         done = killed(tmp_path, "SIGKILL", event, count, script, *flags, "--out", cut)
         assert done.returncode == -signal.SIGKILL
-        assert model.read(model.beside(cut, ".resume.safetensors"))[1]["step"] == saved
+        assert model.read(model.resume_file(cut))[1]["step"] == saved
         model.load(cut)
     assert run(script, *flags, "--out", cut).code == 0
-    assert tensors_equal(whole, cut) and tensors_equal(model.beside(whole, ".resume.safetensors"), model.beside(cut, ".resume.safetensors"))
+    assert tensors_equal(whole, cut) and tensors_equal(model.resume_file(whole), model.resume_file(cut))
     lines = [json.loads(line) for line in cut.with_suffix(".jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 8 and {line["step"] for line in lines} == set(range(1, 9))
 
@@ -181,7 +181,7 @@ def test_a_rank_that_dies_takes_the_job_down_and_a_restart_continues(run, chain,
     assert whole.returncode == 0, whole.stderr
     dead, seconds = torchrun("cut", 0, "SIGKILL", "step", 4)
     assert dead.returncode != 0 and seconds < 60
-    assert model.read(model.beside(tmp_path / "cut.safetensors", ".resume.safetensors"))[1]["step"] == 2
+    assert model.read(model.resume_file(tmp_path / "cut.safetensors"))[1]["step"] == 2
     back, _ = torchrun("cut", 1, "SIGKILL", "step", 3)
     assert back.returncode == 0 and "continuing" in back.stdout, back.stderr
     assert tensors_equal(tmp_path / "whole.safetensors", tmp_path / "cut.safetensors")
@@ -200,11 +200,11 @@ def test_twenty_random_kills(run, chain, tmp_path, monkeypatch, stage):
         event = rng.choice(["step", "step", "write", "renamed", "fsync"])
         done = killed(tmp_path, sign, event, rng.randint(3, 6), script, *flags, "--out", cut)
         assert done.returncode == (0 if sign == "SIGTERM" else -signal.SIGKILL), done.stderr
-        assert model.read(model.beside(cut, ".resume.safetensors"))[1]["step"] < 100
+        assert model.read(model.resume_file(cut))[1]["step"] < 100
         model.load(cut)
         survived += 1
     assert run(script, *flags, "--out", cut).code == 0
-    assert tensors_equal(whole, cut) and tensors_equal(model.beside(whole, ".resume.safetensors"), model.beside(cut, ".resume.safetensors"))
+    assert tensors_equal(whole, cut) and tensors_equal(model.resume_file(whole), model.resume_file(cut))
     print(f"{stage}: survived {survived} kills")
 
 

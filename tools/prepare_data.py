@@ -313,7 +313,7 @@ def open_source(path, classes="auto", images=None, labels=None):
 
 def in_order(source, convert, workers=1, skip_bad=False):
     """Yield (i, convert(sample i)) in order, from a pool of threads: Pillow decodes without Python's lock. A
-    sample that fails raises UserError, or is printed and left out. Print the rate every five seconds."""
+    sample that fails raises UserError, or is printed and left out. Shows its progress."""
     def attempt(i):
         try: return convert(source.read(i))
         except (NotImplementedError, RuntimeError) as e:               # Deflate64, encrypted
@@ -322,18 +322,13 @@ def in_order(source, convert, workers=1, skip_bad=False):
             raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
         except Exception as e:             # image libraries raise anything
             return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
-    begin = shown = time.time()
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(source), 256):
-            indices = range(start, min(start + 256, len(source)))
-            for i, result in zip(indices, pool.map(attempt, indices)):
-                if not isinstance(result, UserError): yield i, result
-                elif skip_bad: print(f"left out: {result}")
-                else: raise UserError(f"{result} Remove it, or pass --skip-bad.")
-                if time.time() - shown > 5:
-                    shown, rate = time.time(), (i + 1) / (time.time() - begin)
-                    print(f"{i + 1:,} of {len(source):,}, {rate:,.0f} images/s, "
-                          f"{(len(source) - i - 1) / rate:,.0f} s left", flush=True)
+        results = (result for start in range(0, len(source), 256)      # read at most 256 ahead
+                   for result in pool.map(attempt, range(start, min(start + 256, len(source)))))
+        for i, result in enumerate(sample.progress(results, len(source), size=lambda _: 1)):
+            if not isinstance(result, UserError): yield i, result
+            elif skip_bad: print(f"left out: {result}")
+            else: raise UserError(f"{result} Remove it, or pass --skip-bad.")
 
 
 def without_bad(source, workers):

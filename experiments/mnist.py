@@ -30,9 +30,9 @@ Report    every number, in docs/mnist.json; two steps as prominently as one; als
           help.
 
 After the fact, `python experiments/mnist.py untied`, written on 2026-11-26 when the chain was behind plain
-ECT at one unit: the chain with a post-training rate of its own. From the settings that were chosen above, the
-3 rates of the ladder above the tied one are tried with half of the budget, on the tuning seed, and larger ones
-while the best is the largest. That gives the chain 3 or more trials that plain ECT did not have.
+ECT at one unit: the chain with a post-training rate of its own. The other settings stay as chosen above. The
+next 3 rates of the ladder above the tied one are tried with half of the budget, on the tuning seed, and larger
+ones while the best is the largest. So the chain has 3 or more trials that plain ECT did not have.
 
 Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers
 are in docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the

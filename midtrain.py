@@ -35,8 +35,8 @@ from tools import dry_run, feature_networks
 # solver    None: the teacher's default
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments of the student. They override those of the --init file, and those of
-#           model.DATASETS if there is none
+# network   constructor arguments of the student. They override those of the --init file, or without one
+#           those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
@@ -87,7 +87,7 @@ PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # default teacher an
 
 def cmt_loss(f, x, t, x_end, y, distance):
     """Consistency mid-training (2509.24526), one number per pair. Solver times: t_0 = 80 > ... > t_N = 0.002.
-    x (B,C,H,W) states of solved trajectories, t (B,) the solver's own times, x_end (B,C,H,W) their endpoints,
+    x (B,C,H,W) states of solved trajectories, t (B,) their solver times, x_end (B,C,H,W) their endpoints,
     y (B,) the labels of the trajectories, distance(a, b) -> (B,).  -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
     return distance(f(x, t, y), x_end)
@@ -95,7 +95,7 @@ def cmt_loss(f, x, t, x_end, y, distance):
 
 def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
     """Mid-training of a Mean Flow model (2509.24526), one number per pair. A pair is two states of one
-    trajectory, in flow time. x_t, x_r (B,C,H,W), r < t (B,) the solver's own times, y (B,) the labels of the
+    trajectory, in flow time. x_t, x_r (B,C,H,W), r < t (B,) their solver times, y (B,) the labels of the
     trajectories -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<j} || u(x_t, r, t, y) - (x_t - x_r) / (t - r) ||^2,   t = t_i, r = t_j
     target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
@@ -161,7 +161,7 @@ def flags():
     p = model.parser(__doc__, RECIPES[target], PREDECESSOR[target], writes=f"midtrain_{target}")
     p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
-                   help="model whose trajectories are the targets")
+                   help="model whose trajectories are the targets; also the default of --init")
     if p.get_default("init") != "none":                    # the student starts from the teacher's weights
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive, help="number of function evaluations of a trajectory")
@@ -195,7 +195,7 @@ def flags():
             f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
-    if target == "mf":            # u also takes r: `interval` embeds t - r, and its output is zero at first
+    if target == "mf":            # u also takes r: `interval` adds an embedding of t - r, zero at first
         args.network = args.network | {"interval": True}
     return args
 
@@ -314,7 +314,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP, the mean of gradients over processes.
+    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
@@ -344,7 +344,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
+        if math.isfinite(norm):              # else the step is skipped; ten in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

@@ -1,4 +1,4 @@
-"""Stage 4, post-training of the consistency branch: Easy Consistency Tuning (ECT) or Distillation (ECD).
+"""Stage 4, post-training of the consistency branch: Easy Consistency Tuning (ECT), or distillation (ECD).
 
   reads   runs/NAME/midtrain_cm.safetensors and the images of --data; with --loss ecd also
           runs/NAME/pretrain.safetensors, the teacher
@@ -11,7 +11,7 @@
 --loss ect   f(x_t, t) is trained to match f(x_r, r), where x_r is the same image with less of the same noise.
 --loss ecd   x_r is x_t after one step of the teacher's ODE. This target has less variance: x_r depends
              on x_t alone, while ECT's x_r also depends on the image that x_t was made from. But it inherits
-             the teacher's error.
+             the teacher's error. The flag changes x_r only; the recipe's other settings stay.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the endpoint only at small r. So ECT has
@@ -148,8 +148,8 @@ def flags():
     p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or that of pre-training")
     p.add_argument("--loss", choices=["ect", "ecd"], help="ect: x_r from data; ecd: from the teacher's ODE")
     p.add_argument("--solver", choices=["euler", "heun"], help="ODE solver of the one step in ecd")
-    pretrained = f"runs/{p.get_default('name')}/pretrain.safetensors"
-    p.add_argument("--teacher", default=p.get_default("teacher") or pretrained, metavar="FILE",
+    teacher_path = f"runs/{p.get_default('name')}/pretrain.safetensors"
+    p.add_argument("--teacher", default=p.get_default("teacher") or teacher_path, metavar="FILE",
                    help="diffusion model, for --loss ecd")
     solve.guidance_flags(p)
     args = p.parse_args()
@@ -158,15 +158,15 @@ def flags():
                               because="--loss ect has no teacher")
     if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
     data, url = shlex.quote(args.data), model.DATASETS.get(args.recipe_name, {}).get("public")
-    pretrain = model.import_command(url, args.data) if url else f"python pretrain.py --data {data}"
+    teacher_command = model.import_command(url, args.data) if url else f"python pretrain.py --data {data}"
     args.command_for = {args.npz: model.prepare_command(args.name),
                         args.init: f"python midtrain.py --data {data}"}
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
-        args.command_for = {pretrained: pretrain} | args.command_for
+        args.command_for = {teacher_path: teacher_command} | args.command_for
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
             url = PUBLIC_TEACHERS.get(file)
-            args.command_for[file] = model.import_command(url, args.data, file) if url else pretrain
+            args.command_for[file] = model.import_command(url, args.data, file) if url else teacher_command
     return args
 
 
@@ -189,7 +189,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP, the mean of gradients over processes.
+    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
@@ -227,7 +227,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
+        if math.isfinite(norm):              # else the step is skipped; ten in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

@@ -13,8 +13,8 @@
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance adds two forwards, and --velocity teacher adds one
-  expect  digits (p = 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0
-          given z_t, which no model can predict. With p = 1 every loss is divided by its own value, and stays
+  expect  digits (--p 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0
+          given z_t, which no model can predict. With --p 1 every loss is divided by its own value, and stays
           near 1. Look at samples
 
 Two baselines: MeanFlow from the flow-matching weights, with the compute of mid- and post-training together;
@@ -189,7 +189,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP, the mean of gradients over processes.
+    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
@@ -240,7 +240,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
+        if math.isfinite(norm):              # else the step is skipped; ten in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

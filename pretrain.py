@@ -100,7 +100,7 @@ def main():
     header |= model.run_metadata(args, args.stage, "images", world, data=data)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP, the mean of gradients over processes.
+    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
@@ -133,7 +133,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else no update; `log` ends a run after ten in a row
+        if math.isfinite(norm):              # else the step is skipped; ten in a row end the run, in `log`
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

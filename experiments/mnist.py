@@ -230,6 +230,7 @@ def untied(method="CMT + ECT", units=1):
         tried = share({key.format(r): functools.partial(trial, r) for r in rates[:count]})
         best = rates[tried.index(min(tried))]
         if best != rates[count - 1]: break
+    if best == tied: return print(f"{method}: the tied rate {tied:g} is the best, and its results stand")
     record(CHOSEN_KEY.format(name, units), [best, value])
     share({RESULT_KEY.format(name, units, seed): functools.partial(
         lambda seed: scores(train(method, units, rate, value, seed, best), 5000), seed) for seed in SEEDS})

@@ -30,9 +30,9 @@ Report    every number, in docs/mnist.json; two steps as prominently as one; als
           help.
 
 After the fact, `python experiments/mnist.py untied`, written on 2026-11-26 when the chain was behind plain
-ECT at one unit: the chain with a post-training rate of its own. The other settings stay as chosen above. The
-next 3 rates of the ladder above the tied one are tried with half of the budget, on the tuning seed, and larger
-ones while the best is the largest. So the chain has 3 or more trials that plain ECT did not have.
+ECT at one unit: the chain's post-training with settings of its own. Mid-training stays as chosen above. A grid
+of post-training's rate, 1/30 of mid-training's and the next 3 of the ladder, and q, 4 to 256, is tried with
+half of the budget, on the tuning seed. So the chain has 16 trials that plain ECT did not have.
 
 Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers
 are in docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the
@@ -57,7 +57,7 @@ EXPONENTS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5]
 # keys of docs/mnist.json; a trial's is TRIALS_KEY and its settings
 TEACHER_KEY, CHOSEN_KEY = "teacher {}, seed {}", "chosen: {}, {} units"
 RESULT_KEY, TRIALS_KEY = "result: {}, {} units, seed {}", "tuning: {}, {:g} units, "
-UNTIED = "{}, own post-training rate"                      # a chain's name in these keys, after the fact
+UNTIED, GAPS = "{}, post-training tuned after the fact", (4, 16, 64, 256)              # see `untied`
 MEASURES = ("FD", "FD-pixels", "precision", "recall")
 # method: (branch, budgets, name of the second setting, its ladder, first rate, first value tried)
 METHODS = {
@@ -95,8 +95,9 @@ def tied_rate(branch, rate):
     return rate / (30 if branch == "cm" else 7)
 
 
-def train(method, units, rate, value, seed, post_rate=None):
-    """Train a method with a budget -> the file of its model. post_rate: of a chain, if it is not tied"""
+def train(method, units, rate, value, seed, own_post=None):
+    """Train a method with a budget -> the file of its model. own_post: q and rate of a chain's post-training,
+    if they are not the protocol's"""
     branch, _, setting, *_ = METHODS[method]
     start, budget = teacher(branch, seed), units * UNIT
     out = FOLDER / f"seed{seed}" / f"{method.replace(' ', '')}_{units:g}_{rate:g}_{value:g}.safetensors"
@@ -107,8 +108,10 @@ def train(method, units, rate, value, seed, post_rate=None):
         command("midtrain", *flags(seed), "--target", branch, "--teacher", start, "--lr", rate,
                 "--steps", steps(stage, value), *(["--pairing", "kd"] if stage == "mid_kd" else []),
                 "--out", middle)
-        if post_rate: out = out.with_name(f"{out.stem}_post{post_rate:g}.safetensors")
-        post = ["--init", middle, "--lr", post_rate or tied_rate(branch, rate)]
+        post = ["--init", middle, "--lr", tied_rate(branch, rate)]
+        if own_post:
+            out = out.with_name("{}_post{}_{:g}.safetensors".format(out.stem, *own_post))
+            post = ["--init", middle, "--q", own_post[0], "--lr", own_post[1]]
         value = 1 - value
     else:
         post, number = ["--init", start, "--lr", rate], steps(f"post_{branch}", 1)
@@ -219,19 +222,16 @@ def tune(method, units):
 
 
 def untied(method="CMT + ECT", units=1):
-    """The chain with a post-training rate of its own, tuned after the fact."""
+    """The chain with its post-training tuned after the fact."""
     name, (rate, value) = UNTIED.format(method), stored()[CHOSEN_KEY.format(method, units)]
     tied = tied_rate(METHODS[method][0], rate)
-    rates = [tied] + [r for r in RATES if r > 1.5 * tied]
-    def trial(post_rate):
-        return judge_trial(train(method, units / 2, rate, value, TUNING_SEED, post_rate))
-    for count in range(4, len(rates) + 1):
-        key = TRIALS_KEY.format(name, units / 2) + "post-training lr {:g}"
-        tried = share({key.format(r): functools.partial(trial, r) for r in rates[:count]})
-        best = rates[tried.index(min(tried))]
-        if best != rates[count - 1]: break
-    if best == tied: return print(f"{method}: the tied rate {tied:g} is the best, and its results stand")
-    record(CHOSEN_KEY.format(name, units), [best, value])
+    tried = list(itertools.product(GAPS, [tied] + [r for r in RATES if r > 1.5 * tied][:3]))
+    key = TRIALS_KEY.format(name, units / 2) + "q {}, post-training lr {:g}"
+    found = share({key.format(*post): functools.partial(
+        lambda *post: judge_trial(train(method, units / 2, rate, value, TUNING_SEED, post)), *post)
+        for post in tried})
+    best = min(zip(found, tried))[1]
+    record(CHOSEN_KEY.format(name, units), best)
     share({RESULT_KEY.format(name, units, seed): functools.partial(
         lambda seed: scores(train(method, units, rate, value, seed, best), 5000), seed) for seed in SEEDS})
 
@@ -281,7 +281,7 @@ def report():
     found = stored()
     print(f"classifier accuracy {found['classifier accuracy']:.2%}; noise floor "
           + ", ".join(f"{k} {v:.3f}" for k, v in found["noise floor"].items()))
-    print("\n| method | units | lr, setting | " + " | ".join(
+    print("\n| method | units | settings | " + " | ".join(
         f"{measure}, {k} NFE" for k in (1, 2) for measure in MEASURES) + " |")
     print("|---" * 11 + "|")
     for branch in "cm", "mf":
@@ -292,9 +292,11 @@ def report():
         for method in methods_of(branch):
             for name in method, UNTIED.format(method):
                 for units, runs in results(found, name):
-                    rate, value = found[CHOSEN_KEY.format(name, units)]
+                    setting = "lr {:g}, " + METHODS[method][2] + " {:g}"
+                    if name != method: setting = "q {}, post-training lr {:g}"
+                    setting = setting.format(*found[CHOSEN_KEY.format(name, units)])
                     cells = [common.spread(r[k][measure] for r in runs) for k in "12" for measure in MEASURES]
-                    print(f"| {name} | {units} | {rate:g}, {METHODS[method][2]} {value:g} | "
+                    print(f"| {name} | {units} | {setting} | "
                           + " | ".join(cells) + " |")
     print("\n| method | units | trials | best trial | its settings |\n|---|---|---|---|---|")
     for method in (name for method in METHODS for name in (method, UNTIED.format(method))):

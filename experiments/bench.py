@@ -146,9 +146,9 @@ def compiling(name, batch, device, turns):
 # --- mid-training against the naive baseline, the solver against bare calls ---------------------------------
 
 def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
-    """A pool's worth of pairs as midtrain.py goes through it, and the same pairs as the released recipe does:
-    fp32, eager, the trajectories of each batch solved on their own (8 for 128 pairs), parameters averaged one
-    by one."""
+    """Training on the pairs of one pool by midtrain.py, and on as many pairs by the released recipe: fp32,
+    eager, the trajectories of each batch solved on their own (8 for 128 pairs), parameters averaged one by
+    one."""
     dataset, teacher, _ = networks(name, device)
     header = model.fresh_header(dataset)
     args = SimpleNamespace(nfe=16, solver="dpm3", target="cm")
@@ -215,7 +215,7 @@ def solving(name, batch, device, turns):
 
 def survival(device):
     """A whole step of pre-training, optimiser and EMA included, with all that a stage adds so that it
-    survives (seeding, microbatches, the check of the gradient, the log, the signal handler), over a plain
+    the stages make (seeding, microbatches, the check of the gradient, the log, the signal handler), over a plain
     one."""
     header = model.fresh_header(model.DATASETS["digits"])
     net, ema = (model.build(header).to(device) for _ in range(2))
@@ -244,8 +244,9 @@ def survival(device):
         with contextlib.redirect_stdout(None): log(number, loss, norm, 1e-4)
 
     times = alternating({"plain": plain, "again": plain, "surviving": surviving}, device, 150, warm_up=10)
-    print(f"a step that survives over a plain one: {ratio(times, 'surviving', 'plain'):.3f} "
-          f"(a plain one over a plain one: {ratio(times, 'again', 'plain'):.3f})", flush=True)
+    print("a training step with seeding, log, signals and the check of the gradient over a bare step: "
+          f"{ratio(times, 'surviving', 'plain'):.3f} (control, a bare step over a bare step: "
+          f"{ratio(times, 'again', 'plain'):.3f})", flush=True)
 
 
 # --- reading data -------------------------------------------------------------------------------------------

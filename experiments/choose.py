@@ -3,19 +3,18 @@
 Solving more accurately than the teacher's own error is wasted work. Two teachers, each trained without 180
 images that the other has seen, give the teacher's error of one call. 64 trajectories give the errors of the
 solvers at the endpoint. The (N, order) with the fewest calls whose error is below the teacher's then trains a
-chain with three seeds, on as many pairs as the recipe, which is trained as well (by `make ablation`, where
-that has run). An interrupted run continues.
+chain with three seeds, on as many pairs as the recipe. The recipe is trained as well, unless `make ablation`
+has done so. An interrupted run continues.
 """
-import sys, time
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import model, solve
+from common import command, model, spread
 from ablation import TEACHER, chain
-from common import command, spread
+import solve
 
 FOLDER, NS, ORDERS = Path("runs/choose"), (4, 6, 8, 12, 16, 24, 32), (1, 2, 3)
 
@@ -33,10 +32,10 @@ def denoising_errors(D, x0, y, times, repeats=20):
 
 
 def teacher_error(seen, unseen):
-    """E||D - D*||^2, D* what the same training would reach on endless data: half of what an image costs more
-    when the teacher has not been trained on it. For what a model fits to the noise in its data lowers the
-    error on these as much as it raises it elsewhere (Mallows; exact for a mean, for least squares to first
-    order in parameters per image). seen, unseen: (T,n), of the same images
+    """E||D - D*||^2, where D* is the result of the same training on endless data: half of the difference
+    between the denoising error on unseen images and that on seen ones. For fitting the noise of a finite
+    dataset lowers the error on seen images as much as it raises that on others (Mallows; exact for a mean,
+    for least squares to first order in parameters per image). seen, unseen: (T,n), of the same images
     -> (T,), and the standard error over images of its mean"""
     gap = (unseen - seen) / 2
     return gap.mean(1), (gap.mean(0).std() / gap.shape[1] ** 0.5).item()
@@ -62,15 +61,14 @@ def estimate():
     """-> the teacher's error at the recipe's times (T,), its standard error, {(N, order): solver's error}"""
     with np.load("data/digits.npz") as f: images, labels = f["arr_0"], f["arr_1"]
     order, teachers, kept_out = np.random.default_rng(0).permutation(len(images)), [], []
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for k in (0, 1):
-        out, data = FOLDER / f"teacher{k}.safetensors", FOLDER / f"without{k}.npz"
+        out, data = FOLDER / f"teacher{k}.safetensors", FOLDER / f"without{k}/digits.npz"   # digits' recipe
         kept_out.append(order[180 * k:][:180])
         rest = np.setdiff1d(order, kept_out[k])
         if not data.exists():
             with model.atomic_write(data) as part, open(part, "wb") as f:
                 np.savez(f, arr_0=images[rest], arr_1=labels[rest])
-        command("pretrain", "--data", f"digits={data}", "--out", out)
+        command("pretrain", "--data", data, "--out", out)
         teachers.append(model.load(out))
 
     times, seen, unseen = solve.log_uniform_times(16)[:-1], [], []

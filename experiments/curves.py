@@ -2,7 +2,7 @@
 
 Each point is a finished run of its own length: the whole chain at a quarter, half and all of its recipe, and
 post-training from the diffusion weights at half and all of that compute, and for ECT also at twice.
-common.py says how compute is counted, after the teacher. `python experiments/curves.py cm` draws one
+common.py counts the compute, without the teacher's. `python experiments/curves.py cm` draws one
 figure, docs/curves_digits_BRANCH.png, in an hour or two. An interrupted run continues.
 """
 import math, statistics, sys
@@ -42,8 +42,8 @@ def points(branch, seed):
 
 
 def reach(line, level):
-    """Compute at which a line of (compute, distance) first comes down to `level`, straight between its points
-    in logarithms -> compute, and whether that is only a bound, the line beginning below"""
+    """Compute at which a line of (compute, distance) first falls to `level`, by log-log interpolation
+    -> compute, and whether it is only an upper bound, because the line starts below"""
     for (c0, d0), (c1, d1) in zip(line, line[1:]):
         if d0 > level >= d1: return c0 * (c1 / c0) ** (math.log(d0 / level) / math.log(d0 / d1)), False
     return line[0][0], True

@@ -2,15 +2,16 @@
 
   1 compile   torch.compile of the three networks: gradients against eager mode, time of the first call
   2 ddp       DDP over NCCL with one process, compiled: gradients against eager mode without DDP
-  3 recipes   one training step of every recipe at the paper's size, as on one of eight GPUs, not compiled and
-              without guidance: time, samples/s, and peak memory against the estimate of --dry-run
+  3 recipes   training steps of every recipe at the paper's size, as on one of eight GPUs, not compiled:
+              time, samples/s, and peak memory against the estimate of --dry-run
   4 tests     the tests of all stages, on CUDA
   5 digits    `make demo`
   6 bench     model FLOP/s of mid-training, one network after another
 
 Prints each result as it comes, at the end a table, and stores all in --out after every result. A part that
 fails or outlasts its limit is a row of the table and sets exit code 1. Parts can be named: `python
-experiments/gpu.py recipes`. Without a GPU it says so; `--cpu` tries ddp and the digits recipes.
+experiments/gpu.py recipes`. Without a GPU it says so; `--cpu ddp recipes` tries
+these two parts with digits.
 """
 import argparse, copy, importlib, json, os, signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
@@ -67,7 +68,7 @@ def gradient_error(net, functions, inputs):
 
 
 def small_network(name, kind, device, **shorter):
-    """A network with few layers and weights none of which is zero -> network, header, inputs for it"""
+    """A shallow network, none of whose weights is zero -> network, header, inputs for it"""
     header = model.fresh_header(model.DATASETS[name], kind, **shorter)
     model.setup(None, "fp32")                              # TF32 off
     torch.manual_seed(0)
@@ -89,8 +90,8 @@ def compiling(device):
 
 
 def ddp(device):
-    """What several ranks use, with one: DDP, its no_sync, two forwards before a backward, and exchanges of
-    CPU tensors and objects beside NCCL."""
+    """One rank runs all that several would: DDP, its no_sync, two forwards before a backward, and exchanges
+    of CPU tensors and objects beside NCCL."""
     cuda = device.type == "cuda"
     index = torch.device("cuda", 0) if cuda else None
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0,
@@ -121,7 +122,7 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
     if stage == "pretrain":
         t = torch.rand(batch, device=device)
         loss = pretrain.edm_loss if args.objective == "edm" else pretrain.flow_loss
-        return lambda f, x0, eps, t, y: loss(f, x0, eps, t, y), (x0, eps, t, y)
+        return loss, (x0, eps, t, y)
     if stage == "midtrain":
         args.solver = args.solver or solve.default_solver(header)
         N = len(solve.solver_times(header, args.nfe, args.solver)) - 1

@@ -1,7 +1,7 @@
 """`make mnist`: what mid-training is worth on MNIST, at equal compute and with equal tuning for both sides.
 
-This protocol was committed before the first run. Only a timing has changed it since, before any tuning and
-when the only results were the teacher's: all of it would have taken 36 hours. The unit was halved twice,
+This protocol was committed before the first run. It was changed once since, because all of it would have
+taken 36 hours, before any tuning and with no results but the teacher's: the unit of compute was halved twice,
 training set to bf16, and the teacher's training shortened to 3,000 steps.
 
 Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the
@@ -11,8 +11,8 @@ Network   a U-Net with 0.39M parameters, the same for all methods. Three trainin
 Compute   in network forwards after the teacher; a backward counts as two, the teacher's calls count
           (common.py). One unit is 125,000 forwards, 488 training steps of ECT with a batch of 64. Training
           is in bf16, but in fp32 in posttrain_cm.py, as on a GPU.
-Methods   cm  CMT + ECT at 1 and 2 units; plain ECT, with doubling, at 1, 2 and 4; ECT after noise -> endpoint
-              pairs only (KD initialisation) at 1
+Methods   cm  CMT + ECT at 1 and 2 units; plain ECT, with doubling, at 1, 2 and 4; KD (only pairs
+              of noise and endpoint), then ECT, at 1
           mf  CMT + MeanFlow at 1 unit; MeanFlow from the flow-matching weights at 1 and 2
 Tuning    Each method at each budget, on seed 100, which is not reported. Two settings: the learning rate,
           from the same ladder for all, and one more. That is the share of mid-training for the chains and KD,
@@ -30,9 +30,9 @@ Report    every number, in docs/mnist.json; two steps as prominently as one; als
           help.
 
 After the fact, `python experiments/mnist.py untied`, written on 2026-11-26 when the chain was behind plain
-ECT at one unit: the chain's post-training with settings of its own. Mid-training stays as chosen above. A grid
-of post-training's rate, 1/30 of mid-training's and the next 3 of the ladder, and q, 4 to 256, is tried with
-half of the budget, on the tuning seed. So the chain has 16 trials that plain ECT did not have.
+ECT at one unit: the chain's post-training with settings of its own. Mid-training stays as chosen above. On
+the tuning seed, with half of the budget, 4 rates (1/30 of mid-training's and the ladder's next 3) are tried
+with 4 values of q (4 to 256; the protocol has 256). So the chain has 16 trials that plain ECT did not have.
 
 Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers
 are in docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the
@@ -52,14 +52,14 @@ DATA, FOLDER, RESULTS = Path("data/mnist.npz"), Path("runs/mnist"), Path("docs/m
 UNIT, BATCH, SEEDS, TUNING_SEED, WIDTH, TEACHER_STEPS = 125_000, 64, (0, 1, 2), 100, 16, 3000
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 SHARES = [0.05, 0.25, 0.5, 0.75, 0.9, 0.97]                # of compute, for mid-training
-INTERVALS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]  # between two doublings, in steps of the run
+INTERVALS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]  # between two doublings, as a share of the run
 EXPONENTS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5]
 # keys of docs/mnist.json; a trial's is TRIALS_KEY and its settings
 TEACHER_KEY, CHOSEN_KEY = "teacher {}, seed {}", "chosen: {}, {} units"
 RESULT_KEY, TRIALS_KEY = "result: {}, {} units, seed {}", "tuning: {}, {:g} units, "
 UNTIED, GAPS = "{}, post-training tuned after the fact", (4, 16, 64, 256)              # see `untied`
 MEASURES = ("FD", "FD-pixels", "precision", "recall")
-# method: (branch, budgets, name of the second setting, its ladder, first rate, first value tried)
+# method: (branch, budgets, name of the second setting, its ladder, first index in RATES and in its ladder)
 METHODS = {
     "CMT + ECT":      ("cm", (1, 2),    "share",    SHARES,    2, 2),
     "plain ECT":      ("cm", (1, 2, 4), "interval", INTERVALS, 1, 1),
@@ -340,7 +340,7 @@ def draw(found):
 
 
 def picture(seed=1):
-    """docs/mnist.png, of the runs with one unit of compute of a seed, the same seeds in each column"""
+    """docs/mnist.png, of the runs of one training seed with one unit of compute; a column is one noise"""
     found, folder, shown = stored(), FOLDER / "picture", []
     folder.mkdir(exist_ok=True)
     def show(name, path, *calls):

@@ -21,7 +21,7 @@ STEPS = 300
 
 
 def shapes(n, size=32):
-    """Made-up RGB images: a bright disc before a gradient. -> fp32 (n,3,size,size) in [-1, 1]"""
+    """Made-up RGB images: a disc on a colour ramp. -> fp32 (n,3,size,size) in [-1, 1]"""
     g = torch.Generator().manual_seed(0)
     line = torch.linspace(-1, 1, size)
     centre, radius = torch.rand(n, 2, 1, 1, generator=g) - 0.5, 0.2 + 0.4 * torch.rand(n, 1, 1, generator=g)
@@ -47,11 +47,11 @@ def trained(header, images, labels, batch, loss, device):
 
 
 def losses(D, u, x0, y, device):
-    """-> {name: function of a body dtype that gives residual and loss}, all on the same numbers."""
+    """-> {name: (network, function of it that gives residual and loss)}, all on the same random numbers."""
     torch.manual_seed(1)
     batch = len(x0)
     eps, t = torch.randn_like(x0), (2.0 * torch.randn(batch, device=device) - 1.1).exp()
-    r_, t_ = posttrain_mf.two_times(batch, 4, -0.4, 1.0, device)
+    r_, t_ = posttrain_mf.two_times(batch, 1.0, -0.4, 1.0, device)
     states, times = solve.dpm_solver_pp(lambda x, t: D(x, t, y), 80 * eps, solve.log_uniform_times(16))
     z, v = x0 + t_[:, None, None, None] * (eps - x0), eps - x0
 

@@ -1,13 +1,12 @@
 """`python experiments/second_step.py NAME=FILE,FILE...`: does a second sampling step help on digits, when?
 
 For models of `make compare`, one file a seed: the Frechet distance of samples to the 1,797 real digits in one
-step, and in two for several times of the second. Judged twice: by pixels, and by the 128 features of a small
-classifier of the real digits. "recognised" is the share of samples whose class the classifier takes for the
-one that was asked for. "change" is the mean over seeds of the difference to one step with the same seed, and
-its standard deviation.
+step, and in two for several times of the second step. Judged twice: by pixels, and by the 128 features of a
+small classifier of the real digits. "recognised" is the share of samples that the classifier puts in the
+class that was asked for. "change" is the mean over seeds of the difference to one step with the same seed,
+and its standard deviation.
 """
 import argparse
-from pathlib import Path
 
 import torch
 

@@ -3,9 +3,9 @@
 The total is fixed, that of the recipe's mid- and post-training. Of it mid-training gets 0, 2.5, 50 or 75 %,
 as in the paper's ablation on CIFAR-10, and post-training the rest. Three seeds, each with its own teacher.
 Post-training has the recipe's fixed gap (q = 256, learning rate 1e-4), or the baseline's, halved every 70
-steps (q = 2, learning rate 3e-4). Little or no mid-training gets the second, as a small gap needs f(x_r, r)
-that is nearly right; 2.5 % gets both. Neither is tuned here. Teachers and baselines are those of `make
-compare`, if they are there. An interrupted run continues.
+steps (q = 2, learning rate 3e-4). With 0 % it has the second, as a small gap needs f(x_r, r) that is
+nearly right; with 2.5 % both; with more the first. Neither is tuned here. Teachers and baselines are those of
+`make compare`, if they are there. An interrupted run continues.
 """
 from common import command, compute, scores, spread, steps_for
 

@@ -19,6 +19,77 @@ def test_every_script_imports(name, monkeypatch):
     importlib.import_module(name.removeprefix("experiments."))
 
 
+@pytest.fixture
+def stages_parse(monkeypatch, tmp_path):
+    """Lets an experiment run without training: `command` parses the flags as the stage does, checks that what
+    it reads is there, and writes an untrained network with a header. -> the commands that ran"""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    import common, model
+    ran = []
+    def command(script, *words):
+        ran.append([script, *map(str, words)])
+        if script in ("sample", "fid", "solve"): return []
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        args = importlib.import_module(script).flags()
+        stage = {"pretrain": getattr(args, "stage", None), "midtrain": f"midtrain_{args.__dict__.get('target')}"}
+        stage = stage.get(script, script)
+        for path in [args.npz, *args.command_for]: assert path == "none" or Path(path).exists(), (path, ran[-1])
+        dataset = model.open_data(args)[1]
+        header = model.fresh_header(dataset, model.KIND[stage], **args.network)
+        header |= model.run_metadata(args, stage, "pairs" if script == "midtrain" else "images", 1)
+        if script == "midtrain": header["settings"]["solver"] = args.solver or "heun"
+        header |= {"step": args.steps, header["unit"]: args.steps * args.batch}
+        model.save(args.out, model.build(header).state_dict(), header)
+        return []
+    def patch(name, **others):
+        module = importlib.import_module(name)
+        for attribute, value in {"command": command, **others}.items():
+            monkeypatch.setattr(module, attribute, value)
+        return module
+    monkeypatch.setattr(common, "command", command)
+    return patch, ran
+
+
+fake_scores = lambda path, n, ref="digits", calls=(1, 2): [0.1 * (1 + k) for k in range(len(calls))]
+
+
+def test_ablation_and_choose_give_flags_that_the_stages_take(stages_parse):
+    patch, ran = stages_parse
+    patch("ablation", scores=fake_scores).main()
+    assert "| ECD | 0.31 | 0.100 | 0.200 | 0.42 | 0.100 | 0.200 |" in Path("docs/ablation.md").read_text()
+    choose = patch("choose", denoising_errors=lambda D, x0, y, times: torch.rand(len(times), len(x0)),
+                   solver_errors=lambda D, x, Ns, orders: {(N, p): 1 / N for N in Ns for p in orders})
+    choose.main()
+    assert sum("--nfe" in line for line in ran) > 3 and ran[-1][0] == "posttrain_cm"
+
+
+def test_demo_share_and_curves_give_flags_that_the_stages_take(stages_parse, monkeypatch):
+    patch, ran = stages_parse
+    demo = patch("demo", scores=fake_scores, distances=lambda files, n=None, ref="digits": [0.1])
+    for flags in (["--intervals", "50", "70"], ["--branch", "mf", "--scratch"]):
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--seeds", "0-1", *flags])
+        demo.main()
+    share = patch("share", scores=fake_scores)
+    share.main()
+    curves = patch("curves", scores=fake_scores)
+    for branch in curves.CASES: curves.points(branch, 0)
+    assert {line[0] for line in ran} == {"pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf", "sample"}
+
+
+def test_mnist_gives_flags_that_the_stages_take(stages_parse):
+    patch, ran = stages_parse
+    mnist = patch("mnist")
+    mnist.FOLDER.mkdir(parents=True)
+    mnist.write_training_half()
+    for method, (branch, budgets, setting, ladder, *_) in mnist.METHODS.items():
+        assert mnist.train(method, budgets[0], 1e-3, ladder[1], 0).exists()
+    mnist.train("CMT + ECT", 1, 1e-3, 0.75, 0, (16, 1e-4))
+    assert ran[-1][-1].endswith("CMT+ECT_1_0.001_0.75_post16_0.0001.safetensors")
+
+
 def test_gpu_without_a_gpu_says_so():
     done = subprocess.run([sys.executable, str(ROOT / "experiments/gpu.py")], capture_output=True, text=True)
     assert done.returncode == 2 and "no GPU" in done.stderr and "Traceback" not in done.stderr

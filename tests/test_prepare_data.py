@@ -610,7 +610,10 @@ def test_zips_of_the_second_round(prepare):
         for name in ("a/0.png", "a/1.png", "a/0.png"): z.writestr(name, png(PIXELS[0]))
     refused(prepare("twice.zip"), "twice", "Unpack")
     with zipfile.ZipFile("locked.zip", "w") as z: z.writestr("0.png", png(PIXELS[0]))
-    data = bytearray(Path("locked.zip").read_bytes())
-    for sign, offset in (b"PK\x03\x04", 6), (b"PK\x01\x02", 8): data[data.index(sign) + offset] |= 1
-    Path("locked.zip").write_bytes(data)
-    refused(prepare("locked.zip"), "encrypted", "Unpack the zip")
+    whole = Path("locked.zip").read_bytes()
+    # a password; compression type 9, Deflate64, which Python cannot read
+    for change, at, words in [(1, (6, 8), ["encrypted"]), (9, (8, 10), ["compression"])]:
+        data = bytearray(whole)
+        for sign, offset in zip((b"PK\x03\x04", b"PK\x01\x02"), at): data[data.index(sign) + offset] |= change
+        Path("locked.zip").write_bytes(data)
+        refused(prepare("locked.zip"), *words, "Unpack the zip")

@@ -60,7 +60,7 @@ IN_NETWORK_PICKLES = {
 
 
 class Unpickler(pickle._Unpickler):
-    """The unpickler written in Python. The one written in C allocates as much memory as a memo index says."""
+    """The unpickler written in Python. In the one written in C, a forged memo index can claim any memory."""
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module, name):
@@ -179,8 +179,8 @@ def our_names(tensors):
 
 
 # === denoisers and consistency models =======================================================================
-# For each published class: our network; the arguments that we honour, with the authors' defaults (int: there
-# is no default); the arguments of which we build one value only (None: the value does not change the output).
+# For each published class: our network; the arguments that may vary, with the authors' defaults (int: there is
+# no default); the arguments that have to have one value (None: any, as it does not change the output).
 
 PUBLISHED = {
     "EDMPrecond": ("DDPMpp", dict(
@@ -199,7 +199,7 @@ FAMILY = {"DhariwalUNet": " (ADM)", "residual": " (NCSN++)", "fourier": " (NCSN+
 
 
 def is_valid(k, v, default):
-    """Has v the type of the default of argument k, and is it not negative?"""
+    """Is v non-negative, and of the type of the default of argument k?"""
     if isinstance(default, list): return isinstance(v, list) and all(is_valid(k, n, 1) for n in v)
     if v is None: return k in ("channel_mult_noise", "channel_mult_emb", "clip_act")
     return (type(v) is int or isinstance(v, float) and isinstance(default, float)) and v >= 0
@@ -369,7 +369,7 @@ def main():
     p.add_argument("--data", metavar="NAME",
                    help="dataset of FILE; it names the folder in runs/ (default: the name of FILE)")
     p.add_argument("--time", choices=["data-at-0", "data-at-1"],
-                   help="time of the data, for a SiT that predicts a velocity but does not say at which time")
+                   help="time t of the data, for a SiT velocity model whose file does not say it")
     p.add_argument("--out", metavar="FILE", type=model.output_path, help="result (default: in runs/)")
     args = p.parse_args()
     model.setup(None)

@@ -1,6 +1,6 @@
 """Draw the logs of training runs: loss, gradient norm, learning rate and throughput.
 
-  reads   NAME.jsonl ...     and NAME.safetensors beside each, if it is there, for the compute of a sample
+  reads   NAME.jsonl ...     and NAME.safetensors beside each, if there: the compute of a training sample
   writes  --out curves.png   left against the step, right against compute
   run     python tools/plot_log.py runs/digits/*.jsonl
 """

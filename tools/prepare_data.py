@@ -40,7 +40,7 @@ PART = r"(?i)(train|val|test|dev|images?|masks?|labels?)(ing|id|idation)?[-_]?(s
 CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
 Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, not refused
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30       # workflows stored in a PNG
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30       # a PNG may hold long texts
 
 
 @dataclass
@@ -104,7 +104,7 @@ def open_files(path, files, classes, images=None, labels=None):
 
 
 def file_labels(path, images, visible, kinds, files, classes):
-    """Labels from EDM's dataset.json, or else from the first sub-folders -> list, or None without classes."""
+    """Labels from EDM's dataset.json, or else from the top-level folders -> list, or None without classes."""
     tables = [name for suffix in TABLES for name in kinds.get(suffix, [])
               if not re.search("readme|licen[cs]e", name.lower())]
     listing = next((name for name in tables if posixpath.basename(name) == "dataset.json"), None)
@@ -265,7 +265,7 @@ def open_source(path, classes="auto", images=None, labels=None):
     """Open images or latents in any form, without decoding them.
 
     path            as SOURCE in the docstring of this file
-    classes         "auto": the labels of the source; "folders": the first sub-folders; "none": no labels
+    classes         "auto": the labels of the source; "folders": the top-level folders; "none": no labels
     images, labels  keys of arrays of an .npz, or columns of a Hugging Face dataset
     -> Source with len(), names, labels and read(i). Raises UserError."""
     archive, lower = re.match(r"(?i)(.+?\.zip)(?:/+(.*))?$", path), path.lower()
@@ -316,11 +316,9 @@ def in_order(source, convert, workers=1, skip_bad=False):
     sample that fails raises UserError, or is printed and left out. Shows its progress."""
     def attempt(i):
         try: return convert(source.read(i))
-        except (NotImplementedError, RuntimeError) as e:               # Deflate64, encrypted
-            if isinstance(e, RuntimeError) and "encrypted" not in str(e): return UserError(
-                f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
-            raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
         except Exception as e:             # image libraries raise anything
+            if isinstance(e, NotImplementedError) or "encrypted" in str(e):      # of zipfile: Deflate64, locked
+                raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
             return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
     with ThreadPoolExecutor(workers) as pool:
         results = (result for start in range(0, len(source), 256)      # read at most 256 ahead
@@ -441,7 +439,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, z):
-        """(n,C,h,w) -> uint8 (n,H,W,3), truncated as in EDM2"""
+        """(n,C,h,w) -> uint8 (n,H,W,3), rounded down as in EDM2"""
         x = self.vae.decode(torch.from_numpy(z).float().to(self.device)).sample
         x = (x - self.low) / (self.high - self.low)
         return (x.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -585,8 +583,8 @@ def check_flags(args, config, source, K):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
     if config and bool(latents) != ("latents" in config):
         expected = "latents" if "latents" in config else "pixels"
-        raise UserError(f"{args.data} is a dataset of {expected}, unlike what would be stored. Encode images "
-                        "with --vae PATH, or choose another NAME.")
+        raise UserError(f"{args.data} is a dataset of {expected}, and this would store the other kind. Encode "
+                        "images with --vae PATH, or choose another NAME.")
     if config and config["classes"] not in (0, K):
         raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Choose "
                         "another NAME for a custom dataset.")

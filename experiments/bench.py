@@ -173,7 +173,7 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
             update(net, ema, opt, 1e-4, 0.999)
 
     t2, net2, student2, ema2, opt2 = training("fp32", False)
-    def plain():
+    def bare():
         for _ in range(count):
             paths = midtrain.solve_pool(t2, header, batch // 16, args, device)
             x, time, end, _, y = midtrain.gather_pairs(*paths, torch.arange(batch, device=device), *table)
@@ -189,11 +189,11 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
         whole = solve.solve_teacher(t, header, x, y, 16, "dpm3")[0]
         parts = torch.cat([solve.solve_teacher(teacher, header, *a, 16, "dpm3")[0]
                            for a in zip(x.split(8), y.split(8))], dim=1)
-    times = alternating({"ours": ours, "plain": plain}, device, turns, warm_up=1)
-    rate = [count * batch / statistics.median(times[k]) for k in ("ours", "plain")]
+    times = alternating({"ours": ours, "bare": plain}, device, turns, warm_up=1)
+    rate = [count * batch / statistics.median(times[k]) for k in ("ours", "bare")]
     print(f"{name}, mid-training at batch {batch}{', ' + precision if precision != 'fp32' else ''}"
           f"{', compiled' if compile else ''}: {rate[0]:,.0f} pairs/s, {rate[1]:,.0f} the naive baseline, "
-          f"{1 / ratio(times, 'ours', 'plain'):.2f} times as many; states differ by "
+          f"{1 / ratio(times, 'ours', 'bare'):.2f} times as many; states differ by "
           f"{relative_error(whole, parts):.1e}", flush=True)
 
 
@@ -211,12 +211,11 @@ def solving(name, batch, device, turns):
     print(f"{name}, batch {batch}, a solve of 16 calls over 16 bare calls: {', '.join(found)}", flush=True)
 
 
-# --- what surviving costs -----------------------------------------------------------------------------------
+# --- what the training code around a step costs -------------------------------------------------------------
 
-def survival(device):
-    """A whole step of pre-training, optimiser and EMA included, with all that a stage adds so that it
-    the stages make (seeding, microbatches, the check of the gradient, the log, the signal handler), over a plain
-    one."""
+def overhead(device):
+    """A step of pre-training with all that the stages add to it (seeding, microbatches, the check of the
+    gradient, log, signal handler), over a bare step of forward, backward, optimiser and EMA."""
     header = model.fresh_header(model.DATASETS["digits"])
     net, ema = (model.build(header).to(device) for _ in range(2))
     opt = torch.optim.Adam(net.parameters(), 1e-4, foreach=True)
@@ -226,13 +225,13 @@ def survival(device):
     with contextlib.redirect_stdout(None): log = model.Log(args, "images", 1, 0)
     stop, step = model.Stop(1), iter(range(1, 10 ** 9))
 
-    def plain():
+    def bare():
         pretrain.edm_loss(net, *batch).mean().backward()
         opt.step()
         with torch.no_grad(): torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 0.01)
         opt.zero_grad(set_to_none=True)
 
-    def surviving():
+    def full():
         number, loss = next(step), 0
         stop(number)
         model.reseed(0, 0, number)
@@ -243,10 +242,10 @@ def survival(device):
         norm = update(net, ema, opt, 1e-4, 0.99)
         with contextlib.redirect_stdout(None): log(number, loss, norm, 1e-4)
 
-    times = alternating({"plain": plain, "again": plain, "surviving": surviving}, device, 150, warm_up=10)
+    times = alternating({"bare": bare, "again": bare, "full": full}, device, 150, warm_up=10)
     print("a training step with seeding, log, signals and the check of the gradient over a bare step: "
-          f"{ratio(times, 'surviving', 'plain'):.3f} (control, a bare step over a bare step: "
-          f"{ratio(times, 'again', 'plain'):.3f})", flush=True)
+          f"{ratio(times, 'full', 'bare'):.3f} (control, a bare step over a bare step: "
+          f"{ratio(times, 'again', 'bare'):.3f})", flush=True)
 
 
 # --- reading data -------------------------------------------------------------------------------------------
@@ -374,7 +373,7 @@ def main():
     parts = [("steps", lambda: steps("digits", 64, device, 20)),
              ("midtraining", lambda: mid_training("digits", 128, device, 5)),
              ("solving", lambda: solving("digits", 128, device, 7)),
-             ("survival", lambda: survival(device)),
+             ("overhead", lambda: overhead(device)),
              ("reading", lambda: reading(device)),
              ("frechet", frechet),
              ("scaling", scaling),

@@ -173,7 +173,7 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
             update(net, ema, opt, 1e-4, 0.999)
 
     t2, net2, student2, ema2, opt2 = training("fp32", False)
-    def bare():
+    def naive():
         for _ in range(count):
             paths = midtrain.solve_pool(t2, header, batch // 16, args, device)
             x, time, end, _, y = midtrain.gather_pairs(*paths, torch.arange(batch, device=device), *table)
@@ -189,11 +189,11 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
         whole = solve.solve_teacher(t, header, x, y, 16, "dpm3")[0]
         parts = torch.cat([solve.solve_teacher(teacher, header, *a, 16, "dpm3")[0]
                            for a in zip(x.split(8), y.split(8))], dim=1)
-    times = alternating({"ours": ours, "bare": plain}, device, turns, warm_up=1)
-    rate = [count * batch / statistics.median(times[k]) for k in ("ours", "bare")]
+    times = alternating({"ours": ours, "naive": naive}, device, turns, warm_up=1)
+    rate = [count * batch / statistics.median(times[k]) for k in ("ours", "naive")]
     print(f"{name}, mid-training at batch {batch}{', ' + precision if precision != 'fp32' else ''}"
           f"{', compiled' if compile else ''}: {rate[0]:,.0f} pairs/s, {rate[1]:,.0f} the naive baseline, "
-          f"{1 / ratio(times, 'ours', 'bare'):.2f} times as many; states differ by "
+          f"{1 / ratio(times, 'ours', 'naive'):.2f} times as many; states differ by "
           f"{relative_error(whole, parts):.1e}", flush=True)
 
 

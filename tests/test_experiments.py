@@ -90,6 +90,27 @@ def test_mnist_gives_flags_that_the_stages_take(stages_parse):
     assert ran[-1][-1].endswith("CMT+ECT_1_0.001_0.75_post16_0.0001.safetensors")
 
 
+def test_bench_and_precision_run(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import bench, model, precision
+    device = torch.device("cpu")
+    bench.steps("digits", 8, device, 1)
+    bench.solving("digits", 8, device, 1)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("denoising ", "ECT ", "MeanFlow, JVP ", "dpm3", "heun"))
+    torch.manual_seed(0)
+    header = model.fresh_header(model.DATASETS["digits"])
+    flow = model.fresh_header(model.DATASETS["digits"], "MeanVelocity", interval=True)
+    D, u = (model.build(h).eval() for h in (header, flow))
+    for p in [*D.parameters(), *u.parameters()]: p.data += 0.02 * torch.randn_like(p)      # no zero outputs
+    with torch.no_grad(): table = precision.losses(D, u, torch.randn(8, 1, 8, 8), torch.arange(8), device)
+    for net, f in table.values():
+        unchanged = precision.compare(net, f, lambda net: precision.contextlib.nullcontext())
+        assert unchanged == pytest.approx([1, 1, 1, 1], abs=1e-6)
+    net, f = table["mid-training, CM"]
+    assert 0.99 < precision.compare(net, f, precision.bf16)[0] < 1
+
+
 def test_gpu_without_a_gpu_says_so():
     done = subprocess.run([sys.executable, str(ROOT / "experiments/gpu.py")], capture_output=True, text=True)
     assert done.returncode == 2 and "no GPU" in done.stderr and "Traceback" not in done.stderr

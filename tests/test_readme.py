@@ -28,6 +28,31 @@ def test_command_parses(script, args, monkeypatch, tmp_path):
     with pytest.raises(Parsed): importlib.import_module(script).main()
 
 
+def experiment_commands():
+    files = [ROOT / "README.md", ROOT / "Makefile", ROOT / "data/README.md", *ROOT.glob("docs/*.md"),
+             *ROOT.glob("experiments/*.py")]
+    found = {match for file in files
+             for match in re.findall(r"(?:python|\$\(PY\)) experiments/(\w+)\.py([^`\n\"]*)", file.read_text())}
+    return sorted((name, args.replace("$(FLAGS)", "")) for name, args in found)
+
+
+@pytest.mark.parametrize("name, args", experiment_commands())
+def test_command_of_an_experiment_parses(name, args, monkeypatch):
+    class Parsed(Exception): pass
+    parse = argparse.ArgumentParser.parse_args
+    def parse_and_stop(self, *a):
+        parse(self, *a)
+        raise Parsed
+    source = (ROOT / f"experiments/{name}.py").read_text()
+    if "ArgumentParser" not in source:                     # its arguments are names of parts
+        assert all(re.search(rf"\W{word}\W", source) for word in args.split())
+        return
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(args)])
+    with pytest.raises(Parsed): importlib.import_module(name).main()
+
+
 def test_the_chain_of_the_readme_is_there():
     text = " ".join(c.id for c in commands() if c.id.startswith("README"))
     assert all(f"{s}" in text for s in ("pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf",

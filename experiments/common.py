@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fid, model
+import fid, model, solve
 
 
 def command(script, *args):
@@ -49,14 +49,14 @@ def forwards_per_sample(header):
     s, stage = header["settings"], header["stage"]
     guided = 2 if s.get("guidance", 1) != 1 else 1
     if stage.startswith("midtrain"):                                 # student forward 1, backward 2
-        heun = s["solver"] == "heun"
-        calls = s["nfe"] - (heun and header["t_min"] == 0)           # Heun's last step, into 0, is Euler's
-        pairs = s["nfe"] // (2 if heun else 1) if s["pairing"] == "cmt" else 1
-        return 3 + guided * calls / pairs
+        times = solve.solver_times(header, s["nfe"], s["solver"])
+        pairs = len(times) - 1 if s["pairing"] == "cmt" else 1
+        return 3 + guided * solve.count_calls(times, s["solver"]) / pairs
     if stage == "posttrain_cm":                                      # target 1, forward 1, backward 2
         return 4 + (s["loss"] == "ecd") * guided * (2 if s["solver"] == "heun" else 1)
     if stage == "posttrain_mf":                                      # JVP 2 for the samples with r < t
-        return 3 + 2 * s.get("r_neq_t", s.get("jumps", 1) / 4)       # older files have jumps
+        guided = (s["omega"], s["kappa"]) != (1, 0)
+        return 3 + 2 * s["r_neq_t"] + 2 * guided + (s["velocity"] == "teacher")
     return 3
 
 

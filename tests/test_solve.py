@@ -76,6 +76,20 @@ def test_gaussian_closed_form_and_count_of_calls(solver):
     assert error < {"dpm1": 0.03, "euler": 0.03}.get(solver, 1e-3)
 
 
+@pytest.mark.parametrize("kind, ends, solvers", [("Denoiser", (80.0, 0.002), ["dpm3", "euler", "heun"]),
+                                                 ("MeanVelocity", (1.0, 0.0), ["euler", "heun", "jump"])])
+def test_count_calls_is_what_a_solve_takes(kind, ends, solvers):
+    header, calls = {"kind": kind, "t_max": ends[0], "t_min": ends[1]}, []
+    def teacher(x, *times_and_label):
+        calls.append(1)
+        return 0.5 * x
+    for solver in solvers:
+        for nfe in (1, 2, 7, 8):
+            calls.clear()
+            times = solve.solve_teacher(teacher, header, torch.ones(2, 1, 4, 4), None, nfe, solver)[1]
+            assert len(calls) == solve.count_calls(times, solver) <= nfe
+
+
 def test_guidance():
     """w = 1 is the plain teacher, bit for bit; w = 0 the guide; else the line through both."""
     x, t, y = torch.randn(4, 1, 8, 8), torch.rand(4) + 0.1, torch.arange(4)

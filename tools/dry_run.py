@@ -17,13 +17,13 @@ def midtrain(args, kind):
     header = expected_header(args.init, args, [kind], **args.network)
     kinds = ["MeanVelocity", "Denoiser"] if args.target == "mf" else [kind]
     teacher = expected_header(args.teacher, args, kinds, **args.recipe.get("teacher_network", {}))
-    nfe, pairs_per_trajectory = args.nfe * (1 if args.guidance == 1 else 2), 1
+    nfe_per_pair = 0
     if teacher:
         solver = args.solver or solve.default_solver(teacher)
         solve.check_solver(solver, args.teacher, teacher)
-        if args.pairing == "cmt":
-            pairs_per_trajectory = len(solve.solver_times(teacher, args.nfe, solver)) - 1
-    report(args, "pairs", header, 0, teacher, nfe / pairs_per_trajectory)
+        times = solve.solver_times(teacher, args.nfe, solver)
+        nfe_per_pair = solve.count_calls(times, solver) / (len(times) - 1 if args.pairing == "cmt" else 1)
+    report(args, "pairs", header, 0, teacher, nfe_per_pair * (1 if args.guidance == 1 else 2))
 
 
 def posttrain_cm(args):

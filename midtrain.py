@@ -116,8 +116,8 @@ def huber(a, b):
 
 def pair_table(N, target, pairing="cmt"):
     """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
-    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. `pairing` is the flag: "kd" has only the start
-    with the endpoint, M = 1; "cmt" and "slow" have all M pairs. -> i, j (M,)"""
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. `pairing` is the flag: "kd" lists only the start
+    with the endpoint, M = 1; "cmt" and "slow" list all. -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
@@ -344,7 +344,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else the step is skipped; ten in a row end the run, in `log`
+        if math.isfinite(norm):              # else skip the step; `log` ends the run after ten in a row
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

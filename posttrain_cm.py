@@ -5,7 +5,8 @@
   writes  runs/NAME/posttrain_cm.safetensors   EMA weights; sample.py samples from them in one or two steps
   run     python posttrain_cm.py                                      # digits, half a minute on two CPU cores
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
-  cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one)
+  cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one),
+          with guidance twice as many
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
 --loss ect   f(x_t, t) is trained to match f(x_r, r), where x_r is the same image with less of the same noise.
@@ -56,7 +57,7 @@ RECIPES = {
     "cifar10":     ECT_PAPER | dict(q=4096),                                                      # paper
     "ffhq64":      ECT_PAPER | dict(q=512),                                                       # paper
     "afhqv2-64":   ECT_PAPER | dict(q=1024),                                                      # paper
-    # The paper reports ECD here, but not its settings. We take imagenet512's without its guidance, and the
+    # The paper reports ECD here, but not its settings. We take imagenet512's, without guidance, with the
     # dropout of ECT's own ImageNet 64x64 recipe.
     "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours
     "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
@@ -142,7 +143,7 @@ def flags():
     p.add_argument("--q", type=model.number(int, 2, 2 ** 16 + 1, "an integer in [2, 65536]"),
                    help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
     p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
-                   help="steps between two doublings; 0: the gap stays fixed")
+                   help="steps after which k grows by 1, which narrows the gap; 0: it stays fixed")
     p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
                    help="constant of pseudo-Huber; 0: the plain l2 norm")
     p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or that of pre-training")
@@ -227,7 +228,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else the step is skipped; ten in a row end the run, in `log`
+        if math.isfinite(norm):              # else skip the step; `log` ends the run after ten in a row
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

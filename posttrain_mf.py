@@ -1,7 +1,7 @@
 """Stage 4, post-training of the Mean Flow branch: real images and the MeanFlow identity
 
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
-  u = v - (t - r) du/dt                                                   its derivative by t
+  u = v - (t - r) du/dt                                                   d/dt of both sides
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
   replaces v, in the identity and in du/dt, by eps - x_0, whose mean given z_t is v(z_t, t). The target is
@@ -227,11 +227,11 @@ def main():
             # calls u on the samples with r < t alone, as du/dt does, and then on the others. DDP has no
             # forward-mode derivative: the JVP is of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
-            r_below_t = [a[:, :k].flatten(0, 1) for a in groups_of_4]
-            r_equals_t = [a[:, k:].flatten(0, 1) for a in groups_of_4]
-            dudt = derivative(net, *r_below_t)
-            loss_below = meanflow_loss(wrapped_net, *r_below_t, dudt, args.p, args.c)
-            loss_equal = meanflow_loss(wrapped_net, *r_equals_t, 0, args.p, args.c)
+            samples_below = [a[:, :k].flatten(0, 1) for a in groups_of_4]
+            samples_equal = [a[:, k:].flatten(0, 1) for a in groups_of_4]
+            dudt = derivative(net, *samples_below)
+            loss_below = meanflow_loss(wrapped_net, *samples_below, dudt, args.p, args.c)
+            loss_equal = meanflow_loss(wrapped_net, *samples_equal, 0, args.p, args.c)
             loss = torch.cat([loss_below, loss_equal]).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
@@ -240,7 +240,7 @@ def main():
 
         lr = model.learning_rate(args, step)
         norm = model.gradient_norm(net)
-        if math.isfinite(norm):              # else the step is skipped; ten in a row end the run, in `log`
+        if math.isfinite(norm):              # else skip the step; `log` ends the run after ten in a row
             for group in optimizer.param_groups: group["lr"] = lr
             optimizer.step()
             model.update_ema(ema, net, decay=min(args.ema, (1 + step) / (10 + step)))          # warms up

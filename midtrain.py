@@ -8,7 +8,7 @@
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
-  cost    per pair: one forward of the teacher (Heun: nearly two), one forward and one backward of the student
+  cost    per pair: one forward of the teacher (Heun: 15 for 8), one forward and one backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
           with --target mf, a squared distance, from about 2.5 to about 0.35
 
@@ -35,7 +35,7 @@ from tools import dry_run, feature_networks
 # solver    None: the teacher's default
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments of the student. They override those of the --init file, or without one
+# network   constructor arguments of the student. They override those of the --init file; with --init none,
 #           those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
@@ -95,7 +95,7 @@ def cmt_loss(f, x, t, x_end, y, distance):
 
 def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
     """Mid-training of a Mean Flow model (2509.24526), one number per pair. A pair is two states of one
-    trajectory, in flow time. x_t, x_r (B,C,H,W), r < t (B,) their solver times, y (B,) the labels of the
+    trajectory, in flow time. x_t, x_r (B,C,H,W), r < t (B,) their times, y (B,) the labels of the
     trajectories -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<j} || u(x_t, r, t, y) - (x_t - x_r) / (t - r) ||^2,   t = t_i, r = t_j
     target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
@@ -256,9 +256,9 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
     GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
     N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
-    N (N+1) / 2; --pairing kd and slow: one). The cost per pair is the paper's. A pool is a function of (seed,
-    rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have one size, so
-    a compiled teacher is compiled once."""
+    N (N+1) / 2; --pairing kd and slow: one). With cmt the NFE per pair are the paper's. A pool is a function
+    of (seed, rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have one
+    size, so a compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories

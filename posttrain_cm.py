@@ -57,8 +57,8 @@ RECIPES = {
     "cifar10":     ECT_PAPER | dict(q=4096),                                                      # paper
     "ffhq64":      ECT_PAPER | dict(q=512),                                                       # paper
     "afhqv2-64":   ECT_PAPER | dict(q=1024),                                                      # paper
-    # The paper reports ECD here, but not its settings. We take imagenet512's, without guidance, with the
-    # dropout of ECT's own ImageNet 64x64 recipe.
+    # The paper reports ECD here, but not its settings. We take imagenet512's, without its guidance and
+    # TF32, and add the dropout of ECT's own ImageNet 64x64 recipe.
     "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours
     "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
                               guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
@@ -79,7 +79,7 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r. ECD solves
     the teacher's ODE for it. ECT makes it from the image and noise of x_t. For a small gap, the mean of this
     x_r over all images and noises that give x_t equals the ODE's x_r. At r = 0 the target is x_r itself.
-    One number per sample.
+    One loss per sample.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.

@@ -708,7 +708,8 @@ def save(path, tensors, header):
     """Write {name: tensor} and a JSON-able header to `path`. Raises UserError as `atomic_write` does."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     config = json.dumps(header | {"crc32": checksum(tensors, header)})
-    with atomic_write(path) as part: save_file(tensors, part, {"config": config})  # one key: order is random
+    # one metadata key, because safetensors writes several in a random order
+    with atomic_write(path) as part: save_file(tensors, part, {"config": config})
 
 
 def read(path, tensors=True):
@@ -1000,7 +1001,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # a run too short
+        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # its run is too short
     add("--no-preview", dest="preview", action="store_false", help="write no picture of samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
         add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of that picture")

@@ -322,9 +322,8 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    position = args, step, rank, local_batch, device
-    batches = (batches_from_file(teacher_header, *position) if args.trajectories else
-               batches_from_teacher(teacher, teacher_header, N, *position))
+    batches = (batches_from_file(teacher_header, args, step, rank, local_batch, device) if args.trajectories
+               else batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_batch, device))
     while True:
         done = step == args.steps or stop(step)
         if rank == 0 and step > start and (done or save.due(step)):

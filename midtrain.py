@@ -257,8 +257,8 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
     N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
     N (N+1) / 2; --pairing kd and slow: one). With cmt the NFE per pair are the paper's. A pool is a function
-    of (seed, rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have one
-    size, so a compiled teacher is compiled once."""
+    of (seed, rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have
+    one size, so a compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories

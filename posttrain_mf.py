@@ -26,7 +26,7 @@ and from scratch, with the compute of pre-, mid- and post-training.
 On a GPU the backbone runs in bf16, which is precise enough for the JVP, as `make precision` measures on a
 CPU. With --derivative difference it runs in fp32.
 """
-import copy, math, os, shlex
+import copy, math, shlex
 
 import torch
 
@@ -150,11 +150,10 @@ def flags():
                    help="guidance only for t in between")
     args = p.parse_args()
     if args.p == 0: model.reject_if_typed("--c", because="p is 0, which means no adaptive weight")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for flag, size, unit in ("--batch", args.batch, 4 * world), ("--microbatch", args.microbatch or 4, 4):
-        if size % unit:
-            raise model.UserError(f"{flag} {size} is not a multiple of {unit}; of every four samples of a "
-                                  "process some have r < t, the others r = t.")
+    for flag, size in ("--batch", args.batch), ("--microbatch", args.microbatch or 4):
+        if size % 4:
+            raise model.UserError(f"{flag} {size} is not a multiple of 4; of every four samples some have "
+                                  "r < t, the others r = t.")
     if args.velocity == "data": model.reject_if_typed("--teacher", because="--velocity is data")
     if (args.omega, args.kappa) == (1, 0):
         model.reject_if_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")
@@ -175,6 +174,9 @@ def main():
     args = flags()
     if args.dry_run: return dry_run.posttrain_mf(args)
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
+    if local_batch % 4:
+        raise model.UserError(f"--batch {args.batch} is not a multiple of {4 * world}; in each of the "
+                              f"{world} processes, of every four samples some have r < t, the others r = t.")
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)

@@ -11,7 +11,7 @@ midtrain.py imports the solvers and solves while it trains, because the trajecto
 length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
 trajectories, and for `midtrain.py --trajectories`.
 """
-import argparse, functools, math, shlex
+import argparse, functools, math, os, shlex
 from pathlib import Path
 
 import torch
@@ -277,6 +277,8 @@ def main():
     guidance_flags(p)
     args = p.parse_args()
 
+    if os.path.realpath(args.out) == os.path.realpath(args.teacher):
+        raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
     args.npz, args.command_for = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}

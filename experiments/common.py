@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import fid, model, solve
+import fid, model
+from tools import dry_run
 
 
 def command(script, *args):
@@ -47,16 +48,15 @@ def forwards_per_sample(header):
     """Network forwards that training on one image or pair takes, including the teacher's. A backward counts
     as two forwards, a JVP as two (`make bench` measures them)."""
     s, stage = header["settings"], header["stage"]
-    guided = 2 if s.get("guidance", 1) != 1 else 1
     if stage.startswith("midtrain"):                                 # student forward 1, backward 2
-        times = solve.solver_times(header, s["nfe"], s["solver"])
-        pairs = len(times) - 1 if s["pairing"] == "cmt" else 1
-        return 3 + guided * solve.count_calls(times, s["solver"]) / pairs
+        return 3 + dry_run.nfe_per_pair(header, s["nfe"], s["solver"], s["pairing"], s.get("guidance", 1))
     if stage == "posttrain_cm":                                      # target 1, forward 1, backward 2
+        guided = 2 if s.get("guidance", 1) != 1 else 1
         return 4 + (s["loss"] == "ecd") * guided * (2 if s["solver"] == "heun" else 1)
     if stage == "posttrain_mf":                                      # JVP 2 for the samples with r < t
         guided = (s["omega"], s["kappa"]) != (1, 0)
-        return 3 + 2 * s["r_neq_t"] + 2 * guided + (s["velocity"] == "teacher")
+        r_neq_t = s.get("r_neq_t", s.get("jumps", 1) / 4)            # older files have jumps
+        return 3 + 2 * r_neq_t + 2 * guided + (s["velocity"] == "teacher")
     return 3
 
 

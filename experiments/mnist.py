@@ -59,6 +59,7 @@ TEACHER_KEY, CHOSEN_KEY = "teacher {}, seed {}", "chosen: {}, {} units"
 RESULT_KEY, TRIALS_KEY = "result: {}, {} units, seed {}", "tuning: {}, {:g} units, "
 UNTIED, GAPS = "{}, post-training tuned after the fact", (4, 16, 64, 256)              # see `untied`
 MEASURES = ("FD", "FD-pixels", "precision", "recall")
+BUDGETS = 1, 2, 4                                           # units, all that a method may have
 # method: (branch, budgets, name of the second setting, its ladder, first index in RATES and in its ladder)
 METHODS = {
     "CMT + ECT":      ("cm", (1, 2),    "share",    SHARES,    2, 2),
@@ -263,7 +264,7 @@ def work():
 def results(found, method):
     """-> [(units, [scores of a seed, ...]), ...], for the budgets that have results"""
     runs = [(units, [found.get(RESULT_KEY.format(method, units, seed)) for seed in SEEDS])
-            for units in (1, 2, 4)]
+            for units in BUDGETS]
     return [(units, [*filter(None, scores)]) for units, scores in runs if any(scores)]
 
 
@@ -300,7 +301,7 @@ def report():
                           + " | ".join(cells) + " |")
     print("\n| method | units | trials | best trial | its settings |\n|---|---|---|---|---|")
     for method in (name for method in METHODS for name in (method, UNTIED.format(method))):
-        for units in (0.25, 0.5, 1, 2):
+        for units in sorted({budget * part for budget in BUDGETS for part in (1 / 4, 1 / 2)}):
             name = TRIALS_KEY.format(method, units)
             trials = {key.removeprefix(name): found[key] for key in found if key.startswith(name)}
             if not trials: continue

@@ -407,7 +407,7 @@ def test_what_is_read_is_not_overwritten(run, here, tmp_path):
     teacher = tmp_path / "teacher.safetensors"
     teacher.write_bytes(before := Path("runs/digits/pretrain.safetensors").read_bytes())
     refused(run("midtrain", *SMALL, "--teacher", teacher, "--out", teacher), "is read for")
-    refused(run("solve", "--n", 2, "--teacher", teacher, "--out", teacher), "exists, and is from pretrain")
+    refused(run("solve", "--n", 2, "--teacher", teacher, "--out", teacher), "is read for")
     assert teacher.read_bytes() == before
     refused(run("solve", "--n", 2, "--out", tmp_path / "tr.png"), ".safetensors")
 

@@ -16,16 +16,24 @@ def commands():
                                    id=f"{file.name}: {found[1]}{found[2].split('  ')[0]}")
 
 
-@pytest.mark.parametrize("script, args", list(commands()))
-def test_command_parses(script, args, monkeypatch, tmp_path):
+@pytest.fixture
+def parse_only(monkeypatch):
+    """Runs the main of a module up to the end of parse_args."""
     class Parsed(Exception): pass
     parse = argparse.ArgumentParser.parse_args
     def parse_and_stop(self, *a):
         parse(self, *a)
         raise Parsed
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(args, comments=True)])
-    with pytest.raises(Parsed): importlib.import_module(script).main()
+    def run(name, args):
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(args, comments=True)])
+        with pytest.raises(Parsed): importlib.import_module(name).main()
+    return run
+
+
+@pytest.mark.parametrize("script, args", list(commands()))
+def test_command_parses(script, args, parse_only):
+    parse_only(script, args)
 
 
 def experiment_commands():
@@ -37,20 +45,13 @@ def experiment_commands():
 
 
 @pytest.mark.parametrize("name, args", experiment_commands())
-def test_command_of_an_experiment_parses(name, args, monkeypatch):
-    class Parsed(Exception): pass
-    parse = argparse.ArgumentParser.parse_args
-    def parse_and_stop(self, *a):
-        parse(self, *a)
-        raise Parsed
+def test_command_of_an_experiment_parses(name, args, monkeypatch, parse_only):
     source = (ROOT / f"experiments/{name}.py").read_text()
     if "ArgumentParser" not in source:                     # its arguments are names of parts
         assert all(re.search(rf"\W{word}\W", source) for word in args.split())
         return
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *shlex.split(args)])
-    with pytest.raises(Parsed): importlib.import_module(name).main()
+    parse_only(name, args)
 
 
 def test_the_chain_of_the_readme_is_there():

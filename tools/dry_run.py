@@ -17,13 +17,20 @@ def midtrain(args, kind):
     header = expected_header(args.init, args, [kind], **args.network)
     kinds = ["MeanVelocity", "Denoiser"] if args.target == "mf" else [kind]
     teacher = expected_header(args.teacher, args, kinds, **args.recipe.get("teacher_network", {}))
-    nfe_per_pair = 0
+    nfe = 0
     if teacher:
         solver = args.solver or solve.default_solver(teacher)
         solve.check_solver(solver, args.teacher, teacher)
-        times = solve.solver_times(teacher, args.nfe, solver)
-        nfe_per_pair = solve.count_calls(times, solver) / (len(times) - 1 if args.pairing == "cmt" else 1)
-    report(args, "pairs", header, 0, teacher, nfe_per_pair * (1 if args.guidance == 1 else 2))
+        nfe = nfe_per_pair(teacher, args.nfe, solver, args.pairing, args.guidance)
+    report(args, "pairs", header, 0, teacher, nfe)
+
+
+def nfe_per_pair(header, nfe, solver, pairing, guidance):
+    """Forwards of the teacher for one pair of mid-training. header: the teacher's, or that of a student in
+    its time; the others: flags of midtrain.py"""
+    times = solve.solver_times(header, nfe, solver)
+    pairs_per_trajectory = len(times) - 1 if pairing == "cmt" else 1
+    return solve.count_calls(times, solver) / pairs_per_trajectory * (1 if guidance == 1 else 2)
 
 
 def posttrain_cm(args):

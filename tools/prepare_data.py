@@ -39,7 +39,7 @@ HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$"
 PART = r"(?i)(train|val|test|dev|images?|masks?|labels?)(ing|id|idation)?[-_]?(set|data|[ab]|\d+)?|\d{5,}"
 CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
-Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, not refused
+Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, no error
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30       # a PNG may hold long texts
 
 
@@ -317,7 +317,7 @@ def in_order(source, convert, workers=1, skip_bad=False):
     def attempt(i):
         try: return convert(source.read(i))
         except Exception as e:             # image libraries raise anything
-            if isinstance(e, NotImplementedError) or "encrypted" in str(e):      # of zipfile: Deflate64, locked
+            if isinstance(e, NotImplementedError) or "encrypted" in str(e):  # Deflate64, a password
                 raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
             return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
     with ThreadPoolExecutor(workers) as pool:

@@ -26,8 +26,8 @@ def midtrain(args, kind):
 
 
 def nfe_per_pair(header, nfe, solver, pairing, guidance):
-    """Forwards of the teacher for one pair of mid-training. header: the teacher's, or that of a student in
-    its time; the others: flags of midtrain.py"""
+    """Forwards of the teacher for one pair of mid-training. header: of the teacher, or of its student.
+    The others are flags of midtrain.py."""
     times = solve.solver_times(header, nfe, solver)
     pairs_per_trajectory = len(times) - 1 if pairing == "cmt" else 1
     return solve.count_calls(times, solver) / pairs_per_trajectory * (1 if guidance == 1 else 2)

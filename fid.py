@@ -61,7 +61,9 @@ def sums(batches):
 def moments(n, total, outer):
     """The output of `sums` -> mean (d,), unbiased covariance (d,d)"""
     mu = total / n
-    return mu, (outer - n * torch.outer(mu, mu)) / (n - 1)
+    cov = (outer - n * torch.outer(mu, mu)) / (n - 1)
+    cov.diagonal().clamp_(min=0)                           # rounding error of a feature that is constant
+    return mu, cov
 
 
 # === the run ================================================================================================

@@ -16,7 +16,7 @@ Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6
 model.py imports nothing of this project.
 """
 import argparse, contextlib, functools, gc, hashlib, inspect, json, math, os
-import shlex, signal, struct, sys, time, traceback, zipfile, zlib
+import shlex, signal, struct, sys, time, traceback, warnings, zipfile, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -1073,6 +1073,7 @@ def compiled(function, wanted):
     """torch.compile around a network, or a function of networks, if --compile wants it. Shapes are static:
     the different batch sizes of teacher and student would make torch compile dynamic shapes."""
     if not wanted: return function
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")        # --precision tf32 uses them
     from torch._inductor import config
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
     return torch.compile(function, dynamic=False)

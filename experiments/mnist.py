@@ -34,8 +34,9 @@ ECT at one unit: the chain's post-training with settings of its own. Mid-trainin
 the tuning seed, with half of the budget, 4 rates (1/30 of mid-training's and the ladder's next 3) are tried
 with 4 values of q (4 to 256; the protocol has 256). So the chain has 16 trials that plain ECT did not have.
 
-Two processes of one thread share the trainings. All continue where they were interrupted; finished numbers
-are in docs/mnist.json, so another machine continues too. `python experiments/mnist.py report` prints the
+Two processes of one thread share the trainings; on a GPU start more by hand (`python experiments/mnist.py
+work --first K`). All continue where they were interrupted; finished numbers are in docs/mnist.json, so
+another machine continues too. `python experiments/mnist.py report` prints the
 table and draws the curves from that file alone; `picture` draws samples of the checkpoints of seed 1.
 """
 import argparse, fcntl, functools, itertools, json, math, os, shutil, statistics, subprocess, sys, time
@@ -76,7 +77,7 @@ FORWARDS = {"mid_cm": 4, "mid_kd": 3 + 16, "post_cm": 4, "mid_mf": 3 + 15 / 8, "
 
 def flags(seed, precision="bf16"):
     return ["--data", FOLDER / "train.npz", "--seed", seed, "--batch", BATCH, "--precision", precision,
-            "--no-preview"]
+            "--no-preview", "--no-compile"]
 
 
 def teacher(branch, seed):
@@ -161,7 +162,7 @@ def precision_recall(real, fake, k=3):
 
 def scores(path, n, calls=(1, 2)):
     """-> {NFE: measures of n samples of a checkpoint}"""
-    net, header = model.load(path)
+    net, header = model.load(path, "cuda" if torch.cuda.is_available() else "cpu")
     draw = lambda k: torch.cat([torch.from_numpy(x) for x, _ in sample.generate(net, header, range(n), k)])
     return {str(k): judge(classifier(), draw(k)) for k in calls}
 
@@ -189,7 +190,7 @@ def share(jobs, wait=True):
                 except BlockingIOError: continue
                 if key not in stored(): record(key, jobs[key]())
         if not wait: return
-        time.sleep(5)
+        time.sleep(2)
     return [stored()[key] for key in jobs]
 
 
@@ -243,14 +244,15 @@ def write_training_half():
         np.savez(f, arr_0=x, arr_1=y)
 
 
-def work():
-    """All trainings that no other process does: the smaller budgets first."""
+def work(first=0):
+    """All trainings that no other process does: the smaller budgets first, beginning with task `first`."""
     torch.set_num_threads(1)
     share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1])})
     share({"noise floor": lambda: judge(classifier(), halves()[0][0])})
     tasks = [(units, branch, method)
              for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
-    for units, branch, method in sorted(tasks, key=lambda task: task[:2]):      # then in the order of METHODS
+    tasks.sort(key=lambda task: task[:2])                                       # then in the order of METHODS
+    for units, branch, method in tasks[first:] + tasks[:first]:
         share({TEACHER_KEY.format(branch, seed):
                functools.partial(lambda *which: scores(teacher(*which), 5000, (16, 1)), branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
@@ -362,11 +364,15 @@ def main():
     p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture", "untied"],
                    default="all", help="work: in one process; report: tables and curves; picture: samples; "
                                        "untied: after the fact")
-    what = p.parse_args().what
+    p.add_argument("--first", type=int, default=0, metavar="0-8",
+                   help="for work: the task to begin with, of 9")
+    args = p.parse_args()
+    what = args.what
     if what == "report": return report()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / "train.npz").exists(): write_training_half()
-    if what != "all": return {"work": work, "picture": picture, "untied": untied}[what]()
+    if what == "work": return work(args.first)
+    if what != "all": return {"picture": picture, "untied": untied}[what]()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen([sys.executable, __file__, "work"], env=one_thread) for _ in range(2)]
     failed = [w.wait() for w in workers]

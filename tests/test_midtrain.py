@@ -110,12 +110,13 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
         file = model.read("runs/digits/trajectories.safetensors")[0]
         solved = [(file["states"].transpose(0, 1), file["times"], file["labels"])]
     assert [len(y) for _, _, y in solved] == ([8] if source == "file" else [8, 8])     # full size: one shape
-    states = {s.cpu().numpy().tobytes(): (states[-1, j], times[i].float(), y[j])
+    solved = [[a.cpu() for a in pool] for pool in solved]
+    states = {s.numpy().tobytes(): (states[-1, j], times[i].float(), y[j])
               for states, times, y in solved for i in range(8) for j, s in enumerate(states[i])}
-    x, t, x_end, _, y = (torch.cat(a) for a in zip(*used))
+    x, t, x_end, _, y = (torch.cat(a).cpu() for a in zip(*used))
     assert len(x) == steps * 8 and len(states) == 64 * len(solved)
     for k in range(len(x)):
-        end, time, label = states.pop(x[k].cpu().numpy().tobytes())         # a state used twice is no longer there
+        end, time, label = states.pop(x[k].numpy().tobytes())         # a state used twice is no longer there
         assert torch.equal(end, x_end[k]) and time == t[k] and label == y[k]
 
 

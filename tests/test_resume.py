@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import model
-from conftest import ROOT, refused, write_npz
+from conftest import ROOT, one_process_a_gpu, refused, write_npz
 from test_runs import STAGES
 
 # A stage's main, in a process that ends itself: `where` is an event and how often it has to happen.
@@ -167,6 +167,7 @@ def test_more_steps_only_at_a_constant_rate(run, chain, tmp_path, monkeypatch):
     assert done.code == 0 and "continuing" in done.out and model.read(out[1])[1]["step"] == 4
 
 
+@one_process_a_gpu
 def test_a_rank_that_dies_takes_the_job_down_and_a_restart_continues(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     script, flags = stage_command("posttrain_cm", 8)

@@ -9,7 +9,7 @@ from PIL import Image
 
 import fid, model, sample
 from tools import feature_networks
-from conftest import (ROOT, free_port, latents_npz, refused, relerr, vector_weights, vectors,
+from conftest import (ROOT, free_port, latents_npz, one_process_a_gpu, refused, relerr, vector_weights, vectors,
                       write_npz)
 
 
@@ -89,9 +89,13 @@ def test_frechet_distance_closed_forms():
 
 
 def test_streamed_statistics_equal_numpy():
-    x = torch.rand(57, 5, dtype=torch.float64)
-    mu, cov = fid.moments(*fid.sums(x.split(10)))
+    x = torch.rand(57, 105, dtype=torch.float64)
+    x[:, 5:] = torch.arange(100, dtype=torch.float64) / 99     # constant: for some the rounding error is negative
+    n, total, outer = fid.sums(x.split(10))
+    assert ((outer - n * torch.outer(total / n, total / n)).diagonal() < 0).any()
+    mu, cov = fid.moments(n, total, outer)
     assert np.allclose(mu, x.mean(0)) and np.allclose(cov, np.cov(x.numpy().T))
+    assert fid.frechet_distance(mu, cov, mu, cov) < 1e-9
 
 
 def test_distances_reproduce_the_reference():
@@ -158,6 +162,7 @@ def test_fid_of_every_kind_of_reference(run, here, tmp_path, inception):
     assert all(word in done.out for word in ("labels random", "nfe 1", "seeds 0-7", "TF1 bilinear"))
 
 
+@one_process_a_gpu
 def test_two_processes_score_and_sample_as_one(here, tmp_path):
     """The same images bit for bit, in the file too, and the same distance."""
     def alone_and_together(script, *flags):

@@ -194,15 +194,18 @@ def share(jobs, wait=True):
     return [stored()[key] for key in jobs]
 
 
-def judge_trial(path):
-    """-> the geometric mean of the distances in one and two steps"""
-    found = scores(path, 2000)
+def trial(*settings):
+    """-> the geometric mean of the distances in one and two steps; 1e9 for a run that diverged"""
+    try: found = scores(train(*settings), 2000)
+    except SystemExit as e:
+        if e.code != 3: raise                              # 3: ten gradients in a row were not finite
+        return 1e9
     return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
 
 
 def trials(method, units, settings):
     """-> the score of each (rate, value), on the tuning seed"""
-    def run(rate, value): return judge_trial(train(method, units, rate, value, TUNING_SEED))
+    def run(rate, value): return trial(method, units, rate, value, TUNING_SEED)
     name = TRIALS_KEY.format(method, units) + f"lr {{:g}}, {METHODS[method][2]} {{:g}}"
     return share({name.format(*setting): functools.partial(run, *setting) for setting in settings})
 
@@ -230,7 +233,7 @@ def untied(method="CMT + ECT", units=1):
     tried = list(itertools.product(GAPS, [tied] + [r for r in RATES if r > 1.5 * tied][:3]))
     key = TRIALS_KEY.format(name, units / 2) + "q {}, post-training lr {:g}"
     found = share({key.format(*post): functools.partial(
-        lambda *post: judge_trial(train(method, units / 2, rate, value, TUNING_SEED, post)), *post)
+        lambda *post: trial(method, units / 2, rate, value, TUNING_SEED, post), *post)
         for post in tried})
     best = min(zip(found, tried))[1]
     record(CHOSEN_KEY.format(name, units), best)

@@ -1074,7 +1074,13 @@ def compiled(function, wanted):
     the different batch sizes of teacher and student would make torch compile dynamic shapes."""
     if not wanted: return function
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")        # --precision tf32 uses them
-    from torch._inductor import config
+    from torch._inductor import async_compile, config
+    if hasattr(signal, "pthread_sigmask"):                                  # not on Windows
+        # Ctrl-C and SLURM's SIGTERM reach all processes of a job. The compiler's must live on, or the run
+        # would wait for them forever: they inherit that both signals are blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        async_compile.AsyncCompile.warm_pool()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
     return torch.compile(function, dynamic=False)
 
@@ -1360,12 +1366,13 @@ def peak_memory():
 class Log:
     """Rank 0: one line per --log-every steps and the same as JSON in NAME.jsonl beside the checkpoint: mean
     loss since the last line over all ranks, its parts, gradient norm, learning rate, speed, time left, peak
-    memory. A resumed run appends, so of two lines with the same step the last one counts. Raises Diverged
-    after 10 skipped steps in a row."""
+    memory. A resumed run appends, so of two lines with the same step the last one counts. Warns if the loss
+    has grown a hundredfold. Raises Diverged after 10 skipped steps in a row."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world = args, unit, world
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
         self.start = self.last = step
+        self.first_loss, self.warned = math.inf, False
 
     def __call__(self, step, loss, norm, lr, parts={}):
         if math.isfinite(norm):
@@ -1395,6 +1402,11 @@ class Log:
             + "".join(f"{k} {line[k]:.5f}  " for k in names) + f"grad {norm:.3f}  lr {lr:.2e}  "
             f"{batch / seconds:,.0f} {unit}/s  left {line['left']:,.0f} s  {line['GiB']:.1f} GiB"
             + (f"  skipped {self.skipped}" if self.skipped else ""))
+        if self.first_loss == math.inf: self.first_loss = line["loss"]
+        if line["loss"] > 100 * self.first_loss and (step == steps or not self.warned):
+            self.warned = True
+            say(f"warning: the loss was {self.first_loss:.3g} at first and is {line['loss']:.3g}; the run has "
+                "probably diverged. Try a smaller --lr or a --warmup, with another --out.")
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
         file = Path(beside(self.args.out, ".jsonl"))
         with contextlib.suppress(OSError):                 # if the disk is full, the next save says so

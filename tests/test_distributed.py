@@ -120,6 +120,20 @@ def test_a_signal_during_the_exchange_counts_at_the_next_step(handlers, monkeypa
     assert [stop(1), stop(2), stop(3)] == [False, True, True] and arrived == [0, 1, 1]
 
 
+def test_a_signal_to_all_processes_leaves_the_compiler_alive():
+    """torch's compiler processes belong to the run's process group. If SIGTERM ended them, the run would wait
+    for them forever."""
+    code = ("import model, os, signal; signal.signal(signal.SIGTERM, lambda *_: print('asked to stop'))\n"
+            "model.compiled(len, True); from torch._inductor.async_compile import AsyncCompile\n"
+            "submit = AsyncCompile.process_pool().submit; before = submit(os.getpid).result(60)\n"
+            "os.killpg(0, signal.SIGTERM); print(before, submit(os.getpid).result(60), os.getpid())")
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "asked to stop" in done.stdout, done.stderr
+    assert len(set(done.stdout.split()[-3:])) >= 2                         # another process did the work
+
+
 @pytest.mark.parametrize("torchrun_id, ends", [(None, True), ("none", False)])
 def test_a_second_interrupt_ends_a_single_process_but_not_one_of_torchrun(handlers, monkeypatch, torchrun_id,
                                                                           ends):

@@ -500,3 +500,17 @@ def test_bad_steps_are_skipped_and_ten_in_a_row_stop_the_run(run, chain, tmp_pat
     stopped = run("midtrain", *args, "--out", tmp_path / "b.safetensors")
     assert stopped.code == 3 and "10 steps in a row" in stopped.err and len(stopped.err.splitlines()) == 1
     assert all(v.isfinite().all() for v in model.read(tmp_path / "b.resume.safetensors")[0].values())
+
+
+@pytest.mark.parametrize("growth, warnings", [(1, 0), (3, 2)])
+def test_a_loss_that_grows_a_hundredfold_is_pointed_out_then_and_at_the_end(run, chain, tmp_path, monkeypatch,
+                                                                            growth, warnings):
+    monkeypatch.chdir(chain)
+    loss, calls = midtrain.cmt_loss, []
+    def growing(*args):
+        calls.append(len(calls))
+        return loss(*args) * growth ** len(calls)
+    monkeypatch.setattr(midtrain, "cmt_loss", growing)
+    done = run("midtrain", "--steps", 10, "--batch", 8, "--nfe", 4, "--lr", 1e-9, "--log-every", 1,
+               "--out", tmp_path / "a.safetensors")
+    assert done.code == 0 and done.out.count("probably diverged") == warnings, done.out

@@ -1405,7 +1405,7 @@ class Log:
         if self.first_loss == math.inf: self.first_loss = line["loss"]
         if line["loss"] > 100 * self.first_loss and (step == steps or not self.warned):
             self.warned = True
-            say(f"warning: the loss was {self.first_loss:.3g} at first and is {line['loss']:.3g}; the run has "
+            say(f"warning: the loss was {self.first_loss:.3g} and is {line['loss']:.3g} now; the run has "
                 "probably diverged. Try a smaller --lr or a --warmup, with another --out.")
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
         file = Path(beside(self.args.out, ".jsonl"))

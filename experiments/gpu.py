@@ -1,4 +1,4 @@
-"""`make gpu`: everything worth knowing on the day a GPU is at hand, in about a quarter of an hour.
+"""`make gpu`: everything worth knowing on the day a GPU is at hand, in about half an hour.
 
   1 compile   torch.compile of the three networks: gradients against eager mode, time of the first call
   2 ddp       DDP over NCCL with one process, compiled: gradients against eager mode without DDP
@@ -48,7 +48,7 @@ def script(minutes, *command, **env):
 
 def tests(device):
     files = [f"tests/test_{name}.py" for name in ("runs", "midtrain", "posttrain_cm", "posttrain_mf")]
-    for line in script(2.5, "-m", "pytest", "-q", "--tb=line", *files, CUDA_VISIBLE_DEVICES="0"):
+    for line in script(8, "-m", "pytest", "-q", "--tb=line", *files, CUDA_VISIBLE_DEVICES="0"):
         if " passed" in line or line.startswith("FAILED"): yield {"what": "tests on CUDA", "result": line}
 
 
@@ -215,12 +215,12 @@ def recipes(device):
 
 
 def bench(device):
-    for line in script(2, "experiments/bench.py", "flops"): yield {"what": "bench", "result": line}
+    for line in script(10, "experiments/bench.py", "flops"): yield {"what": "bench", "result": line}
 
 
 def digits(device):
     started, table = time.time(), False
-    for line in script(4, "experiments/demo.py"):
+    for line in script(8, "experiments/demo.py"):
         table = table or line.startswith("FD-pixels of")
         if table and line: yield {"what": "digits demo", "result": line.replace("|", " ")}
     yield {"what": "digits demo", "result": f"{time.time() - started:.0f} s in all"}

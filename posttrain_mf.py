@@ -46,8 +46,7 @@ MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, r_neq_t=0.25, p
           decay="linear", warmup=0, network={})                                                   # ours
 RECIPES = {
     "digits":      MF | dict(steps=1200, batch=64, lr=2e-4, ema=0.99, p=0.0, optimizer="RAdam"),  # ours
-    # digits: p = 1 gave better one-step and worse two-step samples than p = 0 (one seed). RAdam's built-in
-    # warm-up spares the mid-trained weights.
+    # digits: p = 1 gave better one-step and worse two-step samples than p = 0 (one seed).
     "cifar10":     MF | dict(steps=200_000,                                                       # ours
                              batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",          # MeanFlow
                              warmup=10**7, P_mean=-2.0, P_std=2.0, r_neq_t=0.75,                  # MeanFlow

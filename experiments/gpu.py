@@ -7,15 +7,18 @@
   4 tests     the tests of all stages, on CUDA
   5 digits    `make demo`
   6 bench     model FLOP/s of mid-training, one network after another
+  7 whole     midtrain.py on cifar10-like noise, compiled: a SIGTERM to all its processes while it compiles has
+              to end it in order, and the same command has to continue
 
 Prints each result as it comes, at the end a table, and stores all in --out after every result. A part that
 fails or outlasts its limit is a row of the table and sets exit code 1. Parts can be named: `python
-experiments/gpu.py recipes`. Without a GPU it says so; `--cpu ddp recipes` tries
-these two parts with digits.
+experiments/gpu.py recipes`. Without a GPU it says so; `--cpu ddp recipes whole` tries
+these parts with digits.
 """
 import argparse, copy, importlib, json, os, signal, subprocess, sys, threading, time, traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -29,14 +32,17 @@ STAGES = [("pretrain",), ("pretrain", "--objective", "flow"), ("midtrain",), ("m
           ("posttrain_cm",), ("posttrain_mf",)]
 
 
-def script(minutes, *command, **env):
+def script(minutes, *command, stop_after=None, **env):
     """Run a command of the project, yield its lines of output as they come. Raises where it fails, or takes
-    too long and is killed with all of its processes."""
+    too long and is killed with all of its processes. stop_after: seconds until all get a SIGTERM"""
     options = dict(cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, start_new_session=True)
     with subprocess.Popen([sys.executable, "-u", *map(str, command)], stderr=subprocess.STDOUT,
                           **options) as process:
         timer = threading.Timer(60 * minutes, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
+        if stop_after:
+            def stop(): process.poll() is None and os.killpg(process.pid, signal.SIGTERM)
+            threading.Timer(stop_after, stop).start()
         last = []
         for line in process.stdout:
             last = [*last[-8:], line.strip()]
@@ -226,8 +232,25 @@ def digits(device):
     yield {"what": "digits demo", "result": f"{time.time() - started:.0f} s in all"}
 
 
+def whole(device):
+    folder, name = Path("runs/gpu"), "digits" if device.type == "cpu" else "cifar10"
+    folder.mkdir(parents=True, exist_ok=True)
+    C, side, _ = model.DATASETS[name]["shape"]
+    images = np.random.default_rng(0).integers(0, 256, (512, side, side, C), dtype=np.uint8)
+    np.savez(folder / f"{name}.npz", arr_0=images, arr_1=np.arange(512) % 10)
+    flags, teacher = ("--data", folder / f"{name}.npz", "--no-preview"), folder / "teacher.safetensors"
+    list(script(3, "pretrain.py", *flags, "--batch", 32, "--steps", 5, "--no-compile", "--out", teacher))
+    middle = ("midtrain.py", *flags, "--teacher", teacher, "--init", teacher, "--log-every", 100,
+              "--steps", 500, "--out", folder / f"midtrain-{time.time():.0f}.safetensors")
+    for what, stop_after in ("stopped", 20), ("continued", None):
+        started = time.time()
+        lines = [line for line in script(8, *middle, stop_after=stop_after) if not line.startswith("warning")]
+        yield {"what": f"midtrain.py, {name}, {what}",
+               "result": f"{time.time() - started:.0f} s; " + "; ".join(lines[-2:])}
+
+
 PARTS = {"compile": compiling, "ddp": ddp, "recipes": recipes, "tests": tests, "digits": digits,
-         "bench": bench}
+         "bench": bench, "whole": whole}
 
 
 def failed(what, e):

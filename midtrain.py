@@ -65,7 +65,8 @@ RECIPES = {
     "mf": {
         "digits":      MF | dict(steps=2000, batch=64, lr=1.5e-3, ema=0.99, optimizer="RAdam"),   # ours
         "cifar10":     MF | dict(steps=100_000,                                                   # ours
-                                 batch=1024, lr=6e-4, ema=0.99995, network=dict(dropout=0.2)),    # MeanFlow
+                                 batch=1024, lr=6e-4, ema=0.99995, warmup=10**7,                  # MeanFlow
+                                 network=dict(dropout=0.2)),                                      # MeanFlow
         "imagenet256": MF | dict(steps=400_000,                                                   # ours
                                  batch=256, lr=1e-4, beta2=0.95, ema=0.9999,                      # MeanFlow
                                  # The teacher is a Mean Flow SiT-B/4 in 8 steps.                 # paper
@@ -78,7 +79,7 @@ RECIPES = {
                                      "--guide-times 0 1 "
                                      "--init runs/imagenet256/pretrain_flow.safetensors "
                                      "--out runs/imagenet256/teacher_mf.safetensors"),
-        "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999),                    # ours
+        "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),     # ours
     },
 }
 PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # default teacher and initial student

@@ -6,7 +6,7 @@ twice, training set to bf16, and the teacher's training shortened to 3,000 steps
 branch had its results at one unit, because RAdam takes its first five steps as SGD does. With the large
 gradients of a mid-trained model these steps threw it back, and in the Mean Flow branch mid-training diverged.
 So mid-training of that branch uses Adam, with 10 steps of warm-up. Post-training of CMT + ECT and KD uses
-Adam too, at 1/10 of mid-training's rate instead of 1/30, which was chosen with 6 trials on the tuning seed.
+Adam too, at 1/10 of mid-training's rate instead of 1/30, which was chosen with 7 trials on the tuning seed.
 Plain ECT had 2 such trials with Adam and was worse, so it keeps RAdam. The old numbers are called "by RAdam".
 
 Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the

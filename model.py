@@ -1076,8 +1076,8 @@ def compiled(function, wanted):
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")        # --precision tf32 uses them
     from torch._inductor import async_compile, config
     if hasattr(signal, "pthread_sigmask"):                                  # not on Windows
-        # Ctrl-C and SLURM's SIGTERM reach all processes of a job. The compiler's must live on, or the run
-        # would wait for them forever: they inherit that both signals are blocked.
+        # Ctrl-C and SLURM's SIGTERM reach every process of a job. Without its compiler processes the run would
+        # hang, so they inherit both signals blocked.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         async_compile.AsyncCompile.warm_pool()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -1402,7 +1402,7 @@ class Log:
             + "".join(f"{k} {line[k]:.5f}  " for k in names) + f"grad {norm:.3f}  lr {lr:.2e}  "
             f"{batch / seconds:,.0f} {unit}/s  left {line['left']:,.0f} s  {line['GiB']:.1f} GiB"
             + (f"  skipped {self.skipped}" if self.skipped else ""))
-        if self.first_loss == math.inf: self.first_loss = line["loss"]
+        if not math.isfinite(self.first_loss): self.first_loss = line["loss"]
         if line["loss"] > 100 * self.first_loss and (step == steps or not self.warned):
             self.warned = True
             say(f"warning: the loss was {self.first_loss:.3g} and is {line['loss']:.3g} now; the run has "

@@ -7,8 +7,8 @@
   4 tests     the tests of all stages, on CUDA
   5 digits    `make demo`
   6 bench     model FLOP/s of mid-training, one network after another
-  7 whole     midtrain.py on cifar10-like noise, compiled: a SIGTERM to all its processes while it compiles has
-              to end it in order, and the same command has to continue
+  7 whole     midtrain.py on cifar10-like noise, compiled: a SIGTERM to all its processes while it compiles
+              must save and end it, and the same command must continue
 
 Prints each result as it comes, at the end a table, and stores all in --out after every result. A part that
 fails or outlasts its limit is a row of the table and sets exit code 1. Parts can be named: `python
@@ -242,11 +242,12 @@ def whole(device):
     list(script(3, "pretrain.py", *flags, "--batch", 32, "--steps", 5, "--no-compile", "--out", teacher))
     middle = ("midtrain.py", *flags, "--teacher", teacher, "--init", teacher, "--log-every", 100,
               "--steps", 500, "--out", folder / f"midtrain-{time.time():.0f}.safetensors")
-    for what, stop_after in ("stopped", 20), ("continued", None):
+    for what, stop_after, proof in ("stopped", 25, "asked to stop"), ("continued", None, "continuing"):
         started = time.time()
-        lines = [line for line in script(8, *middle, stop_after=stop_after) if not line.startswith("warning")]
+        lines = list(script(8, *middle, stop_after=stop_after))
+        good = any(proof in line for line in lines)
         yield {"what": f"midtrain.py, {name}, {what}",
-               "result": f"{time.time() - started:.0f} s; " + "; ".join(lines[-2:])}
+               "result": f"{'' if good else 'FAILED: '}{time.time() - started:.0f} s; {'; '.join(lines[-2:])}"}
 
 
 PARTS = {"compile": compiling, "ddp": ddp, "recipes": recipes, "tests": tests, "digits": digits,

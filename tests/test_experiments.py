@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import model
 from conftest import ROOT, refused
 
 
@@ -78,15 +79,29 @@ def test_demo_share_and_curves_give_flags_that_the_stages_take(stages_parse, mon
     assert {line[0] for line in ran} == {"pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf", "sample"}
 
 
-def test_mnist_gives_flags_that_the_stages_take(stages_parse):
+def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch):
     patch, ran = stages_parse
     mnist = patch("mnist")
     mnist.FOLDER.mkdir(parents=True)
     mnist.write_training_half()
     for method, (branch, budgets, setting, ladder, *_) in mnist.METHODS.items():
         assert mnist.train(method, budgets[0], 1e-3, ladder[1], 0).exists()
-    mnist.train("CMT + ECT", 1, 1e-3, 0.75, 0, (16, 1e-4))
-    assert ran[-1][-1].endswith("CMT+ECT_1_0.001_0.75_post16_0.0001.safetensors")
+    chosen = {mnist.CHOSEN_KEY.format(method, 1): [1e-3, 0.75] for method in mnist.METHODS}
+    monkeypatch.setattr(mnist, "stored", lambda: chosen)
+    mnist.picture()
+    assert ran[-1][0] == "sample" and sum("mid-training" in word for word in ran[-1]) == 2
+
+
+@pytest.mark.parametrize("error, score", [(SystemExit(3), 1e9), (model.UserError("not finite"), 1e9),
+                                          (SystemExit(2), None)])
+def test_a_trial_of_mnist_that_diverges_is_a_bad_one(stages_parse, monkeypatch, error, score):
+    mnist = stages_parse[0]("mnist")
+    def train(*settings): raise error
+    monkeypatch.setattr(mnist, "train", train)
+    monkeypatch.setattr(mnist, "teacher", lambda branch, seed: None)
+    if score: assert mnist.trial("CMT + ECT", 1, 1e-3, 0.75, 0) == score
+    else:
+        with pytest.raises(SystemExit): mnist.trial("CMT + ECT", 1, 1e-3, 0.75, 0)
 
 
 def test_bench_and_precision_run(monkeypatch, capsys):

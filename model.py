@@ -1076,8 +1076,8 @@ def compiled(function, wanted):
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")        # --precision tf32 uses them
     from torch._inductor import async_compile, config
     if hasattr(signal, "pthread_sigmask"):                                  # not on Windows
-        # Ctrl-C and SLURM's SIGTERM reach every process of a job. Without its compiler processes the run would
-        # hang, so they inherit both signals blocked.
+        # Ctrl-C and SLURM's SIGTERM reach every process of a job. Without its compiler processes the run
+        # would hang, so they inherit both signals blocked.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         async_compile.AsyncCompile.warm_pool()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

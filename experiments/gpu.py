@@ -247,7 +247,8 @@ def whole(device):
         lines = list(script(8, *middle, stop_after=stop_after))
         good = any(proof in line for line in lines)
         yield {"what": f"midtrain.py, {name}, {what}",
-               "result": f"{'' if good else 'FAILED: '}{time.time() - started:.0f} s; {'; '.join(lines[-2:])}"}
+               "result": f"{'' if good else 'FAILED: '}{time.time() - started:.0f} s; "
+                         + "; ".join(lines[-2:])}
 
 
 PARTS = {"compile": compiling, "ddp": ddp, "recipes": recipes, "tests": tests, "digits": digits,

@@ -45,7 +45,8 @@ CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, s
           network={}, mid_t=0.7757)                                                               # code
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
                      network=dict(dropout=0.2))                                                   # code
-# Not RAdam: its first five steps are SGD's, and the loss diverged (on MNIST from 42 to 1e7).
+# Not RAdam: its first five steps are SGD's, and the loss diverged (on MNIST from 42 to 1e7). The gradients of
+# digits are small enough for it.
 MF = dict(optimizer="Adam", beta2=0.999,                                                          # MeanFlow
           decay="linear", warmup=0, solver=None, nfe=16, network={},                              # ours
           distance="l2")                                                                          # paper

@@ -38,16 +38,14 @@ def script(minutes, *command, stop_after=None, **env):
     options = dict(cwd=ROOT, env=os.environ | env, text=True, stdout=subprocess.PIPE, start_new_session=True)
     with subprocess.Popen([sys.executable, "-u", *map(str, command)], stderr=subprocess.STDOUT,
                           **options) as process:
-        timer = threading.Timer(60 * minutes, os.killpg, (process.pid, signal.SIGKILL))
-        timer.start()
-        if stop_after:
-            def stop(): process.poll() is None and os.killpg(process.pid, signal.SIGTERM)
-            threading.Timer(stop_after, stop).start()
+        signals = (60 * minutes, signal.SIGKILL), (stop_after, signal.SIGTERM)
+        timers = [threading.Timer(after, os.killpg, (process.pid, sign)) for after, sign in signals if after]
+        for timer in timers: timer.start()
         last = []
         for line in process.stdout:
             last = [*last[-8:], line.strip()]
             yield line.rstrip()
-        timer.cancel()
+        for timer in timers: timer.cancel()
     if process.returncode == -signal.SIGKILL: raise RuntimeError(f"killed after {minutes} minutes")
     if process.returncode: raise RuntimeError(" | ".join(last))
 
@@ -264,7 +262,7 @@ def failed(what, e):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    p.add_argument("--cpu", action="store_true", help="try ddp and the digits recipes on a CPU")
+    p.add_argument("--cpu", action="store_true", help="try ddp, whole and the digits recipes on a CPU")
     p.add_argument("--out", default="runs/gpu.json", help="all results, as JSON")
     args = p.parse_args()
     if unknown := set(args.parts) - set(PARTS):

@@ -62,7 +62,7 @@ def moments(n, total, outer):
     """The output of `sums` -> mean (d,), unbiased covariance (d,d)"""
     mu = total / n
     cov = (outer - n * torch.outer(mu, mu)) / (n - 1)
-    cov.diagonal().clamp_(min=0)                           # a constant feature can round below 0
+    cov.diagonal().clamp_(min=0)                           # rounding can make a variance negative
     return mu, cov
 
 

@@ -1,9 +1,10 @@
 """`make mnist`: what mid-training is worth on MNIST, at equal compute, with tuning for both sides.
 
 This protocol was committed before the first run. It was changed twice since. First, before any tuning and
-with no results but the teacher's, because all of it would have taken 36 hours: the unit of compute was halved
-twice, training set to bf16, and the teacher's training shortened to 3,000 steps. Second, after the consistency
-branch had its results at one unit, because the optimizer was RAdam, whose first five steps are SGD's.
+with no results but the teacher's, because all of it would have taken 36 hours: the unit of compute was
+halved twice, training set to bf16, and the teacher's training shortened to 3,000 steps. Second, after the
+consistency branch had its results at one unit, because the optimizer was RAdam, whose first five steps are
+SGD's.
   - With them Mean Flow mid-training diverged. It uses Adam with 10 steps of warm-up.
   - Post-training after CMT or KD uses Adam at 1/10 of mid-training's rate (before: RAdam at 1/30). 16 trials
     of RAdam with other rates and gaps had not helped; 7 trials on the tuning seed chose Adam.

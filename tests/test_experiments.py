@@ -80,12 +80,17 @@ def test_demo_share_and_curves_give_flags_that_the_stages_take(stages_parse, mon
 
 
 def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch):
+    import common
     patch, ran = stages_parse
     mnist = patch("mnist")
     mnist.FOLDER.mkdir(parents=True)
     mnist.write_training_half()
     for method, (branch, budgets, setting, ladder, *_) in mnist.METHODS.items():
+        before = len(ran)
         assert mnist.train(method, budgets[0], 1e-3, ladder[1], 0).exists()
+        files = [line[-1] for line in ran[before:] if line[0] != "pretrain"]
+        used, a_step = sum(map(common.compute, files)), 24 * mnist.BATCH          # at most 19 forwards a sample
+        assert abs(used - budgets[0] * mnist.UNIT) < a_step, (method, used)
     chosen = {mnist.CHOSEN_KEY.format(method, 1): [1e-3, 0.75] for method in mnist.METHODS}
     monkeypatch.setattr(mnist, "stored", lambda: chosen)
     mnist.picture()

@@ -190,9 +190,8 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    url = model.DATASETS.get(args.recipe_name, {}).get("public")
-    command = f"python pretrain.py --data {shlex.quote(args.data)}" + " --objective flow" * (target == "mf")
-    if url and target == "cm": command = model.import_command(url, args.data)
+    command = (model.teacher_command(args.recipe_name, args.data) if target == "cm" else
+               f"python pretrain.py --data {shlex.quote(args.data)} --objective flow")
     args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
         args.command_for[args.trajectories] = (

@@ -552,6 +552,12 @@ def import_command(url, name, out=None):
     return command + (f" --out {shlex.quote(out)}" if out else "")
 
 
+def teacher_command(recipe, name):
+    """The command that makes the diffusion model: download and import a public one, or pre-train."""
+    if url := DATASETS.get(recipe, {}).get("public"): return import_command(url, name)
+    return f"python pretrain.py --data {shlex.quote(name)}"
+
+
 def prepare_command(name, source="SOURCE"):
     vae = " --vae PATH" if "latents" in DATASETS.get(name, {}) else ""
     return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}{vae}"

@@ -159,10 +159,9 @@ def flags():
         model.reject_if_typed("--teacher", "--solver", "--guidance", "--guide",
                               because="--loss ect has no teacher")
     if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
-    data, url = shlex.quote(args.data), model.DATASETS.get(args.recipe_name, {}).get("public")
-    teacher_command = model.import_command(url, args.data) if url else f"python pretrain.py --data {data}"
+    teacher_command = model.teacher_command(args.recipe_name, args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
-                        args.init: f"python midtrain.py --data {data}"}
+                        args.init: f"python midtrain.py --data {shlex.quote(args.data)}"}
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
         args.command_for = {teacher_path: teacher_command} | args.command_for
     if args.loss == "ecd":

@@ -11,7 +11,7 @@ midtrain.py imports the solvers and solves while it trains, because the trajecto
 length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
 trajectories, and for `midtrain.py --trajectories`.
 """
-import argparse, functools, math, os, shlex
+import argparse, functools, math, os
 from pathlib import Path
 
 import torch
@@ -260,7 +260,7 @@ def error_table(teacher, header, x, y):
 
 
 def main():
-    _, name, path = model.find_data(model.peek_flag("--data", "digits"))
+    recipe, name, path = model.find_data(model.peek_flag("--data", "digits"))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("--data", default="digits", metavar="NAME|PATH",
                    help="the dataset, which names the folder runs/NAME/ of the default paths")
@@ -281,7 +281,7 @@ def main():
         raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
-    args.npz, args.command_for = path, {args.teacher: f"python pretrain.py --data {shlex.quote(args.data)}"}
+    args.npz, args.command_for = path, {args.teacher: model.teacher_command(recipe, args.data)}
     teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)

@@ -156,8 +156,9 @@ def test_missing_predecessor(run, tmp_path, monkeypatch, script, words):
 
 def test_missing_teacher_names_the_public_file(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    refused(run("midtrain", "--data", "cifar10"),
-            "tools/import_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl --data cifar10")
+    for script in "solve", "midtrain":
+        refused(run(script, "--data", "cifar10"),
+                "tools/import_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl --data cifar10")
     refused(run("midtrain", "--data", "imagenet256", "--target", "mf"), "posttrain_mf.py", "teacher_mf")
 
 

@@ -746,7 +746,7 @@ def build(header):
 def load(path, device="cpu", **network):
     """-> (model in eval mode with an fp32 backbone, header). `network`: constructor arguments that replace
     the header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none.
-    Raises UserError as `read` does, and where the weights do not fit the network of the header."""
+    Warns if the run that made it did not end. Raises UserError as `read` does, and where the weights do not fit the network of the header."""
     tensors, header = read(path)
     if any(k.startswith("ema.") for k in tensors):
         raise UserError(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
@@ -761,6 +761,9 @@ def load(path, device="cpu", **network):
     except Exception as e:
         raise UserError(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
                         "it is damaged or was written by another program.")
+    if header.get("step", 0) < header.get("steps", 0):
+        say(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
+            "the command that made it continues it.")
     return model.to(device).eval(), header
 
 
@@ -1150,9 +1153,6 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
     if header["stage"] not in stages:
         raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
                         f"{' or '.join(stages)} file; `{args.command_for[path]}` makes one.")
-    if header["step"] < header["steps"]:
-        say(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
-            "the command that made it continues it.")
     if dataset: check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"])
     check_same_data(path, header, args, flag)
     return model, header

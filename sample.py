@@ -88,8 +88,8 @@ def to_images(x, header, vae):
     """Samples of a model -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to pixels in the
     autoencoder's range. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
     if not x.isfinite().all():
-        raise model.UserError("the model's samples are not finite: its training diverged, or the file is of "
-                              "another network. Nothing is written.")
+        raise model.Diverged("the model's samples are not finite: its training diverged, or the file is of "
+                             "another network. Nothing is written.")
     if vae:
         mean, scale = model.latent_mean_and_scale(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in x / scale + mean])       # one by one: memory

@@ -12,7 +12,8 @@ from tools import dry_run
 
 
 def command(script, *args):
-    """Run a script of the project, print what it prints -> its lines. Exits if it fails."""
+    """Run a script of the project, print what it prints -> its lines. Exits if it fails, or if it is stopped,
+    which training stages end with code 0: otherwise the experiment would judge an unfinished model."""
     line = [sys.executable, f"{script}.py", *map(str, args)]
     print("$ python " + " ".join(line[1:]), flush=True)
     started, lines = time.time(), []
@@ -21,6 +22,9 @@ def command(script, *args):
             lines.append(text)
             if script != "fid": print("  " + text, end="", flush=True)
     if process.returncode: sys.exit(process.returncode)
+    if "--out" in line and (out := line[line.index("--out") + 1]).endswith(".safetensors"):
+        header = model.read(out, tensors=False)[1]
+        if header["step"] < header["steps"]: sys.exit(f"{out} was stopped; the same command continues.")
     print(f"  {time.time() - started:.0f} s", flush=True)
     return lines
 

@@ -97,8 +97,23 @@ def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch):
     assert ran[-1][0] == "sample" and sum("mid-training" in word for word in ran[-1]) == 2
 
 
-@pytest.mark.parametrize("error, score", [(SystemExit(3), 1e9), (model.UserError("not finite"), 1e9),
-                                          (SystemExit(2), None)])
+def test_a_stage_that_was_stopped_stops_the_experiment(run, chain, tmp_path, monkeypatch):
+    """Else its unfinished model would be judged: a training that gets SIGTERM ends with code 0."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import common
+    monkeypatch.chdir(tmp_path)
+    Path("pretrain.py").write_text("")                     # in place of the stage
+    common.command("pretrain", "--out", chain / "runs/digits/pretrain.safetensors")
+    tensors, header = model.read(chain / "runs/digits/pretrain.safetensors")
+    out = tmp_path / "a.safetensors"
+    model.save(out, tensors, header | {"step": header["steps"] - 1})
+    with pytest.raises(SystemExit, match="was stopped"): common.command("pretrain", "--out", out)
+    done = run("sample", out, "--n", 2, "--out", tmp_path / "images.npz")
+    assert done.code == 0 and "warning" in done.out and "stopped at step" in done.out, done.err
+
+
+@pytest.mark.parametrize("error, score", [(SystemExit(3), 1e9), (model.Diverged("not finite"), 1e9),
+                                          (SystemExit(2), None), (model.UserError("damaged"), None)])
 def test_a_trial_of_mnist_that_diverges_is_a_bad_one(stages_parse, monkeypatch, error, score):
     mnist = stages_parse[0]("mnist")
     def train(*settings): raise error
@@ -106,7 +121,7 @@ def test_a_trial_of_mnist_that_diverges_is_a_bad_one(stages_parse, monkeypatch, 
     monkeypatch.setattr(mnist, "teacher", lambda branch, seed: None)
     if score: assert mnist.trial("CMT + ECT", 1, 1e-3, 0.75, 0) == score
     else:
-        with pytest.raises(SystemExit): mnist.trial("CMT + ECT", 1, 1e-3, 0.75, 0)
+        with pytest.raises(type(error)): mnist.trial("CMT + ECT", 1, 1e-3, 0.75, 0)
 
 
 def test_bench_and_precision_run(monkeypatch, capsys):

@@ -153,6 +153,9 @@ def reference(args, header, features, rank, world, device):
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"{path} does not exist; --ref names the images to compare with.")
+    trained_on = header.get("data_identity") if not args.ref else None
+    if trained_on and path.endswith(".npz") and trained_on != model.data_identity(path):
+        model.say(f"warning: the checkpoint was trained on other data than {path} ({trained_on}).")
     cache = None
     if path.endswith((".npz", ".pkl")) and (found := read_statistics(path)): return path, None, *found
     if path.endswith(".npz"):
@@ -227,7 +230,7 @@ def evaluate(file, args, features, rank, world, device):
         drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world,
                                 args.solver)
         batches = (images for images, _ in drawn)
-        details = {"file": file, "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
+        details = {"file": file, "step": header["step"], "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
                    "labels": args.labels}
         if header["stage"] in solve.ODE_STAGES:
             details["solver"] = args.solver or solve.default_solver(header)

@@ -206,6 +206,23 @@ def test_centre_crop_is_adms():
     assert np.abs(np.asarray(prepare_data.centre_crop(Image.fromarray(x), 8)) - boxes).max() <= 1
 
 
+def test_ffhq_and_afhq_are_resized_as_by_edm(prepare):
+    """EDM's dataset_tool.py without --transform: one resize with a Lanczos filter. Other sets: ADM's crop."""
+    x = RNG.integers(0, 256, (3, 200, 200, 3), dtype=np.uint8)
+    for k, image in enumerate(x): save(f"faces/{k}.png", image)
+    done = prepare("faces", "--data", "ffhq64")
+    assert done.code == 0 and done.info["filter"] == "Lanczos", done.err
+    assert np.array_equal(done.arr_0, [Image.fromarray(image).resize((64, 64), Image.LANCZOS) for image in x])
+    assert not np.array_equal(done.arr_0, prepare("faces", "--size", 64).arr_0)
+    assert np.array_equal(done.arr_0, prepare("faces", "--data", "afhqv2-64").arr_0)
+
+
+def test_a_known_dataset_with_another_number_of_images_gives_a_warning(prepare):
+    """Test images, or FFHQ's thumbnails, beside the training images would be trained on, and be the reference."""
+    for part in "train", "test": save(f"cifar/{part}/0.png", RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    assert "warning: the training set of cifar10 is 50,000 images, and SOURCE has 2" in prepare("cifar", "--data", "cifar10").out
+
+
 def modes():
     rgb, grey = Image.fromarray(PIXELS[0]), Image.fromarray(PIXELS[0, ..., 0])
     alpha = Image.fromarray(np.where(np.arange(256).reshape(16, 16) % 2, 255, 0).astype(np.uint8))
@@ -343,7 +360,9 @@ def test_autoencoder(prepare, monkeypatch, low, high):
     assert refused_again.code == 2 and "--pixel-range" in refused_again.err
     latents = {"vae": "v", "pixel_range": [low, high], "mean": [0.0] * 4, "scale": [0.2] * 4}
     monkeypatch.setitem(model.DATASETS, "tiny", {"shape": (4, 4, 4), "classes": 0, "latents": latents})
-    assert np.array_equal(prepare("x.npy", "--vae", "stub", "--data", "tiny").arr_0, done.arr_0[::2])
+    of_recipe = prepare("x.npy", "--vae", "stub", "--data", "tiny")
+    assert np.array_equal(of_recipe.arr_0, done.arr_0[::2])
+    assert "warning: the teachers of tiny use latents of v" in of_recipe.out
     assert "--vae" in prepare("x.npy", "--data", "tiny", "--overwrite").err
 
 

@@ -244,6 +244,12 @@ def test_fid_prints_the_distance_as_json(run, here, tmp_path):
     stored = line(run("fid", tmp_path / "a.npz", "--ref", "digits", *args))
     assert sampled["nfe"] == 2 and sampled["n"] == 70
     assert sampled["fd"] == pytest.approx(stored["fd"], rel=1e-9) and stored["fd"] > 1
+    weights, header = model.read("runs/digits/midtrain_cm.safetensors")
+    assert sampled["step"] == header["step"]
+    model.save(tmp_path / "old.safetensors", weights, header | {"data_identity": "of other images"})
+    for flags, warns in ([], True), (["--ref", "digits"], False):
+        done = run("fid", tmp_path / "old.safetensors", "--n", 8, *args, *flags)
+        assert ("trained on other data" in done.out) == warns and done.code == 0, done.err
 
 
 def test_pixels_refuse_large_images(run, tmp_path):

@@ -39,6 +39,9 @@ HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$"
 PART = r"(?i)(train|val|test|dev|images?|masks?|labels?)(ing|id|idation)?[-_]?(set|data|[ab]|\d+)?|\d{5,}"
 CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
+TRAINING_IMAGES = {"cifar10": 50_000, "ffhq64": 70_000, "afhqv2-64": 15_803, "imagenet64": 1_281_167,
+                   "imagenet256": 1_281_167, "imagenet512": 1_281_167}
+LANCZOS = "ffhq64", "afhqv2-64"            # resized so by EDM, for its teachers and the published FIDs
 Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, no error
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30       # a PNG may hold long texts
 
@@ -372,8 +375,9 @@ def image_batches(source, batch=64, rank=0, world=1):
         yield np.stack([x for _, x in in_order(part, lambda image: to_pixels(image, None, 1 if grey else 3))])
 
 
-def to_pixels(image, size, channels, background="white"):
-    """PIL image of any mode -> uint8 (H,W,channels). size: side of ADM's crop, or None to keep the image."""
+def to_pixels(image, size, channels, background="white", crop=None):
+    """PIL image of any mode -> uint8 (H,W,channels). size: None to keep the image, or the side of the square
+    that crop(image, size) makes, by default `centre_crop`."""
     if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))    # large JPEG
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -384,7 +388,7 @@ def to_pixels(image, size, channels, background="white"):
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
     image = image.convert("L" if channels == 1 else "RGB")
-    if size: image = centre_crop(image, size)
+    if size: image = (crop or centre_crop)(image, size)
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
@@ -396,6 +400,11 @@ def centre_crop(image, size):
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
     left, top = [(side - size) // 2 for side in image.size]
     return image.crop((left, top, left + size, top + size))
+
+
+def lanczos_crop(image, size):
+    """Crop the middle, resize it with a Lanczos filter. PIL image -> PIL image of size x size"""
+    return ImageOps.fit(image, (size, size), Image.LANCZOS)
 
 
 def index_labels(source):
@@ -544,7 +553,8 @@ def arguments():
     p.add_argument("source", metavar="SOURCE", nargs="?", help="images in any form")
     p.add_argument("--data", metavar="NAME", default="", help=f"one of {', '.join(DATASETS)}, or a new name")
     p.add_argument("--size", type=int, help="side of the images of a custom dataset")
-    p.add_argument("--crop", choices=["center", "none"], help="center (default): as ADM; none: no resizing")
+    p.add_argument("--crop", choices=["center", "none"], help="center (default): resize as ADM, ffhq64 and "
+                   "afhqv2-64 as EDM; none: no resizing")
     p.add_argument("--classes", choices=["auto", "folders", "none"], default="auto", help="where labels are")
     p.add_argument("--images", metavar="KEY", help="array of an .npz, or column of a Hugging Face dataset")
     p.add_argument("--labels", metavar="KEY", help="the same for labels")
@@ -648,6 +658,9 @@ def main():
     shape, C = latent_shape(source) if source.latents else (None, None)
     y, class_names = (None, []) if source.labels is None else index_labels(source)
     check_flags(args, config, source, len(class_names))
+    if len(source) != (expected := TRAINING_IMAGES.get(args.data, len(source))):
+        print(f"warning: the training set of {args.data} is {expected:,} images, and SOURCE has "
+              f"{len(source):,}. Results will not compare with published ones.", flush=True)
     if config and not config["classes"] and y is not None:
         print(f"{args.data} has no classes; the labels are left out")
         y = None
@@ -657,16 +670,21 @@ def main():
             "skipped": source.skipped}
     if not source.latents:
         size, channels = image_shape(args, config, source)
-        info |= {"size": size, "crop": args.crop or "center", "flip": args.flip}
+        crop = lanczos_crop if args.data in LANCZOS else centre_crop
+        info |= {"size": size, "crop": args.crop or "center", "flip": args.flip,
+                 "filter": "Lanczos" if crop is lanczos_crop else "ADM"}
         shape = size, size, channels
     enlarged = []                          # one item for each image that is smaller than the stored size
     def convert(sample):
         if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
         if source.latents: return sample
         if min(sample.size) < size: enlarged.append(1)
-        return to_pixels(sample, size, channels, args.background)
+        return to_pixels(sample, size, channels, args.background, crop)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
+    if config and args.vae and Path(args.vae).name != Path(its := config["latents"]["vae"]).name:
+        print(f"warning: the teachers of {args.data} use latents of {its}. If --vae {args.vae} is another "
+              "autoencoder, its latents do not fit them.", flush=True)
     encode = autoencoder.encode if args.vae and not source.latents else None
     if encode:
         info["encoder"] = args.vae

@@ -301,6 +301,7 @@ def test_next_command_after_a_velocity_model(run, tmp_path, monkeypatch):
     torch.save({"ema": random_sit(2).state_dict(), "args": SIT}, "SiT.pt")
     done = run("import_checkpoint", "SiT.pt", "--data", "mine")
     assert done.code == 0 and Path("runs/mine/pretrain_flow.safetensors").exists(), done.err
+    assert "assumed" in done.out and "pixels in [-1, 1], scale 0.18215" in done.out
     small = "--steps", 1, "--batch", 8, "--nfe", 4
     done = run("midtrain", *shlex.split(done.out.split("next: python midtrain.py")[1]), *small)
     assert done.code == 0, done.err

@@ -385,6 +385,9 @@ def main():
     model.save(out, net.state_dict(), header)
     print(f"{out}: {network['class']}, {sum(p.numel() for p in net.parameters()):,} parameters, "
           f"images {shape}, {network['label_dim']} classes, from {args.file}")
+    if its := header.get("latents"):
+        print(f"assumed, since the file does not say it: latents of {its['vae']}, pixels in "
+              f"{its['pixel_range']}, scale {', '.join(f'{k:.5g}' for k in its['scale'])}")
     for command in next_commands(header, out, args.data): print(f"next: {command}")
 
 

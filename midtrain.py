@@ -308,8 +308,10 @@ def main():
                                                                            teacher_header.get("latents"))
     net, header = model.initial_model(args, model.KIND[predecessor], dataset, device, **args.network)
     distance = load_distance(args, header, device)
-    if target == "mf" and teacher_header["kind"] == "Denoiser":    # the student samples in flow time
-        header |= {k: teacher_header[k] / (1 + teacher_header[k]) for k in ("t_min", "t_max")}
+    if target == "mf":                                     # the times of the trajectories, as flow time
+        ends = {k: teacher_header[k] for k in ("t_min", "t_max")}
+        if teacher_header["kind"] == "Denoiser": ends = {k: t / (1 + t) for k, t in ends.items()}
+        header |= ends
     header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,
                                  init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))

@@ -16,7 +16,7 @@ Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6
 model.py imports nothing of this project.
 """
 import argparse, contextlib, functools, gc, hashlib, inspect, json, math, os
-import shlex, signal, struct, sys, time, traceback, warnings, zipfile, zlib
+import shlex, signal, struct, sys, time, traceback, uuid, warnings, zipfile, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -1045,13 +1045,30 @@ def setup(batch, precision="fp32"):
         except ValueError as e:
             raise UserError(f"RANK and WORLD_SIZE are set, but not all that a process group needs ({e}); "
                             "start the processes with torchrun, or unset both for one process.")
-        # A restarted job must not read the addresses that its dead processes left in the store.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store = store_of_this_start(store, rank, world)
         # gloo as well: exchanges of CPU tensors do not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(minutes=30),
                                 device_id=device if cuda else None)
     return rank, world, device, batch and batch // world
+
+
+def store_of_this_start(store, rank, world):
+    """The part of torchrun's store that only the processes of this start use. The store outlives a restart,
+    with the addresses of dead processes in it, and TORCHELASTIC_RESTART_COUNT can differ between nodes. So rank
+    0 names the part. The others ask for the name, each under a number that no earlier process had."""
+    name, until = uuid.uuid4().hex, time.monotonic() + 1800
+    store.set(f"asks {rank}", name)
+    if rank:
+        name = store.get(f"answer to {name}").decode()                             # waits for it
+        store.set(f"{name} has {rank}", "")
+    missing = set() if rank else set(range(1, world))
+    while missing and time.monotonic() < until:            # what a dead process asked is answered in vain
+        asking = [r for r in missing if store.check([f"asks {r}"])]
+        for r in asking: store.set(f"answer to {store.get(f'asks {r}').decode()}", name)
+        time.sleep(0.05)
+        missing = {r for r in missing if not store.check([f"{name} has {r}"])}
+    return dist.PrefixStore(name, store)
 
 
 def is_rank_0():
@@ -1091,6 +1108,9 @@ def compiled(function, wanted):
         async_compile.AsyncCompile.warm_pool()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
+    # Before torch 2.12 a mask depended on the layout of its input, which on a GPU differs between a pass with
+    # and one without gradient (pytorch/pytorch#177077). Without this optimization it does not.
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12): config.layout_optimization = False
     return torch.compile(function, dynamic=False)
 
 

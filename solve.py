@@ -289,6 +289,7 @@ def main():
     model.reseed(args.seed)
     x = header["t_max"] * torch.randn(args.n, *model.image_shape(header), device=device)
     y = torch.randint(max(1, header["network"]["label_dim"]), (args.n,), device=device)
+    y = model.drop_labels(y, header)                       # some null labels, as in pre-training
     with torch.no_grad():
         states, times = solve_teacher(teacher, header, x, y, args.nfe, solver)
         if not states.isfinite().all():
@@ -305,7 +306,8 @@ def main():
         picture = Path(args.out).with_suffix(".png")
         model.save_grid(picture,
                         model.to_uint8(states)[:, :16, :3].movedim(2, -1).transpose(0, 1).cpu().numpy(),
-                        [f"label {k}" for k in y[:16].tolist()])
+                        [f"label {k}" if k < max(1, header["network"]["label_dim"]) else "null label"
+                         for k in y[:16].tolist()])
         print(f"{args.n:,} trajectories in {args.out}, the first of them in {picture}")
         k = min(64, args.n)
         error_table(teacher, header, x[:k], y[:k])

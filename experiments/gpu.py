@@ -1,6 +1,7 @@
 """`make gpu`: everything worth knowing on the day a GPU is at hand, in about half an hour.
 
-  1 compile   torch.compile of the three networks: gradients against eager mode, time of the first call
+  1 compile   torch.compile of the three networks: gradients against eager mode, time of the first call,
+              dropout masks of ECT
   2 ddp       DDP over NCCL with one process, compiled: gradients against eager mode without DDP
   3 recipes   training steps of every recipe at the paper's size, as on one of eight GPUs, not compiled:
               time, samples/s, and peak memory against the estimate of --dry-run
@@ -83,14 +84,20 @@ def small_network(name, kind, device, **shorter):
 
 
 def compiling(device):
-    for name, kind, shorter in [("cifar10", "Denoiser", {"num_blocks": 1}),
-                                ("imagenet64", "Denoiser", {"num_blocks": 1}),
+    for name, kind, shorter in [("cifar10", "Denoiser", {"num_blocks": 1, "dropout": 0.2}),
+                                ("imagenet64", "Denoiser", {"num_blocks": 1, "dropout": 0.4}),
                                 ("imagenet256", "MeanVelocity", {"depth": 4})]:
         net, header, inputs = small_network(name, kind, device, **shorter)
-        error, seconds = gradient_error(net, (net, model.compiled(net, True)), inputs)
+        fast = model.compiled(net, True)
+        error, seconds = gradient_error(net, (net, fast), inputs)
         yield {"what": f"compiled {header['network']['class']}, fp32",
                "result": f"{'' if error < 1e-3 else 'FAILED: '}gradients differ from eager mode by "
                          f"{error:.1e}; first step {seconds:.0f} s"}
+        if kind == "Denoiser":     # both passes of ECT need one dropout mask, though only one has a gradient
+            x, t = inputs
+            gap = posttrain_cm.ect_loss(fast, x, torch.randn_like(x), t, t, None, torch.ones_like(t), 0.0).max()
+            yield {"what": "its dropout masks in ECT, as its loss for r = t",
+                   "result": f"{'' if gap < 1e-3 else 'FAILED: '}{gap:.1e}, with equal masks 0"}
 
 
 def ddp(device):

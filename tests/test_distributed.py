@@ -1,5 +1,5 @@
 """Several processes: compiled networks under DDP, signals, processes that fail, rules of `model.setup`."""
-import json, os, random, re, signal, subprocess, sys, time
+import json, os, random, re, signal, subprocess, sys, threading, time
 
 import pytest
 import torch
@@ -186,6 +186,21 @@ def test_an_exception_on_one_rank_ends_the_job(chain, tmp_path, change, words):
     assert time.monotonic() - started < 35 and process.returncode != 0 and words in err
 
 
+def test_processes_of_one_start_share_what_no_earlier_start_wrote():
+    """Three processes start four times. Before the third time two more start and die at once."""
+    store = dist.HashStore()
+    for died in (), (), (2, 1), ():
+        for rank in died: store.set(f"asks {rank}", "number of a dead process")
+        parts = []
+        def start(rank): parts.append(model.store_of_this_start(store, rank, 3))
+        threads = [threading.Thread(target=start, args=(rank,), daemon=True) for rank in range(3)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join(20)
+        assert len(parts) == 3 and not parts[0].check(["address"])
+        parts[0].set("address", "")
+        assert all(part.check(["address"]) for part in parts)
+
+
 def test_an_incomplete_environment_is_explained(run, chain, monkeypatch):
     monkeypatch.chdir(chain)
     monkeypatch.setenv("RANK", "0")
@@ -200,6 +215,7 @@ def test_every_rank_has_its_own_gpu(monkeypatch, gpus):
     """Eight visible GPUs, or one of its own for each rank, as SLURM's --gpus-per-task gives."""
     store, chosen = dist.HashStore(), []
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 2)]))
+    monkeypatch.setattr(model, "store_of_this_start", lambda store, rank, world: store)
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: chosen.append(kwargs["device_id"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

@@ -75,6 +75,17 @@ def test_compiled_networks_draw_the_same_masks():
     assert posttrain_cm.ect_loss(g, x0, eps, t, t, None, torch.ones(4), 0.0).max() < 1e-4
 
 
+@pytest.mark.parametrize("version, allowed", [("2.11.0+cu130", False), ("2.12.0", True), ("2.13.0+cpu", True)])
+def test_old_versions_of_torch_compile_without_a_choice_of_layout(monkeypatch, version, allowed):
+    """It gave the two passes of ECT different dropout masks on a GPU."""
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    from torch._inductor import config
+    with config.patch(layout_optimization=True):
+        model.compiled(lambda x: x, True)
+        assert config.layout_optimization == allowed
+
+
 def test_target_is_the_image_itself_where_r_is_zero():
     x0, eps, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), torch.ones(4)
     broken_at_zero = lambda x, t, y: x * (t / t)[:, None, None, None]                     # NaN at t = 0

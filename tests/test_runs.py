@@ -249,7 +249,18 @@ def test_any_trajectory_teaches_a_mean_flow_model(run, chain, tmp_path, monkeypa
     assert header["t_max"] == 80 / 81 and header["t_min"] == 0.002 / 1.002 and header["network"]["interval"]
     assert run("sample", f"{out}:3", "--n", 4, "--out", tmp_path / "a.npz").code == 0
     assert mid("jumps", "--teacher", mf, "--nfe", 8)[1]["settings"]["solver"] == "jump"
+    again = mid("again", "--teacher", out, "--solver", "jump", "--nfe", 4)[1]      # ends where its teacher does
+    assert again["t_max"] == 80 / 81 and again["t_min"] == 0.002 / 1.002
     mid("file", "--teacher", edm, "--trajectories", "runs/digits/trajectories.safetensors")
+
+
+def test_stored_trajectories_have_null_labels(run, chain, tmp_path, monkeypatch):
+    """As many as in pre-training, 10 % of the digits: else guidance would use a label that mid-training never
+    saw. By chance there are none of 200 once in 10^9 runs."""
+    monkeypatch.chdir(chain)
+    assert run("solve", "--n", 200, "--nfe", 2, "--out", tmp_path / "t.safetensors").code == 0
+    labels = model.read(tmp_path / "t.safetensors")[0]["labels"]
+    assert 0 < (labels == 10).sum() < 60 and len(labels.unique()) == 11
 
 
 def test_post_training_variants(run, chain, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def reach(line, level):
     -> compute, and whether it is only an upper bound, because the line starts below"""
     for (c0, d0), (c1, d1) in zip(line, line[1:]):
         if d0 > level >= d1: return c0 * (c1 / c0) ** (math.log(d0 / level) / math.log(d0 / d1)), False
-    return line[0][0], True
+    return line[0][0], line[0][1] < level
 
 
 def speed_up(with_mid, without):
@@ -54,8 +54,7 @@ def speed_up(with_mid, without):
     the best distance that both reach"""
     level = max(min(d for _, d in line) for line in (with_mid, without))
     (a, early), (b, late) = reach(with_mid, level), reach(without, level)
-    bound = {(False, False): "", (True, False): "at least ", (False, True): "at most "}.get((early, late))
-    if bound is None: return f"both below {level:.3f} with the least compute measured"
+    bound = "at least " if early else "at most " if late else ""   # not both: one line ends at `level`
     return f"without mid-training {bound}{b / a:.2f} times the compute, for a distance of {level:.3f}"
 
 

@@ -55,6 +55,7 @@ import torch
 
 import common
 from common import command, model
+from curves import speed_up
 import fid, sample
 
 DATA, FOLDER, RESULTS = Path("data/mnist.npz"), Path("runs/mnist"), Path("docs/mnist.json")
@@ -317,25 +318,37 @@ def report():
     print()
     for key in found:
         if key.startswith("after the fact"): print(key, found[key])
+    print_ratios(found)
     draw(found)
 
 
+def line(found, method, k, measure="FD"):
+    """-> [(units, geometric mean of the seeds with k NFE), ...]"""
+    return [(units, statistics.geometric_mean(run[k][measure] for run in runs))
+            for units, runs in results(found, method)]
+
+
+def print_ratios(found):
+    """The compute that the baselines need for the quality of the chains"""
+    for with_mid, plain in ("CMT + ECT", "plain ECT"), ("CMT + MeanFlow", "MeanFlow"):
+        for baseline, k, measure in itertools.product((plain, f"{plain} by Adam"), "12", ("FD", "FD-pixels")):
+            lines = [line(found, method, k, measure) for method in (with_mid, baseline)]
+            if all(lines): print(f"{baseline}, {k} NFE, {measure}: {speed_up(*lines)}")
+
+
 def draw(found):
-    """docs/mnist_curves.png: FD against compute, one and two steps, both branches. Prints the ratios of
-    compute at equal FD."""
+    """docs/mnist_curves.png: FD against compute, one and two steps, both branches"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from curves import speed_up
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
     for (branch, k), axes in zip(itertools.product(("cm", "mf"), "12"), panels.flat):
-        lines, name = {}, {"cm": "consistency model", "mf": "Mean Flow"}[branch]
+        name = {"cm": "consistency model", "mf": "Mean Flow"}[branch]
         for method in methods_of(branch):
-            points = [(units, [run[k]["FD"] for run in runs]) for units, runs in results(found, method)]
-            if not points: continue
-            lines[method] = [(units, statistics.geometric_mean(values)) for units, values in points]
-            dots = axes.loglog(*zip(*lines[method]), "o-", label=method)[0]
-            for units, values in points: axes.plot([units] * len(values), values, ".", color=dots.get_color())
+            if not (points := line(found, method, k)): continue
+            colour = axes.loglog(*zip(*points), "o-", label=method)[0].get_color()
+            for units, runs in results(found, method):
+                axes.plot([units] * len(runs), [run[k]["FD"] for run in runs], ".", color=colour)
         if runs := teachers(found, branch):
             level = statistics.mean(run["16"]["FD"] for run in runs)
             axes.axhline(level, color="grey", ls="--", label="teacher, 16 NFE")
@@ -344,10 +357,6 @@ def draw(found):
         axes.minorticks_off()
         if k == "1": axes.set_ylabel("FD of classifier features"), axes.legend(fontsize=8)
         if branch == "mf": axes.set_xlabel("units of compute after the teacher")
-        with_mid, without = {"cm": ("CMT + ECT", "plain ECT"), "mf": ("CMT + MeanFlow", "MeanFlow")}[branch]
-        for baseline in without, f"{without} by Adam":
-            if {with_mid, baseline} <= lines.keys():
-                print(f"{name}, {k} NFE, {baseline}: {speed_up(lines[with_mid], lines[baseline])}")
     figure.savefig("docs/mnist_curves.png", dpi=110)
 
 

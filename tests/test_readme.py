@@ -109,4 +109,4 @@ def test_compute_is_read_off_the_curves():
     assert "mid-training 8.00 times the compute, for a distance of 2.000" in curves.speed_up(fast, slow)
     assert "at least 16.00 times" in curves.speed_up([(1, 1.0)], slow)
     assert "at most 1.00 times" in curves.speed_up(fast, [(4, 0.9)])
-    assert "both below 1.000" in curves.speed_up([(1, 1.0)], [(2, 0.5)])
+    assert "training 2.00 times the compute, for a distance of 1.000" in curves.speed_up([(1, 1.0)], [(2, 1.0)])

@@ -6,9 +6,9 @@ This protocol was committed before the first run. It was changed three times sin
      steps.
   2. After the consistency branch had its results at one unit, because the optimizer was RAdam, whose first
      five steps are SGD's. With them Mean Flow mid-training diverged; it uses Adam with 10 steps of warm-up.
-     Post-training after CMT or KD uses Adam at 1/10 of mid-training's rate (before: RAdam at 1/30). 16 trials
-     of RAdam with other rates and gaps had not helped; 7 trials on the tuning seed chose Adam. The old
-     numbers are kept as "by RAdam", the trials between as "after the fact".
+     ECT after CMT or KD uses Adam at 1/10 of mid-training's rate (before: RAdam at 1/30). 16 trials of RAdam
+     with other rates and gaps had not helped; 7 trials on the tuning seed chose Adam. The old numbers are
+     kept as "by RAdam", the trials between as "after the fact".
   3. Because the baselines had RAdam, plain ECT with 2 trials of Adam and MeanFlow with none. "plain ECT by
      Adam" and "MeanFlow by Adam" have the same tuning as the baselines, at one unit. If the seeds of one are
      better there (geometric mean of FD in one and two steps), it gets the baseline's other budgets too. And
@@ -126,13 +126,14 @@ def train(method, units, rate, value, seed):
         post = ["--init", middle, "--lr", tied_rate(branch, rate)]
         if branch == "cm":
             out, post = out.with_name(f"{out.stem}_adam.safetensors"), [*post, "--optimizer", "Adam"]
+        else: post += ["--optimizer", "RAdam", "--warmup", 0]
         value = 1 - value
     else:
         post, number = ["--init", start, "--lr", rate], steps(f"post_{branch}", 1)
         by_adam = method.endswith("Adam")
         post += ["--optimizer", "Adam" if by_adam else "RAdam"]
         if branch == "cm": post += ["--q", 2, "--double", max(1, round(value * number))]
-        else:              post += ["--p", value, *(["--warmup", 10 * BATCH] if by_adam else [])]
+        else:              post += ["--p", value, "--warmup", 10 * BATCH * by_adam]
         value = 1
     precision = "fp32" if branch == "cm" else "bf16"
     command(f"posttrain_{branch}", *flags(seed, precision), *post, "--steps", steps(f"post_{branch}", value),

@@ -7,8 +7,8 @@ This protocol was committed before the first run. It was changed three times sin
   2. After the consistency branch had its results at one unit, because the optimizer was RAdam, whose first
      five steps are SGD's. With them Mean Flow mid-training diverged; it uses Adam with 10 steps of warm-up.
      ECT after CMT or KD uses Adam at 1/10 of mid-training's rate (before: RAdam at 1/30). 16 trials of RAdam
-     with other rates and gaps had not helped; 7 trials on the tuning seed chose Adam. The old numbers are
-     kept as "by RAdam", the trials between as "after the fact".
+     with other rates and gaps had helped by FD-pixels only; 7 trials on the tuning seed chose Adam and 1/10.
+     The old numbers are kept as "by RAdam", the trials between as "after the fact".
   3. Because the baselines had RAdam, plain ECT with 2 trials of Adam and MeanFlow with none. "plain ECT by
      Adam" and "MeanFlow by Adam" have the same tuning as the baselines, at one unit. If the seeds of one are
      better there (geometric mean of FD in one and two steps), it gets the baseline's other budgets too. And

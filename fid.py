@@ -230,8 +230,8 @@ def evaluate(file, args, features, rank, world, device):
         drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world,
                                 args.solver)
         batches = (images for images, _ in drawn)
-        details = {"file": file, "step": header["step"], "nfe": steps, "seeds": f"{seeds.start}-{seeds.stop - 1}",
-                   "labels": args.labels}
+        details = {"file": file, "step": header["step"], "nfe": steps,
+                   "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
         if header["stage"] in solve.ODE_STAGES:
             details["solver"] = args.solver or solve.default_solver(header)
         if args.labels.isdecimal() and rank == 0:

@@ -746,7 +746,8 @@ def build(header):
 def load(path, device="cpu", **network):
     """-> (model in eval mode with an fp32 backbone, header). `network`: constructor arguments that replace
     the header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none.
-    Warns if the run that made it did not end. Raises UserError as `read` does, and where the weights do not fit the network of the header."""
+    Warns if the run that made it did not end. Raises UserError as `read` does, and where the weights do not
+    fit the network of the header."""
     tensors, header = read(path)
     if any(k.startswith("ema.") for k in tensors):
         raise UserError(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
@@ -1055,8 +1056,8 @@ def setup(batch, precision="fp32"):
 
 def store_of_this_start(store, rank, world):
     """The part of torchrun's store that only the processes of this start use. The store outlives a restart,
-    with the addresses of dead processes in it, and TORCHELASTIC_RESTART_COUNT can differ between nodes. So rank
-    0 names the part. The others ask for the name, each under a number that no earlier process had."""
+    with the addresses of dead processes in it, and TORCHELASTIC_RESTART_COUNT can differ between nodes. So
+    rank 0 names the part. The others ask for the name, each under a number that no earlier process had."""
     name, until = uuid.uuid4().hex, time.monotonic() + 1800
     store.set(f"asks {rank}", name)
     if rank:

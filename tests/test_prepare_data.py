@@ -220,7 +220,8 @@ def test_ffhq_and_afhq_are_resized_as_by_edm(prepare):
 def test_a_known_dataset_with_another_number_of_images_gives_a_warning(prepare):
     """Test images, or FFHQ's thumbnails, beside the training images would be trained on, and be the reference."""
     for part in "train", "test": save(f"cifar/{part}/0.png", RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    assert "warning: the training set of cifar10 is 50,000 images, and SOURCE has 2" in prepare("cifar", "--data", "cifar10").out
+    done = prepare("cifar", "--data", "cifar10")
+    assert "warning: the training set of cifar10 is 50,000 images, and SOURCE has 2" in done.out
 
 
 def modes():

@@ -5,7 +5,7 @@
 # make gpu          on a GPU: tests, compile, one step of every recipe, bench, the digits demo (30 minutes)
 # make NAME         another experiment: bench (10 minutes), precision (1 hour), compare (2 hours), compare-mf
 #                   (1 hour), ablation (3 hours), share (2 hours), curves (5 hours), choose (1 hour), mnist
-#                   (12 hours), theory
+#                   (15 hours), theory
 # All first make .venv from requirements.txt; `make PY=python3 test` uses your own environment instead.
 PY ?= .venv/bin/python
 ifeq ($(PY),.venv/bin/python)

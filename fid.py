@@ -153,14 +153,15 @@ def reference(args, header, features, rank, world, device):
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"{path} does not exist; --ref names the images to compare with.")
-    trained_on = header.get("data_identity") if not args.ref else None
-    if trained_on and path.endswith(".npz") and trained_on != model.data_identity(path):
-        model.say(f"warning: the checkpoint was trained on other data than {path} ({trained_on}).")
     cache = None
     if path.endswith((".npz", ".pkl")) and (found := read_statistics(path)): return path, None, *found
     if path.endswith(".npz"):
+        identity = model.data_identity(path)
+        trained_on = None if args.ref else header.get("data_identity")
+        if trained_on and trained_on != identity:
+            model.say(f"warning: the checkpoint was trained on other data than {path} ({trained_on}).")
         network = model.sha256(args.inception) if args.features == "inception" else "pixels"
-        key = hashlib.sha256(f"{model.data_identity(path)} {network}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{identity} {network}".encode()).hexdigest()[:16]
         cache = Path(f"runs/reference/{key}.npz")
     is_cached = [cache and sample.is_whole_npz(cache)]
     if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # as rank 0 sees it

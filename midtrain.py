@@ -217,11 +217,9 @@ def student_time(states, times, teacher_header, target):
 
 @torch.no_grad()
 def solve_pool(teacher, teacher_header, P, args, device):
-    """Draw noise and labels (some labels null, as in pre-training) and solve the teacher's ODE from each.
+    """Draw noise and labels, and solve the teacher's ODE from each.
     -> states (N+1,P,C,H,W), times (N+1,), y (P,), in the student's time"""
-    x = teacher_header["t_max"] * torch.randn(P, *model.image_shape(teacher_header), device=device)
-    y = torch.randint(max(1, teacher_header["network"]["label_dim"]), (P,), device=device)
-    y = model.drop_labels(y, teacher_header)
+    x, y = solve.noise_and_labels(teacher_header, P, device)
     states, times = solve.solve_teacher(teacher, teacher_header, x, y, args.nfe, args.solver)
     return *student_time(states, times.to(device), teacher_header, args.target), y
 

@@ -1058,18 +1058,20 @@ def store_of_this_start(store, rank, world):
     """The part of torchrun's store that only the processes of this start use. The store outlives a restart,
     with the addresses of dead processes in it, and TORCHELASTIC_RESTART_COUNT can differ between nodes. So
     rank 0 names the part. The others ask for the name, each under a number that no earlier process had."""
-    name, until = uuid.uuid4().hex, time.monotonic() + 1800
-    store.set(f"asks {rank}", name)
+    number = uuid.uuid4().hex
     if rank:
-        name = store.get(f"answer to {name}").decode()                             # waits for it
+        store.set(f"asks {rank}", number)
+        name = store.get(f"answer to {number}").decode()                           # waits for the answer
         store.set(f"{name} has {rank}", "")
-    missing = set() if rank else set(range(1, world))
-    while missing and time.monotonic() < until:            # what a dead process asked is answered in vain
-        asking = [r for r in missing if store.check([f"asks {r}"])]
-        for r in asking: store.set(f"answer to {store.get(f'asks {r}').decode()}", name)
+        return dist.PrefixStore(name, store)
+    missing, until = set(range(1, world)), time.monotonic() + 1800
+    while missing and time.monotonic() < until:            # a question of a dead process is answered in vain
+        for r in missing:
+            if store.check([f"asks {r}"]):
+                store.set(f"answer to {store.get(f'asks {r}').decode()}", number)
         time.sleep(0.05)
-        missing = {r for r in missing if not store.check([f"{name} has {r}"])}
-    return dist.PrefixStore(name, store)
+        missing = {r for r in missing if not store.check([f"{number} has {r}"])}
+    return dist.PrefixStore(number, store)
 
 
 def is_rank_0():

@@ -178,6 +178,13 @@ def count_calls(times, solver):
     return (len(times) - 1) * CALLS_PER_STEP.get(solver, 1) - (solver == "heun" and times[-1].item() == 0)
 
 
+def noise_and_labels(header, n, device):
+    """The starts of n trajectories: noise (n,C,H,W) at t_max, labels (n,), some null as in pre-training."""
+    x = header["t_max"] * torch.randn(n, *model.image_shape(header), device=device)
+    y = torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device)
+    return x, model.drop_labels(y, header)
+
+
 def solve_teacher(teacher, header, x, y, nfe, solver):
     """Solve the PF-ODE of a model in at most `nfe` function evaluations, on the grid of `solver`. teacher,
     header as from model.load, x (B,C,H,W) at t_max, y (B,).
@@ -287,9 +294,7 @@ def main():
     check_solver(solver, args.teacher, header)
     teacher = guide_teacher(teacher, header, args, args.teacher)
     model.reseed(args.seed)
-    x = header["t_max"] * torch.randn(args.n, *model.image_shape(header), device=device)
-    y = torch.randint(max(1, header["network"]["label_dim"]), (args.n,), device=device)
-    y = model.drop_labels(y, header)                       # some null labels, as in pre-training
+    x, y = noise_and_labels(header, args.n, device)
     with torch.no_grad():
         states, times = solve_teacher(teacher, header, x, y, args.nfe, solver)
         if not states.isfinite().all():
@@ -304,10 +309,10 @@ def main():
         if header["kind"] == "Denoiser":
             states, _ = edm_to_flow(states, times)                           # noise fades into image
         picture = Path(args.out).with_suffix(".png")
+        null = header["network"]["label_dim"] or None      # None: without classes there is no null label
         model.save_grid(picture,
                         model.to_uint8(states)[:, :16, :3].movedim(2, -1).transpose(0, 1).cpu().numpy(),
-                        [f"label {k}" if k < max(1, header["network"]["label_dim"]) else "null label"
-                         for k in y[:16].tolist()])
+                        ["null label" if k == null else f"label {k}" for k in y[:16].tolist()])
         print(f"{args.n:,} trajectories in {args.out}, the first of them in {picture}")
         k = min(64, args.n)
         error_table(teacher, header, x[:k], y[:k])

@@ -12,8 +12,8 @@ from tools import dry_run
 
 
 def command(script, *args):
-    """Run a script of the project, print what it prints -> its lines. Exits if it fails, or if it is stopped,
-    which training stages end with code 0: otherwise the experiment would judge an unfinished model."""
+    """Run a script of the project, print what it prints -> its lines. Exits if the script fails. A training
+    stage that is stopped ends with code 0, and its model is unfinished: this exits, too."""
     line = [sys.executable, f"{script}.py", *map(str, args)]
     print("$ python " + " ".join(line[1:]), flush=True)
     started, lines = time.time(), []

@@ -70,7 +70,8 @@ TEACHER_KEY, CHOSEN_KEY = "teacher {}, seed {}", "chosen: {}, {} units"
 RESULT_KEY, TRIALS_KEY = "result: {}, {} units, seed {}", "tuning: {}, {:g} units, "
 BY_RADAM = "{}, post-training by RAdam"                    # the older results
 UNTIED = "{}, post-training by RAdam, tuned after the fact"
-BEST_TRIAL = "{}, settings of the best trial"              # plain ECT at one unit
+BEST_TRIAL = "{}, settings of the best trial"
+BEST_SETTING = 1e-3, 1 / 8                                 # of the trials of plain ECT with one unit
 VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL
 MEASURES = ("FD", "FD-pixels", "precision", "recall")
 BUDGETS = 1, 2, 4                                           # units, all that a method may have
@@ -134,7 +135,7 @@ def train(method, units, rate, value, seed):
         by_adam = method.endswith("Adam")
         post += ["--optimizer", "Adam" if by_adam else "RAdam"]
         if branch == "cm": post += ["--q", 2, "--double", max(1, round(value * number))]
-        else:              post += ["--p", value, "--warmup", 10 * BATCH * by_adam]
+        else:              post += ["--p", value, "--warmup", 10 * BATCH if by_adam else 0]
         value = 1
     precision = "fp32" if branch == "cm" else "bf16"
     command(f"posttrain_{branch}", *flags(seed, precision), *post, "--steps", steps(f"post_{branch}", value),
@@ -217,7 +218,7 @@ def trial(method, *settings):
     try: found = scores(train(method, *settings), 2000)
     except model.Diverged: return 1e9                      # samples that are not finite
     except SystemExit as e:
-        if e.code != 3: raise                              # 3: ten gradients in a row were not finite
+        if e.code != 3: raise                              # 3: ten successive gradients were not finite
         return 1e9
     return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
 
@@ -251,6 +252,13 @@ def write_training_half():
         np.savez(f, arr_0=x, arr_1=y)
 
 
+def run_seeds(name, method, units, setting):
+    """Store the setting of a method and the scores of all seeds, under `name`."""
+    record(CHOSEN_KEY.format(name, units), setting)
+    def run(seed): return scores(train(method, units, *setting, seed), 5000)
+    share({RESULT_KEY.format(name, units, seed): functools.partial(run, seed) for seed in SEEDS}, wait=False)
+
+
 def work(first=0):
     """All trainings that no other process does, smaller budgets first; starts at task `first`."""
     torch.set_num_threads(1)
@@ -264,11 +272,8 @@ def work(first=0):
         share({TEACHER_KEY.format(branch, seed):
                functools.partial(lambda *which: scores(teacher(*which), 5000, (16, 1)), branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
-        setting = tune(method, units)
-        record(CHOSEN_KEY.format(method, units), setting)
-        share({RESULT_KEY.format(method, units, seed):
-               functools.partial(lambda *which: scores(train(*which), 5000), method, units, *setting, seed)
-               for seed in SEEDS}, wait=False)
+        run_seeds(method, method, units, tune(method, units))
+    run_seeds(BEST_TRIAL.format("plain ECT"), "plain ECT", 1, BEST_SETTING)
 
 
 def results(found, method):
@@ -384,8 +389,9 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture"], default="all",
                    help="work: in one process; report: tables and curves; picture: samples")
-    p.add_argument("--first", type=int, default=0, choices=range(13), metavar="0-12",
-                   help="for work: the task to begin with, of 13")
+    tasks = sum(len(budgets) for _, budgets, *_ in METHODS.values())
+    p.add_argument("--first", type=int, default=0, choices=range(tasks), metavar=f"0-{tasks - 1}",
+                   help=f"for work: the task to begin with, of {tasks}")
     args = p.parse_args()
     what = args.what
     if what == "report": return report()

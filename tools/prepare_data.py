@@ -375,23 +375,6 @@ def image_batches(source, batch=64, rank=0, world=1):
         yield np.stack([x for _, x in in_order(part, lambda image: to_pixels(image, None, 1 if grey else 3))])
 
 
-def to_pixels(image, size, channels, background="white", crop=None):
-    """PIL image of any mode -> uint8 (H,W,channels). size: None to keep the image, or the side of the square
-    that crop(image, size) makes, by default `centre_crop`."""
-    if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))    # large JPEG
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.mode in ("I", "F"): raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, background)
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    image = image.convert("L" if channels == 1 else "RGB")
-    if size: image = (crop or centre_crop)(image, size)
-    return np.asarray(image).reshape(image.height, image.width, channels)
-
-
 def centre_crop(image, size):
     """ADM's crop: halve with a box filter while twice the size remains, resize the shorter side with a
     bicubic filter, crop the middle. PIL image -> PIL image of size x size"""
@@ -405,6 +388,23 @@ def centre_crop(image, size):
 def lanczos_crop(image, size):
     """Crop the middle, resize it with a Lanczos filter. PIL image -> PIL image of size x size"""
     return ImageOps.fit(image, (size, size), Image.LANCZOS)
+
+
+def to_pixels(image, size, channels, background="white", crop=centre_crop):
+    """PIL image of any mode -> uint8 (H,W,channels). size: None to keep the image, or the side of the square
+    that crop(image, size) makes."""
+    if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))    # large JPEG
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("I", "F"): raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, background)
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    image = image.convert("L" if channels == 1 else "RGB")
+    if size: image = crop(image, size)
+    return np.asarray(image).reshape(image.height, image.width, channels)
 
 
 def index_labels(source):
@@ -593,8 +593,8 @@ def check_flags(args, config, source, K):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
     if config and bool(latents) != ("latents" in config):
         expected = "latents" if "latents" in config else "pixels"
-        raise UserError(f"{args.data} is a dataset of {expected}, and this would store the other kind. Encode "
-                        "images with --vae PATH, or choose another NAME.")
+        raise UserError(f"{args.data} is a dataset of {expected}, and this would store the other kind. Encode"
+                        " images with --vae PATH, or choose another NAME.")
     if config and config["classes"] not in (0, K):
         raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Choose "
                         "another NAME for a custom dataset.")
@@ -658,7 +658,8 @@ def main():
     shape, C = latent_shape(source) if source.latents else (None, None)
     y, class_names = (None, []) if source.labels is None else index_labels(source)
     check_flags(args, config, source, len(class_names))
-    if len(source) != (expected := TRAINING_IMAGES.get(args.data, len(source))):
+    expected = TRAINING_IMAGES.get(args.data)
+    if expected and len(source) != expected:
         print(f"warning: the training set of {args.data} is {expected:,} images, and SOURCE has "
               f"{len(source):,}. Results will not compare with published ones.", flush=True)
     if config and not config["classes"] and y is not None:
@@ -682,9 +683,11 @@ def main():
         return to_pixels(sample, size, channels, args.background, crop)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
-    if config and args.vae and Path(args.vae).name != Path(its := config["latents"]["vae"]).name:
-        print(f"warning: the teachers of {args.data} use latents of {its}. If --vae {args.vae} is another "
-              "autoencoder, its latents do not fit them.", flush=True)
+    if config and args.vae:
+        of_teacher = config["latents"]["vae"]
+        if Path(args.vae).name != Path(of_teacher).name:
+            print(f"warning: the teachers of {args.data} use latents of {of_teacher}. If --vae {args.vae} is "
+                  "another autoencoder, its latents do not fit them.", flush=True)
     encode = autoencoder.encode if args.vae and not source.latents else None
     if encode:
         info["encoder"] = args.vae

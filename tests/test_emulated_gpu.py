@@ -22,13 +22,13 @@ def test_every_script_on_an_emulated_gpu(chain):
 
 # A line of the project, what it becomes, a test of emulated_gpu.py that runs it.
 REFUSED_BY_CUDA = [
-    ("midtrain.py", "randn(P, *model.image_shape(teacher_header), device=device)",
-     "randn(P, *model.image_shape(teacher_header))", "midtrain"),
+    ("solve.py", "randn(n, *model.image_shape(header), device=device)",
+     "randn(n, *model.image_shape(header))", "midtrain"),
     ("midtrain.py", "header, x, y, args.nfe, args.solver)\n    return *student_time(states, times.to(device)",
      "header, x, y, args.nfe, args.solver)\n    return *student_time(states, times", "midtrain"),
     ("midtrain.py", "M * torch.arange(P, device=device)", "M * torch.arange(P)", "midtrain"),
     ("midtrain.py", "i, j = (k.to(device) for k in pair_table(N,", "i, j = (k for k in pair_table(N,", "midtrain"),
-    ("midtrain.py", "[\"label_dim\"]), (P,), device=device)", "[\"label_dim\"]), (P,))", "midtrain"),
+    ("solve.py", "[\"label_dim\"]), (n,), device=device)", "[\"label_dim\"]), (n,))", "midtrain"),
     ("model.py", "torch.rand(len(y), device=y.device)", "torch.rand(len(y))", "pretrain"),
     ("model.py", "torch.arange(self.frequencies, device=t.device, dtype=t.dtype)",
      "torch.arange(self.frequencies, dtype=t.dtype)", "test_networks"),

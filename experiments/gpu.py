@@ -52,8 +52,9 @@ def script(minutes, *command, stop_after=None, **env):
 
 
 def tests(device):
-    files = [f"tests/test_{name}.py" for name in ("runs", "midtrain", "posttrain_cm", "posttrain_mf")]
-    for line in script(8, "-m", "pytest", "-q", "--tb=line", *files, CUDA_VISIBLE_DEVICES="0"):
+    names = "runs", "midtrain", "posttrain_cm", "posttrain_mf", "solve", "model", "sample_fid", "resume"
+    files = [f"tests/test_{name}.py" for name in names]
+    for line in script(10, "-m", "pytest", "-q", "--tb=line", *files, CUDA_VISIBLE_DEVICES="0"):
         if " passed" in line or line.startswith("FAILED"): yield {"what": "tests on CUDA", "result": line}
 
 

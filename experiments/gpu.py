@@ -54,8 +54,8 @@ def script(minutes, *command, stop_after=None, **env):
 def tests(device):
     names = "runs", "midtrain", "posttrain_cm", "posttrain_mf", "solve", "model", "sample_fid", "resume"
     files = [f"tests/test_{name}.py" for name in names]
-    for line in script(10, "-m", "pytest", "-q", "--tb=line", *files, CUDA_VISIBLE_DEVICES="0"):
-        if " passed" in line or line.startswith("FAILED"): yield {"what": "tests on CUDA", "result": line}
+    for line in script(10, "-m", "pytest", "-v", "--tb=line", "-rN", *files, CUDA_VISIBLE_DEVICES="0"):
+        if " passed" in line or " FAILED" in line: yield {"what": "tests on CUDA", "result": line}
 
 
 def gradient_error(net, functions, inputs):

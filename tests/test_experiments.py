@@ -79,10 +79,14 @@ def test_demo_share_and_curves_give_flags_that_the_stages_take(stages_parse, mon
     assert {line[0] for line in ran} == {"pretrain", "solve", "midtrain", "posttrain_cm", "posttrain_mf", "sample"}
 
 
-def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch):
+@pytest.mark.parametrize("scale", [1, 10])
+def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch, scale):
     import common
     patch, ran = stages_parse
     mnist = patch("mnist")
+    for name in vars(mnist):
+        if name.isupper(): monkeypatch.setattr(mnist, name, getattr(mnist, name))
+    if scale == 10: mnist.use_scale_10()
     mnist.FOLDER.mkdir(parents=True)
     mnist.write_training_half()
     for method, (branch, budgets, setting, ladder, *_) in mnist.METHODS.items():

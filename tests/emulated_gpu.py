@@ -110,6 +110,7 @@ DENOISER = "runs/digits/pretrain.safetensors"
     MID, (*MID, "--guidance", 2, "--precision", "bf16"),
     ("midtrain", *SMALL, "--trajectories", "runs/digits/trajectories.safetensors"),
     (*MID, "--target", "mf"), (*MID, "--target", "mf", "--teacher", DENOISER, "--init", "none"),
+    (*MID, "--target", "mf", "--teacher", "runs/digits/posttrain_mf.safetensors", "--init", "none"),
     ("posttrain_cm", *SMALL), ECD, (*ECD, "--guidance", 2, "--guide", DENOISER),
     MF, (*MF, "--precision", "bf16", "--omega", 0.5, "--velocity", "teacher"), (*MF, "--derivative", "difference")],
     ids=lambda c: " ".join(map(str, c)))
@@ -132,10 +133,12 @@ def test_a_training_step_on_latents(run, tmp_path, on_gpu, channels):
 @pytest.mark.parametrize("command", [
     ("sample", "runs/digits/posttrain_cm.safetensors:2", "--n", 8, "--real"),
     ("sample", f"{DENOISER}:4", "runs/digits/posttrain_mf.safetensors:2", "--n", 8),
-    ("fid", "runs/digits/posttrain_cm.safetensors:1", "--n", 64, "--features", "pixels")],
+    ("fid", "runs/digits/posttrain_cm.safetensors:1", "--n", 64, "--features", "pixels"),
+    ("solve", "--n", 8, "--nfe", 4), ("solve", "--n", 8, "--teacher", "runs/digits/posttrain_mf.safetensors")],
     ids=lambda c: " ".join(map(str, c)))
 def test_samples(run, tmp_path, on_gpu, command):
-    out = () if command[0] == "fid" else ("--out", tmp_path / "a.npz")
+    name = {"fid": None, "sample": "a.npz", "solve": "a.safetensors"}[command[0]]
+    out = ("--out", tmp_path / name) if name else ()
     with EmulatedGPU(): done = run(*command, *out)
     assert done.code == 0, done.err
 

@@ -6,6 +6,7 @@
   writes  with --save-stats X.npz the statistics of FILE, mu and sigma in EDM's layout, for a later --ref
   run     torchrun --nproc_per_node=8 fid.py runs/cifar10/posttrain_cm.safetensors:2    # 50,000 samples
           python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
+          python fid.py runs/digits/samples.npz --ref digits --features pixels         # images that exist
   expect  digits, FD-pixels of 10,000 samples: teacher 0.09, after mid-training 0.16, teacher in one step 3.6
 
 `--features inception` is the published FID (1706.08500): Inception-v3 with TensorFlow's weights of 2015,
@@ -30,21 +31,21 @@ from tools import feature_networks
 # === the method =============================================================================================
 
 def frechet_distance(mu_a, cov_a, mu_b, cov_b):
-    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians (1706.08500, eq. 6).
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians, A = cov_a, B = cov_b (1706.08500, eq. 6).
     mu (d,), cov (d,d) -> 0-dim float64. With A = R R^T, tr (A B)^(1/2) = tr (R^T B R)^(1/2): one symmetric
-    eigenproblem, two where A is singular."""
+    eigenproblem, or two if A is singular."""
     mu_a, cov_a, mu_b, cov_b = (torch.as_tensor(m).double() for m in (mu_a, cov_a, mu_b, cov_b))
     mu_a, mu_b = mu_a.flatten(), mu_b.flatten()
     if not cov_a.shape == cov_b.shape == (len(mu_a), len(mu_a)) == (len(mu_b), len(mu_b)):
         shapes = [tuple(m.shape) for m in (mu_a, cov_a, mu_b, cov_b)]
         raise ValueError(f"shapes are {shapes}, not (d), (d,d), (d), (d,d)")
+    if min(cov_a.diagonal().min(), cov_b.diagonal().min()) < 0:
+        raise ValueError("a covariance has a negative diagonal")
     root, singular = torch.linalg.cholesky_ex(cov_a)
     if singular:
         values, vectors = torch.linalg.eigh(cov_a)
         root = vectors * values.clamp(min=0).sqrt()
     cross = torch.linalg.eigvalsh(root.T @ cov_b @ root).clamp(min=0).sqrt().sum()
-    if min(cov_a.diagonal().min(), cov_b.diagonal().min()) < 0:
-        raise ValueError("a covariance has a negative diagonal")
     distance = (mu_a - mu_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.clamp(min=0)                           # rounding error of equal Gaussians
 
@@ -100,10 +101,9 @@ def over_ranks(n, total, outer, device):
         size = torch.tensor([0 if n == 0 else len(total)], device=device)
         dist.all_reduce(size, dist.ReduceOp.MAX)           # a rank may have had no images
         if n == 0: total, outer = torch.zeros(size.item()), torch.zeros(size.item(), size.item())
-        packed = torch.cat([torch.tensor([float(n)]).double().to(device), total.double().to(device),
-                            outer.double().to(device).flatten()])
-        dist.all_reduce(packed)
-        n, total, outer = int(packed[0]), packed[1:1 + size], packed[1 + size:].reshape(size, size)
+        n, total, outer = (torch.as_tensor(m, dtype=torch.float64).to(device) for m in (n, total, outer))
+        for m in (n, total, outer): dist.all_reduce(m)
+        n = int(n)
     if n < 2: raise model.UserError(f"a distance needs at least two images on each side, not {n}.")
     return n, *moments(n, total, outer)
 
@@ -146,7 +146,7 @@ def reference(args, header, features, rank, world, device):
     """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
     covariance; only rank 0 uses them. Statistics of the images of an .npz are cached in runs/reference/. The
     key is a hash of the identity of its images and the sha256 of the feature network."""
-    path = header["data_path"] if not args.ref else args.ref
+    path = args.ref or header["data_path"]
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
         raise model.UserError(f"--ref {path} is one image; give its folder.")
@@ -178,7 +178,8 @@ def reference(args, header, features, rank, world, device):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
-    p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="images or checkpoints")
+    p.add_argument("files", nargs="+", metavar="FILE[:STEPS]",
+                   help="images, the NAME of prepared data, or checkpoints")
     p.add_argument("--ref", metavar="NAME|PATH",
                    help="what to compare with (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["inception", "pixels"], default="inception",

@@ -8,7 +8,7 @@
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
-  cost    per pair: one forward of the teacher (Heun: 15 for 8), one forward and one backward of the student
+  cost    per pair: one forward of the teacher (Heun: 15 per 8 pairs), a forward and a backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
           with --target mf, a squared distance, from about 2.5 to about 0.35
 
@@ -17,8 +17,8 @@
 
 Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
 Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
-time. Its weights predict x_0, not a velocity, so start the student from random ones: pass --teacher
-runs/digits/pretrain.safetensors --init none.
+time, in which a state is (1 - t) x_0 + t eps. A denoiser predicts x_0, not a velocity, so its weights are no
+start for the student: with --target mf pass --teacher runs/digits/pretrain.safetensors --init none.
 
 The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
 its own predictions. All pairs of times are equally likely, and the loss does not weight them.
@@ -33,6 +33,7 @@ from tools import dry_run, feature_networks
 # batch     pairs (state, target) in one step, over all GPUs
 # nfe       function evaluations of a trajectory
 # solver    None: the teacher's default
+# warmup    pairs over which the learning rate rises linearly
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
 # network   constructor arguments of the student. They override those of the --init file; with --init none,
@@ -45,8 +46,8 @@ CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, s
           network={}, mid_t=0.7757)                                                               # code
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
                      network=dict(dropout=0.2))                                                   # code
-# Not RAdam: its first five steps are SGD's, and the loss diverged (on MNIST from 42 to 1e7). The gradients of
-# digits are small enough for it.
+# Adam, because the first five steps of RAdam are those of SGD: on MNIST the loss grew from 42 to 1e7. Digits
+# have small gradients, and RAdam works.
 MF = dict(optimizer="Adam", beta2=0.999,                                                          # MeanFlow
           decay="linear", warmup=0, solver=None, nfe=16, network={},                              # ours
           distance="l2")                                                                          # paper
@@ -120,8 +121,8 @@ def huber(a, b):
 
 def pair_table(N, target, pairing="cmt"):
     """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
-    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. `pairing` is the flag: "kd" lists only the start
-    with the endpoint, M = 1; "cmt" and "slow" list all. -> i, j (M,)"""
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint,
+    M = 1; "cmt" and "slow": all (they differ in how many are used). -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     i, j = torch.triu_indices(N + 1, N + 1, offset=1)
@@ -209,7 +210,7 @@ def pool_size(local_batch, pairs_per_trajectory, at_least=128):
     return math.ceil(at_least / multiple) * multiple
 
 
-def student_time(states, times, teacher_header, target):
+def to_student_time(states, times, teacher_header, target):
     """Trajectories in the student's time: those of a denoiser are converted to flow time for --target mf."""
     if target == "mf" and teacher_header["kind"] == "Denoiser": return solve.edm_to_flow(states, times)
     return states, times
@@ -221,12 +222,12 @@ def solve_pool(teacher, teacher_header, P, args, device):
     -> states (N+1,P,C,H,W), times (N+1,), y (P,), in the student's time"""
     x, y = solve.noise_and_labels(teacher_header, P, device)
     states, times = solve.solve_teacher(teacher, teacher_header, x, y, args.nfe, args.solver)
-    return *student_time(states, times.to(device), teacher_header, args.target), y
+    return *to_student_time(states, times.to(device), teacher_header, args.target), y
 
 
-def check_trajectories(args):
-    """solve.py's file has to come from the same teacher and guidance. Its solver and NFE replace those in
-    args, so that the student's header records them."""
+def adopt_trajectories(args):
+    """Check that solve.py's file comes from the same teacher and guidance. Its solver and NFE replace those
+    in args, so that the student's header records them."""
     made = model.read(args.trajectories, tensors=False)[1]
     guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
@@ -240,7 +241,7 @@ def batches_from_file(teacher_header, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
     tensors = model.read(args.trajectories)[0]
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
-    states, times = student_time(states.transpose(0, 1), times, teacher_header, args.target)
+    states, times = to_student_time(states.transpose(0, 1), times, teacher_header, args.target)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
     while True:
         first = step * args.batch + rank * local_batch
@@ -297,7 +298,7 @@ def main():
                                                      model.DATASETS.get(args.recipe_name))
     teacher.backbone_dtype = model.DTYPES[args.precision]
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
-    if args.trajectories: check_trajectories(args)
+    if args.trajectories: adopt_trajectories(args)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
@@ -317,7 +318,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
+    # wrapped_net is net in DDP (the mean gradient of all processes) and torch.compile, where these are used.
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 

@@ -947,7 +947,7 @@ HYPERPARAMETERS = {
     "beta1":     dict(type=fraction, help="of the optimizer"),
     "beta2":     dict(type=fraction, help="of the optimizer"),
     "decay":     dict(type=decay, help="learning rate: constant, linear, or the step where 1/sqrt starts"),
-    "warmup":    dict(type=not_negative_int, help="images over which the learning rate rises linearly"),
+    "warmup":    dict(type=not_negative_int, help="samples over which the learning rate rises linearly"),
     "P_mean":    dict(type=finite, help="mean of ln t, or of logit t in flow time"),
     "P_std":     dict(type=positive_float, help="standard deviation of ln t, or of logit t in flow time"),
     "mid_t":     dict(type=number(float, 0.002, 80, "between 0.002 and 80"),

@@ -9,10 +9,10 @@
           with guidance twice as many
   expect  digits: a loss of about 3. It need not fall, because its target changes with the network
 
---loss ect   f(x_t, t) is trained to match f(x_r, r), where x_r is the same image with less of the same noise.
---loss ecd   x_r is x_t after one step of the teacher's ODE. This target has less variance: x_r depends
-             on x_t alone, while ECT's x_r also depends on the image that x_t was made from. But it inherits
-             the teacher's error. The flag changes x_r only; the recipe's other settings stay.
+--loss ect   f(x_t, t), x_t = x_0 + t eps, is trained to match f(x_r, r): the same image and noise, r < t.
+--loss ecd   x_r is x_t after one step of the teacher's ODE. It depends on x_t alone; ECT's x_r depends on x_0
+             as well. So ECD's target f(x_r, r) has less variance, but it inherits the teacher's error. The
+             flag changes x_r only; the recipe's other settings stay.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the endpoint only at small r. So ECT has
@@ -32,11 +32,11 @@ import model, sample, solve
 from tools import dry_run
 
 # q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         every `double` steps k grows by 1, and the divisor q^(k+1) by the factor q: for q = 2, ECT's
-#                doubling. 0: k stays 0, as suits a mid-trained model
+# double         k grows by 1 every `double` steps, which divides the gap by q. (ECT has q = 2: the divisor
+#                doubles.) 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
-# P_mean, P_std  of ln t
+# P_mean, P_std  mean and standard deviation of ln t
 # decay          the learning rate falls linearly to 0 ("linear") or stays "constant"
 # mid_t          time of the second of two sampling steps, stored in the result for sample.py
 # network        constructor arguments that differ from those of --init
@@ -63,7 +63,7 @@ RECIPES = {
     "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
                               guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
                               guide="runs/imagenet512/guide.safetensors"),
-    # Not RAdam: its first five steps are SGD's, and on MNIST it was far worse at the same rate.
+    # Adam, because the first five steps of RAdam are those of SGD: on MNIST it was far worse at this rate.
     "custom":      ECT | dict(steps=10_000, lr=1e-4, ema=0.999, q=256, optimizer="Adam"),         # ours
 }
 
@@ -88,8 +88,8 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
     # L = w(t, r) (sqrt(e^2 + c^2) - c),   e = || f(x_t, t) - sg f(x_r, r) ||,   sg: stop-gradient
-    # The return statement computes L in a form without cancellation at small e.
-    # vector_norm has gradient 0 at e = 0.
+    # The return statement computes L in a form without cancellation at small e. At e = 0 the gradient of
+    # vector_norm is 0, not NaN.
     e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
     return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
 
@@ -101,9 +101,11 @@ def ect_loss(f, x0, eps, t, r, y, weight, c):
     return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
 
 
-def ecd_loss(f, x_t, x_r, t, r, y, weight, c):
-    """Consistency distillation: x_r is x_t after one step of the teacher's ODE (`ode_step`). -> (B,)"""
-    return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
+def ecd_loss(f, x0, eps, t, r, y, weight, c, D, solver="heun"):
+    """Consistency distillation (2303.01469): x_r is x_t after one step of the ODE of the teacher D. The
+    others as in `ect_loss` -> (B,)"""
+    x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
+    return consistency_loss(f, x_t, ode_step(D, x_t, t, r, y, solver), t, r, y, weight, c)
 
 
 def ode_step(D, x, t, r, y, solver="heun"):
@@ -129,10 +131,10 @@ def ect_weight(t, r, kind, sigma_data=0.5):
     return (t ** 2 + sigma_data ** 2) / (t * sigma_data) ** 2
 
 
-def ect_r(t, q, doublings=0):
-    """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), after k doublings (ECT,
-    2406.14548). q^(k+1) is capped at 2^16, so that t - r keeps 8 of fp32's 24 bits. t (B,) -> (B,)"""
-    divisor = min(q ** min(doublings + 1, 16), 2 ** 16)
+def ect_r(t, q, k=0):
+    """The less noisy time r = t (1 - n(t) / q^(k+1)) >= 0, n(t) = 1 + 8 sigmoid(-t), of ECT (2406.14548).
+    q^(k+1) is capped at 2^16, so that t - r keeps 8 of fp32's 24 bits. t (B,) -> (B,)"""
+    divisor = min(q ** min(k + 1, 16), 2 ** 16)
     return (t * (1 - (1 + 8 * torch.sigmoid(-t)) / divisor)).clamp(min=0)
 
 
@@ -142,7 +144,7 @@ def flags():
     """The command line -> args. args.command_for: {input file: how to make it}"""
     p = model.parser(__doc__, RECIPES, predecessor="midtrain_cm", writes="posttrain_cm", precision="fp32")
     p.add_argument("--q", type=model.number(int, 2, 2 ** 16 + 1, "an integer in [2, 65536]"),
-                   help="gap: r = t (1 - n(t) / q^(k+1)) after k doublings")
+                   help="gap: r = t (1 - n(t) / q^(k+1)), k = 0 at the start")
     p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
                    help="steps after which k grows by 1, which narrows the gap; 0: it stays fixed")
     p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
@@ -190,7 +192,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
+    # wrapped_net is net in DDP (the mean gradient of all processes) and torch.compile, where these are used.
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
@@ -211,18 +213,17 @@ def main():
         x0 = model.to_network(x0, header)                                          # (local_batch, C, H, W)
         y = model.drop_labels(y, header)                                           # (local_batch,)
         t = (args.P_mean + args.P_std * torch.randn(local_batch, device=device)).exp()   # (local_batch,)
-        r = ect_r(t, args.q, doublings=step // args.double if args.double else 0)
+        r = ect_r(t, args.q, k=step // args.double if args.double else 0)
         weight = ect_weight(t, r, args.weight, header["sigma_data"])
         eps = torch.randn_like(x0)
 
         mean_loss, batch = 0, (x0, eps, t, r, y, weight)
         for x0, eps, t, r, y, weight in model.microbatches(wrapped_net, args.microbatch, *batch):
             if args.loss == "ect":
-                loss = ect_loss(wrapped_net, x0, eps, t, r, y, weight, args.c).sum() / local_batch
+                losses = ect_loss(wrapped_net, x0, eps, t, r, y, weight, args.c)
             else:
-                x_t = x0 + t[:, None, None, None] * eps
-                x_r = ode_step(teacher, x_t, t, r, y, args.solver)
-                loss = ecd_loss(wrapped_net, x_t, x_r, t, r, y, weight, args.c).sum() / local_batch
+                losses = ecd_loss(wrapped_net, x0, eps, t, r, y, weight, args.c, teacher, args.solver)
+            loss = losses.sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 

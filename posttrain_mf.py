@@ -1,4 +1,4 @@
-"""Stage 4, post-training of the Mean Flow branch: real images and the MeanFlow identity
+"""Stage 4, post-training of the Mean Flow branch: real images z_t = (1 - t) x_0 + t eps, and the identity
 
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
   u = v - (t - r) du/dt                                                   d/dt of both sides
@@ -34,7 +34,7 @@ import model, sample
 from tools import dry_run
 
 # r_neq_t        fraction of samples with r < t: 0.25, 0.5 or 0.75
-# P_mean, P_std  r and t are two draws with logit ~ N(P_mean, P_std^2), sorted
+# P_mean, P_std  r < t are two draws, sorted, with logit ~ N(P_mean, P_std^2)
 # p, c           exponent and constant of the adaptive weight; p = 0 turns it off
 # omega, kappa, guide_times   guidance, see `guided_velocity`; omega = 1, kappa = 0 is none
 # warmup         images over which the learning rate rises
@@ -45,8 +45,8 @@ MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, r_neq_t=0.25, p
           omega=1.0, kappa=0.0, guide_times=(0.0, 1.0),                                           # MeanFlow
           decay="linear", warmup=0, network={})                                                   # ours
 RECIPES = {
+    # p = 1 gave better one-step and worse two-step samples of digits than p = 0 (one seed).
     "digits":      MF | dict(steps=1200, batch=64, lr=2e-4, ema=0.99, p=0.0, optimizer="RAdam"),  # ours
-    # digits: p = 1 gave better one-step and worse two-step samples than p = 0 (one seed).
     "cifar10":     MF | dict(steps=200_000,                                                       # ours
                              batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",          # MeanFlow
                              warmup=10**7, P_mean=-2.0, P_std=2.0, r_neq_t=0.75,                  # MeanFlow
@@ -54,7 +54,7 @@ RECIPES = {
     "imagenet256": MF | dict(steps=400_000,                                                       # ours
                              batch=256, lr=1e-4, ema=0.9999, beta2=0.95, decay="constant", c=1e-2,  # MeanFlow
                              omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),                     # MeanFlow
-    # custom: RAdam's first five steps are SGD's. With p = 0.25 they broke a model of MNIST, Adam's did not.
+    # Adam, because the first five steps of RAdam are those of SGD: they broke a model of MNIST (p = 0.25).
     "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),         # ours
 }
 
@@ -109,7 +109,7 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     return torch.where(inside.reshape(-1, *[1] * (v.dim() - 1)), guided, v)
 
 
-def drop_labels(y, r_equals_t, label_dropout, null):
+def drop_labels_where_equal(y, r_equals_t, label_dropout, null):
     """Replace labels by the null label, for samples with r = t only, because guidance evaluates the
     unlabelled model only at r = t. On average a fraction `label_dropout` of the whole batch is unlabelled.
     y (B,), r_equals_t (B,) bool -> (B,)"""
@@ -117,7 +117,7 @@ def drop_labels(y, r_equals_t, label_dropout, null):
     return torch.where(r_equals_t & (torch.rand(len(y), device=y.device) < probability), null, y)
 
 
-def two_times(n, r_neq_t, mean, std, device):
+def sample_r_t(n, r_neq_t, mean, std, device):
     """Two draws of logit t ~ N(mean, std^2), sorted. In every four samples the first 4 * r_neq_t keep r < t,
     the others get r = t, so every microbatch has the same fraction of each. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
@@ -191,7 +191,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
+    # wrapped_net is net in DDP (the mean gradient of all processes) and torch.compile, where these are used.
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
@@ -213,8 +213,8 @@ def main():
         model.reseed(args.seed, rank, step)                # a resumed run draws the same numbers
         x0, y = next(batches)
         x0 = model.to_network(x0, header)                                          # (local_batch, C, H, W)
-        r, t = two_times(local_batch, args.r_neq_t, args.P_mean, args.P_std, device)
-        y = drop_labels(y, r == t, header["label_dropout"], null)                  # (local_batch,)
+        r, t = sample_r_t(local_batch, args.r_neq_t, args.P_mean, args.P_std, device)
+        y = drop_labels_where_equal(y, r == t, header["label_dropout"], null)     # (local_batch,)
         v = torch.randn_like(x0) - x0                                              # eps - x_0
         z = x0 + t[:, None, None, None] * v
 
@@ -224,10 +224,10 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # du/dt is needed only where r < t, with the same dropout masks as the u in the loss. Two forwards
-            # draw the same masks only from the same RNG state and with the same batch shape. So the loss
-            # calls u on the samples with r < t alone, as du/dt does, and then on the others. DDP has no
-            # forward-mode derivative: the JVP is of `net`.
+            # Only samples with r < t need du/dt. It has to have the dropout masks of the u in the loss, and
+            # two forwards draw equal masks only from equal RNG states and batch shapes. So the loss calls u
+            # on these samples alone, and then on the others. DDP has no forward-mode derivative: the JVP is
+            # of `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             samples_below = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             samples_equal = [a[:, k:].flatten(0, 1) for a in groups_of_4]

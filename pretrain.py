@@ -20,7 +20,7 @@ from tools import dry_run
 
 # warmup         images over which the learning rate rises
 # decay          "linear" to 0, "constant", or the step from which the learning rate falls as 1/sqrt
-# P_mean, P_std  of ln t (edm), of logit t (flow)
+# P_mean, P_std  mean and standard deviation of ln t (edm) or logit t (flow)
 # network        constructor arguments that differ from model.DATASETS
 # The comment at the end of a line is the source of its values: EDM (2206.00364, table 7; its augmentation is
 # not built), EDM2 (2312.02696), MeanFlow (2505.13447), the CMT paper, or ours.
@@ -67,7 +67,8 @@ def edm_loss(D, x0, eps, t, y, sigma_data=0.5):
 
 
 def flow_loss(u, x0, eps, t, y):
-    """Flow matching (2210.02747), one number per sample. x0, eps (B,C,H,W), t (B,), y (B,) -> (B,)"""
+    """Flow matching (2210.02747), one number per sample. u(z, t, t, y) is the velocity v(z, t); u takes two
+    times because a Mean Flow model starts from it. x0, eps (B,C,H,W), t (B,), y (B,) -> (B,)"""
     t_ = t.reshape(-1, *[1] * (x0.dim() - 1))
     z = (1 - t_) * x0 + t_ * eps
     # ||u(z_t, t, t) - (eps - x_0)||^2
@@ -100,7 +101,7 @@ def main():
     header |= model.run_metadata(args, args.stage, "images", world, data=data)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net shares net's weights and adds torch.compile and DDP (the mean gradient of all processes).
+    # wrapped_net is net in DDP (the mean gradient of all processes) and torch.compile, where these are used.
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 

@@ -1,6 +1,7 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE)
+  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). For a flow-matching
+                                 teacher, Heun takes one less if it is even
   writes  runs/NAME/samples.png  the first 64 images of one FILE; or of several FILEs 20 each, one row per
                                  FILE:STEPS, one column per seed
           runs/NAME/samples.npz  with one FILE only: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
@@ -9,11 +10,11 @@
           python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
-  cost    STEPS NFE per image
+  cost    STEPS NFE per image, with --guidance twice as many
 
-Image k, its label and its noise are a function of seed k alone. Convolutions on batches of other sizes differ
-in the last bits, so seeds are always sampled in blocks of 64 (block = seed // 64) and cut afterwards. Any
-number of processes gives the same images. Images are written in parts of 1,024; the same command continues an
+Image k, its label and its noise are a function of seed k alone. The last bits of a convolution depend on the
+batch size, so seeds are always sampled in blocks of 64 (block = seed // 64) and cut afterwards. Any number of
+processes gives the same images. Images are written in parts of 1,024; the same command continues an
 interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
 """
 import argparse, contextlib, hashlib, itertools, json, os, sys, time, zipfile
@@ -130,11 +131,11 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels != "random" and not K:
         raise model.UserError(f"--labels {labels} has no effect: the model has no classes. Leave it out.")
-    if labels not in ("random", "balanced") and not (labels.isdecimal() and int(labels) < max(1, K)):
+    if labels not in ("random", "balanced") and not (labels.isdecimal() and int(labels) < K):
         raise model.UserError(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
     for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world]:
         y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
-        if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % max(1, K)
+        if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % K
         elif labels != "random": y = torch.full((64,), int(labels))
         x = draw_samples(net, header, eps.to(device), y.to(device), steps, times, solver)
         keep = slice(max(seeds.start - 64 * block, 0), min(seeds.stop - 64 * block, 64))
@@ -186,7 +187,7 @@ def check_overwrites(path, seeds):
     """Raise UserError if `path` holds anything but samples, which would be lost. An .npz counts as samples
     if it has only arr_0 and arr_1 and is not in data/, a folder if it has only images of these seeds."""
     if path.suffix != ".npz" and path.is_dir():
-        others = {name for name in os.listdir(path)} - {f"{seed:06d}.png" for seed in seeds}
+        others = set(os.listdir(path)) - {f"{seed:06d}.png" for seed in seeds}
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
         return
     if not os.path.exists(path) or os.path.isfile(path) and os.path.getsize(path) == 0: return
@@ -336,8 +337,8 @@ def sampling_flags(p):
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="random: drawn from the seed; balanced: seed modulo classes; K: class K")
     p.add_argument("--solver", choices=solve.SOLVERS,
-                   help="of a teacher's ODE (default: dpm3 for denoisers, heun for flow matching, jump for "
-                        "Mean Flow); heun with an odd NFE is EDM's sampler")
+                   help="of a teacher or Mean Flow model (default: dpm3 for denoisers, heun for flow "
+                        "matching, jump for Mean Flow); heun with an odd NFE is EDM's sampler")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
                    help="times of steps 2, 3, ... (default: from the file; for Mean Flow uniform)")
     p.add_argument("--precision", choices=model.DTYPES, default="fp32", help="of the network's backbone")
@@ -370,12 +371,12 @@ def main():
     rows, names, headers = [], [], []
     for text in args.files:
         net, header, steps = open_model(text, args, device)
-        out = (args.out or f"runs/{(headers or [header])[0]['data']}/samples.npz").removesuffix(".npz")
-        out = os.path.normpath(out)
+        headers.append(header)
+        out = os.path.normpath((args.out or f"runs/{headers[0]['data']}/samples.npz").removesuffix(".npz"))
         result = Path(out if folder else f"{out}.npz")
         vae = open_vae(header, args.vae, device)
-        draw = lambda seeds: generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device,
-                                      solver=args.solver)
+        draw = lambda part: generate(net, header, part, steps, args.labels, args.mid_t, vae, device,
+                                     solver=args.solver)
         if single:
             check_overwrites(result, seeds)
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
@@ -392,7 +393,6 @@ def main():
         else: rows.append(images[:20])
         if header["stage"] in solve.ODE_STAGES:
             print(f"{text}: solver {args.solver or solve.default_solver(header)}")
-        headers.append(header)
         if len(headers) == 1: first_labels, first_vae = labels[:20], vae
     stages = {path_of(file): header["stage"] for file, header in zip(args.files, headers)}
     for i, path in enumerate(map(path_of, args.files)):    # several files of one stage: add their names

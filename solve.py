@@ -19,12 +19,14 @@ import torch
 import model
 
 # === the method =============================================================================================
-# A solver takes a function of (x, t) with t (B,), a start x (B, ...) at times[0] and N+1 times, and returns
+# A solver takes a function of (x, t) with t (B,), in flow_map of (z, r, t), a start x (B, ...) at times[0],
+# and N+1 times. It returns
 #     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
 # States are returned with their times, so that no other code rebuilds the grid. Losses take times in the
 # dtype of x: convert them with times.to(x). Coefficients are computed in float64 and rounded once, when they
 # multiply x.
-#   EDM time    dx/dt = (x - D(x, t)) / t      flow time    dz/dt = v(z, t)
+#   EDM time    x_t = x_0 + t eps               dx/dt = (x - D(x, t)) / t
+#   flow time   z_t = (1 - t) x_0 + t eps       dz/dt = v(z, t)
 
 def log_uniform_times(n, t_max=80.0, t_min=0.002):
     """t_i = t_max (t_min / t_max)^(i/n), i = 0..n: uniform in log-SNR, CMT's grid. -> (n+1,) float64"""
@@ -48,7 +50,8 @@ def uniform_times(n, t_max=1.0, t_min=0.0):
 def dpm_solver_pp(denoise, x, times, order=3):
     """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
     denoise(x, t) per step. Order k needs the outputs of k - 1 earlier steps, so the first steps have orders
-    1, 2, 3. As in CMT's code, the last steps have orders 3, 2, 1. times > 0, descending; else ValueError.
+    1, 2, 3. As in CMT's code, the last steps have orders 3, 2, 1, and the formula for order 3 is of order 2.
+    times > 0, descending; else ValueError.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
     if order not in (1, 2, 3): raise ValueError(f"order is {order}, not 1, 2 or 3")
@@ -161,9 +164,10 @@ def default_solver(header):
 def solver_times(header, nfe, solver):
     """The grid of `solver` for `nfe` function evaluations. -> (N+1,) float64
 
-    Heun takes two per step, but one in a step into t = 0. For a denoiser, Heun's grid ends at t_min if nfe is
-    even, and at 0 if it is odd, as in EDM's own sampler (2206.00364, algorithm 1). For a flow-matching model
-    it always ends at 0, so with an even nfe Heun takes only nfe - 1 evaluations."""
+    DPM-Solver++: log-uniform. The others: EDM's for a denoiser, uniform in flow time. Heun takes two
+    evaluations per step, but one in a step into t = 0. Where t_min > 0, its grid ends at t_min if nfe is
+    even, and at 0 if it is odd, as in EDM's own sampler (2206.00364, algorithm 1). Where t_min = 0, as for
+    flow-matching teachers, it always ends at 0, so an even nfe takes only nfe - 1 evaluations."""
     ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
     if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
     grid = karras_times if denoiser else uniform_times
@@ -179,7 +183,8 @@ def count_calls(times, solver):
 
 
 def noise_and_labels(header, n, device):
-    """The starts of n trajectories: noise (n,C,H,W) at t_max, labels (n,), some null as in pre-training."""
+    """The starts of n trajectories: noise (n,C,H,W) at t_max, labels (n,), some null as in
+    pre-training, which means no class."""
     x = header["t_max"] * torch.randn(n, *model.image_shape(header), device=device)
     y = torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device)
     return x, model.drop_labels(y, header)
@@ -189,20 +194,20 @@ def solve_teacher(teacher, header, x, y, nfe, solver):
     """Solve the PF-ODE of a model in at most `nfe` function evaluations, on the grid of `solver`. teacher,
     header as from model.load, x (B,C,H,W) at t_max, y (B,).
     -> states (N+1,B,C,H,W), times (N+1,) float64"""
-    takes, function = SOLVERS[solver]
+    needs, solver_function = SOLVERS[solver]
     if header["kind"] == "Denoiser":
         model_as = {"denoise":  lambda x, t: teacher(x, t, y),
                     "velocity": lambda x, t: (x - teacher(x, t, y)) / t[:, None, None, None]}
     else:
         model_as = {"velocity": lambda z, t: teacher(z, t, t, y), "u": lambda z, r, t: teacher(z, r, t, y)}
-    return function(model_as[takes], x, solver_times(header, nfe, solver))
+    return solver_function(model_as[needs], x, solver_times(header, nfe, solver))
 
 
 def solvers_of(header):
     """The names of the solvers that go with a model. A "u" needs a network that takes r and t."""
-    takes = {"velocity"} | ({"denoise"} if header["kind"] == "Denoiser" else set())
-    if header["network"].get("interval"): takes.add("u")
-    return [name for name, (what, _) in SOLVERS.items() if what in takes]
+    has = {"velocity"} | ({"denoise"} if header["kind"] == "Denoiser" else set())
+    if header["network"].get("interval"): has.add("u")
+    return [name for name, (needs, _) in SOLVERS.items() if needs in has]
 
 
 def check_solver(solver, teacher, header):
@@ -276,7 +281,7 @@ def main():
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
                    type=model.output_path, help="result; its picture lies beside it")
     p.add_argument("--solver", choices=SOLVERS,
-                   help="dpm1-3: DPM-Solver++ 1M to 3M; jump: of a Mean Flow model "
+                   help="dpm1-3: DPM-Solver++ with 1 to 3 outputs; jump: of a Mean Flow model "
                         "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
     p.add_argument("--nfe", type=model.positive, default=16, help="NFE of a trajectory")
     p.add_argument("--n", type=model.positive, default=64, help="trajectories")

@@ -147,12 +147,11 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
         t = (args.P_mean + args.P_std * torch.randn(batch, device=device)).exp()
         r = posttrain_cm.ect_r(t, args.q, 0)
         weight = posttrain_cm.ect_weight(t, r, args.weight)
-        def loss(f, x0, eps, t, r, y, weight):
-            x_t, x_r = (x0 + s[:, None, None, None] * eps for s in (t, r))
-            if args.loss == "ecd": x_r = posttrain_cm.ode_step(teacher, x_t, t, r, y, args.solver)
-            return posttrain_cm.consistency_loss(f, x_t, x_r, t, r, y, weight, args.c)
+        def loss(f, *batch):
+            if args.loss == "ect": return posttrain_cm.ect_loss(f, *batch, args.c)
+            return posttrain_cm.ecd_loss(f, *batch, args.c, teacher, args.solver)
         return loss, (x0, eps, t, r, y, weight)
-    r, t = posttrain_mf.two_times(batch, args.r_neq_t, args.P_mean, args.P_std, device)
+    r, t = posttrain_mf.sample_r_t(batch, args.r_neq_t, args.P_mean, args.P_std, device)
     def loss(f, z, r, t, y, v):
         v = posttrain_mf.guided_velocity(net, z, t, y, v, args.omega, args.kappa, K, *args.guide_times)
         k = round(len(z) * args.r_neq_t)

@@ -360,7 +360,7 @@ def print_ratios(found):
 
 
 def draw(found):
-    """docs/mnist_curves.png or docs/mnist_x10_curves.png: FD against compute, one and two steps, both branches"""
+    """docs/mnist_curves.png or mnist_x10_curves.png: FD against compute, one and two steps, both branches"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

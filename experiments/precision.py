@@ -51,7 +51,7 @@ def losses(D, u, x0, y, device):
     torch.manual_seed(1)
     batch = len(x0)
     eps, t = torch.randn_like(x0), (2.0 * torch.randn(batch, device=device) - 1.1).exp()
-    r_, t_ = posttrain_mf.two_times(batch, 1.0, -0.4, 1.0, device)
+    r_, t_ = posttrain_mf.sample_r_t(batch, 1.0, -0.4, 1.0, device)
     states, times = solve.dpm_solver_pp(lambda x, t: D(x, t, y), 80 * eps, solve.log_uniform_times(16))
     z, v = x0 + t_[:, None, None, None] * (eps - x0), eps - x0
 

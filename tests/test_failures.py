@@ -160,7 +160,7 @@ def test_losses_of_samples_of_any_shape_are_those_of_images():
             yield midtrain.cmt_loss(f, a, t, b, y, midtrain.huber)
             yield midtrain.cmt_meanflow_loss(u, a, b, r, t, y)
             yield posttrain_cm.ect_loss(f, a, b, t, r, y, 1 / t, 0.06)
-            yield posttrain_cm.ecd_loss(f, a, posttrain_cm.ode_step(f, a, t, r, y), t, r, y, 1 / t, 0.0)
+            yield posttrain_cm.ecd_loss(f, a, b, t, r, y, 1 / t, 0.0, f)
             v = posttrain_mf.guided_velocity(u, a, t, y, b, 0.5, 0.2, 3)
             yield posttrain_mf.meanflow_loss(u, a, r, t, y, v, b)
         for flat, image in zip(losses(a, b), losses(*(x.reshape(3, -1, 1, 1) for x in (a, b)))):
@@ -293,7 +293,7 @@ def test_dropped_labels_are_of_samples_with_r_equal_t():
     """A share of 10 % of all samples, all of them with r = t. The count has a standard deviation of 0.3 %."""
     torch.manual_seed(0)
     y, equal = torch.zeros(10_000, dtype=torch.int64), torch.arange(10_000) % 4 > 0
-    dropped = posttrain_mf.drop_labels(y, equal, 0.1, 7) == 7
+    dropped = posttrain_mf.drop_labels_where_equal(y, equal, 0.1, 7) == 7
     assert not (dropped & ~equal).any() and abs(dropped.float().mean() - 0.1) < 0.015
 
 

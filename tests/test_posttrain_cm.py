@@ -130,8 +130,8 @@ def test_ecd_is_zero_for_the_exact_flow_map_up_to_the_step():
     losses = []
     for q in (64, 128):
         r = posttrain_cm.ect_r(t, q, 0)
-        x_r = posttrain_cm.ode_step(D, x, t, r, None)
-        losses.append(posttrain_cm.ecd_loss(f, x, x_r, t, r, None, torch.ones_like(t), 0.0))
+        eps = x / t[:, None, None, None]                                                 # with x_0 = 0
+        losses.append(posttrain_cm.ecd_loss(f, 0 * x, eps, t, r, None, torch.ones_like(t), 0.0, D))
     assert losses[1].max() < 1e-4 and (losses[0] / losses[1] > 6).all()                  # third order: 8
 
 
@@ -141,5 +141,5 @@ def test_ecd_takes_the_state_itself_and_eulers_step_where_r_is_zero():
     x_r = posttrain_cm.ode_step(D, x, t, 0 * t, None)
     assert torch.allclose(x_r, x / 2, atol=1e-6)                                          # D itself
     broken_at_zero = lambda x, t, y: x * (t / t)[:, None, None, None]
-    loss = posttrain_cm.ecd_loss(broken_at_zero, x, x_r, t, 0 * t, None, torch.ones(4), 0.0)
+    loss = posttrain_cm.ecd_loss(broken_at_zero, 0 * x, x, t, 0 * t, None, torch.ones(4), 0.0, D)   # t = 1
     assert torch.allclose(loss, (x / 2).flatten(1).norm(dim=1))

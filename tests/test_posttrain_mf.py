@@ -232,7 +232,7 @@ def test_solvers_in_flow_time():
 
 def test_exactly_a_quarter_has_r_below_t():
     torch.manual_seed(0)
-    r, t = posttrain_mf.two_times(4096, 0.25, -0.4, 1.0, "cpu")
+    r, t = posttrain_mf.sample_r_t(4096, 0.25, -0.4, 1.0, "cpu")
     first = torch.arange(4096) % 4 < 1
     assert (r < t)[first].sum() >= 1023 and torch.equal(r[~first], t[~first])           # one tie may happen
     assert 0 < r.min() and t.max() < 1

@@ -35,7 +35,7 @@ CALLS = {
     "midtrain.draw_pairs": (5, 2, 3, "cpu"),
     "posttrain_cm.consistency_loss": (shrink, x, 0.9 * x, t, 0.9 * t, None, 1 / t, 0.06),
     "posttrain_cm.ect_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.0),
-    "posttrain_cm.ecd_loss": (shrink, x, 0.9 * x, t, 0.9 * t, None, 1 / t, 0.06),
+    "posttrain_cm.ecd_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.06, shrink),
     "posttrain_cm.ode_step": (shrink, x, t, 0.9 * t, None),
     "posttrain_cm.ect_r": (t, 256, 0),
     "posttrain_cm.ect_weight": (t, 0.9 * t, "denoising"),
@@ -43,8 +43,8 @@ CALLS = {
     "posttrain_mf.derivative_jvp": (jump, x, 0.5 * t, t, None, eps),
     "posttrain_mf.derivative_difference": (jump, x, 0.5 * t, t, None, eps),
     "posttrain_mf.guided_velocity": (jump, x, t, torch.arange(4), eps, 0.2, 0.9, 3),
-    "posttrain_mf.drop_labels": (torch.arange(4), t > 0.5, 0.1, 3),
-    "posttrain_mf.two_times": (8, 0.25, -0.4, 1.0, "cpu"),
+    "posttrain_mf.drop_labels_where_equal": (torch.arange(4), t > 0.5, 0.1, 3),
+    "posttrain_mf.sample_r_t": (8, 0.25, -0.4, 1.0, "cpu"),
     "sample.consistency_sampler": (shrink, torch.stack([x, eps]), [80.0, 0.8], None),
     "sample.geometric_times": (2, 80.0, 0.8),
     "sample.draw_block": (0, 2, (1, 8, 8), 10),
@@ -73,10 +73,10 @@ def test_every_method_function_is_tried_here():
 
 @pytest.mark.parametrize("name, source, lines", FUNCTIONS, ids=[name for name, _, _ in FUNCTIONS])
 def test_runs_alone_and_is_short(name, source, lines):
-    """Except ECT's and ECD's losses, which are pasted together with `consistency_loss`."""
-    space = {}
-    if name in ("posttrain_cm.ect_loss", "posttrain_cm.ecd_loss"): source += "\n" + dict(
-        (name, source) for name, source, _ in FUNCTIONS)["posttrain_cm.consistency_loss"]
+    """Except ECT's and ECD's losses, which are pasted together with what they call."""
+    space, sources = {}, {name: source for name, source, _ in FUNCTIONS}
+    if name in ("posttrain_cm.ect_loss", "posttrain_cm.ecd_loss"):
+        source = "\n".join([source, sources["posttrain_cm.consistency_loss"], sources["posttrain_cm.ode_step"]])
     exec("import torch, einops\n" + source, space)
     assert space[name.split(".")[1]](*CALLS[name]) is not None
     assert lines <= 35 if name == "solve.dpm_solver_pp" else lines <= 30

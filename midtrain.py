@@ -191,7 +191,7 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    command = (model.teacher_command(args.recipe_name, args.data) if target == "cm" else
+    command = (solve.teacher_command(args.recipe_name, args.data) if target == "cm" else
                f"python pretrain.py --data {shlex.quote(args.data)} --objective flow")
     args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:

@@ -540,22 +540,8 @@ def find_data(data, flag="--data"):
     if not ("/" in data or os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
         path = Path("data", f"{data}.npz")
     if path.suffix != ".npz":
-        raise UserError(f"{flag} {data}: training reads prepared data. Prepare it with "
-                        f"`{prepare_command(path.stem, data)}`, then give {flag} {path.stem}.")
+        raise UserError(f"{flag} {data} is not prepared; `{prepare_command(path.stem, data)}` prepares it.")
     return path.stem if path.stem in DATASETS else "custom", path.stem, str(path)
-
-
-def import_command(url, name, out=None):
-    """The command that downloads a public checkpoint and imports it."""
-    file = url.rpartition("/")[2]
-    command = f"curl -LO {url} && python tools/import_checkpoint.py {file} --data {shlex.quote(name)}"
-    return command + (f" --out {shlex.quote(out)}" if out else "")
-
-
-def teacher_command(recipe, name):
-    """The command that makes the diffusion model: download and import a public one, or pre-train."""
-    if url := DATASETS.get(recipe, {}).get("public"): return import_command(url, name)
-    return f"python pretrain.py --data {shlex.quote(name)}"
 
 
 def prepare_command(name, source="SOURCE"):
@@ -731,8 +717,7 @@ def read(path, tensors=True):
             raise ValueError("its checksum is not that of its content")
         return found, header
     except Exception as e:                                 # a damaged file can raise any exception
-        raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
-                        "make it again or copy it again.")
+        raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}).")
 
 
 def build(header):
@@ -812,28 +797,17 @@ def to_network(x, header):
     the header's `latents`; with 2C channels, means and standard deviations, z is drawn first.
     (B,C or 2C,H,W) -> (B,C,H,W)"""
     if x.dtype == torch.uint8: return to_float(x)
-    mean, scale = latent_mean_and_scale(x, header)
+    mean, scale = header["latents"]["mean"], header["latents"]["scale"]
     if x.shape[1] == 2 * len(mean):
         z, deviation = x.chunk(2, dim=1)
         x = z + deviation * torch.randn_like(z)
-    return (x - mean) * scale
+    return torch.stack([(z - m) * s for z, m, s in zip(x.unbind(1), mean, scale)], dim=1)
 
 
-def latent_mean_and_scale(x, header):
-    """mean, scale (C,1,1) of the header's `latents`, on x's device and in its dtype"""
-    return [per_channel(tuple(header["latents"][k]), x.device, x.dtype) for k in ("mean", "scale")]
-
-
-@functools.cache                                           # a copy in every step would wait for the GPU
-def per_channel(values, device, dtype):
-    return torch.tensor(values, dtype=dtype).to(device)[:, None, None]
-
-
-def pixel_range(header):
-    """[0, 1] or [-1, 1], the pixels that a model's autoencoder encodes and decodes. Older files
-    lack it: EDM2's are [0, 1], the others [-1, 1]."""
-    default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]
-    return header["latents"].get("pixel_range") or default
+def to_latents(x, header):
+    """The inverse of `to_network` for latents, as the autoencoder decodes them. (B,C,H,W) -> (B,C,H,W)"""
+    mean, scale = header["latents"]["mean"], header["latents"]["scale"]
+    return torch.stack([z / s + m for z, m, s in zip(x.unbind(1), mean, scale)], dim=1)
 
 
 def save_grid(path, rows, names):
@@ -1033,8 +1007,7 @@ def setup(batch, precision="fp32"):
     if batch is None and world > 1:
         raise UserError("this script runs in one process; start it with plain python.")
     if batch and batch % world:
-        raise UserError(f"--batch {batch} cannot be split evenly over {world} processes; "
-                        f"choose a multiple of {world}.")
+        raise UserError(f"--batch {batch} for {world} processes has to be a multiple of {world}.")
     # Both switches, because torch's defaults differ: TF32 is on for convolutions and off for matrix products.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     device, cuda = torch.device("cpu"), torch.cuda.is_available()
@@ -1177,7 +1150,14 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
         raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
                         f"{' or '.join(stages)} file; `{args.command_for[path]}` makes one.")
     if dataset: check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"])
-    check_same_data(path, header, args, flag)
+    its_data = header.get("data_identity")
+    if its_data and os.path.exists(args.npz) and its_data != data_identity(args.npz):
+        text = f"{path} was trained on other data than {args.npz} ({its_data})"
+        # A default path is probably the file of another dataset with this name; a typed one is fine-tuning.
+        if not any(path in (word, word.partition("=")[2]) for word in sys.argv[1:]):
+            raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under another "
+                            "name.")
+        say(f"warning: {text}.")
     return model, header
 
 
@@ -1197,19 +1177,6 @@ def check_fit(path, header, source, shape, classes):
     if its != (tuple(shape), classes):
         raise UserError(f"{path} is for {its[0]} images and {its[1]} classes, {source} for {tuple(shape)} "
                         f"and {classes}; they have to agree.")
-
-
-def check_same_data(path, header, args, flag):
-    """The model in `path`, of --init or --teacher, should have been trained on the data of --data. If both
-    are known and differ, a default path is refused, since it is probably the file of another dataset of the
-    same name. A path that was typed gives a warning, since fine-tuning is legitimate."""
-    if not os.path.exists(args.npz) or not header.get("data_identity"): return
-    if header["data_identity"] == data_identity(args.npz): return
-    text = f"{path} was trained on other data than {args.npz} ({header['data_identity']})"
-    if not any(path in (word, word.partition("=")[2]) for word in sys.argv[1:]):       # it was not typed
-        raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under another "
-                        "name.")
-    say(f"warning: {text}.")
 
 
 # Settings that a continued run need not share: they do not change the result, or are compared by content (as
@@ -1343,7 +1310,7 @@ def resume_run(out, net, ema, opt, header):
         start_run(out, net, header)
         return 0
     state, old = read(path)
-    if old.get("stage") != header["stage"] or not any(k.startswith("net.") for k in state):
+    if old.get("stage") != header["stage"]:
         raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
                         "choose another --out.")
     check_settings(path, old, header)

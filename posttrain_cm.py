@@ -161,7 +161,7 @@ def flags():
         model.reject_if_typed("--teacher", "--solver", "--guidance", "--guide",
                               because="--loss ect has no teacher")
     if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
-    teacher_command = model.teacher_command(args.recipe_name, args.data)
+    teacher_command = solve.teacher_command(args.recipe_name, args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
                         args.init: f"python midtrain.py --data {shlex.quote(args.data)}"}
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
@@ -169,7 +169,7 @@ def flags():
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
             url = PUBLIC_TEACHERS.get(file)
-            args.command_for[file] = model.import_command(url, args.data, file) if url else teacher_command
+            args.command_for[file] = solve.import_command(url, args.data, file) if url else teacher_command
     return args
 
 

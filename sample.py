@@ -92,10 +92,10 @@ def to_images(x, header, vae):
         raise model.Diverged("the model's samples are not finite: its training diverged, or the file is of "
                              "another network. Nothing is written.")
     if vae:
-        mean, scale = model.latent_mean_and_scale(x, header)
-        x = torch.cat([vae.decode(z[None]).sample for z in x / scale + mean])       # one by one: memory
-    if vae and model.pixel_range(header) == [0, 1]: x = (x.clamp(0, 1) * 255).to(torch.uint8)
-    else:                                           x = model.to_uint8(x)
+        latents = model.to_latents(x, header)
+        x = torch.cat([vae.decode(z[None]).sample for z in latents])                # one by one: memory
+    zero_to_one = vae and header["latents"].get("pixel_range") == [0, 1]
+    x = (x.clamp(0, 1) * 255).to(torch.uint8) if zero_to_one else model.to_uint8(x)
     return rearrange(x, "b c h w -> b h w c").cpu().numpy()
 
 

@@ -11,7 +11,7 @@ midtrain.py imports the solvers and solves while it trains, because the trajecto
 length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
 trajectories, and for `midtrain.py --trajectories`.
 """
-import argparse, functools, math, os
+import argparse, functools, math, shlex
 from pathlib import Path
 
 import torch
@@ -218,6 +218,19 @@ def check_solver(solver, teacher, header):
                               f"choose one of {', '.join(solvers_of(header))}.")
 
 
+def import_command(url, name, out=None):
+    """The command that downloads a public checkpoint and imports it."""
+    file = url.rpartition("/")[2]
+    command = f"curl -LO {url} && python tools/import_checkpoint.py {file} --data {shlex.quote(name)}"
+    return command + (f" --out {shlex.quote(out)}" if out else "")
+
+
+def teacher_command(recipe, name):
+    """The command that makes the diffusion model: download and import a public one, or pre-train."""
+    if url := model.DATASETS.get(recipe, {}).get("public"): return import_command(url, name)
+    return f"python pretrain.py --data {shlex.quote(name)}"
+
+
 def guidance_flags(p):
     """Add --guidance and --guide, the flags of every script that calls a teacher."""
     p.add_argument("--guidance", type=model.finite, default=p.get_default("guidance") or 1.0, metavar="W",
@@ -289,11 +302,9 @@ def main():
     guidance_flags(p)
     args = p.parse_args()
 
-    if os.path.realpath(args.out) == os.path.realpath(args.teacher):
-        raise model.UserError(f"--out {args.out} is the file that is read for --teacher; choose another.")
     model.check_replaceable(args.out, "solve")
     device = model.setup(None)[2]
-    args.npz, args.command_for = path, {args.teacher: model.teacher_command(recipe, args.data)}
+    args.npz, args.command_for = path, {args.teacher: teacher_command(recipe, args.data)}
     teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)

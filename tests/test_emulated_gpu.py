@@ -34,7 +34,6 @@ REFUSED_BY_CUDA = [
      "torch.arange(self.frequencies, dtype=t.dtype)", "test_networks"),
     ("model.py", "torch.arange(self.model_channels // 2, device=t.device, dtype=t.dtype)",
      "torch.arange(self.model_channels // 2, dtype=t.dtype)", "pretrain"),
-    ("model.py", "torch.tensor(values, dtype=dtype).to(device)", "torch.tensor(values, dtype=dtype)", "latents"),
     ("model.py", "    opt.load_state_dict(opt.state_dict() | {\"state\": dict(enumerate(moments))})",
      "    opt.state.update(zip(net.parameters(), moments))", "resumed"),
     ("model.py", "x, t = (a.to(next(ema.parameters()).device) for a in", "x, t = (a for a in", "pretrain"),

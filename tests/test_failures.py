@@ -350,8 +350,7 @@ def test_elatentlpips(monkeypatch):
     monkeypatch.setitem(sys.modules, "elatentlpips", types.SimpleNamespace(ELatentLPIPS=ELatentLPIPS))
     distance = feature_networks.load_elatentlpips(header, "cpu")
     z = torch.randn(3, 4, 64, 64)
-    mean, scale = model.latent_mean_and_scale(z, header)
-    a = ((z - mean) * scale).requires_grad_()
+    a = model.to_network(z, header).requires_grad_()
     d = distance(a, torch.zeros(3, 4, 64, 64))
     d.sum().backward()
     assert d.shape == (3,) and torch.allclose(seen[0], z, atol=1e-5) and a.grad.abs().sum() > 0
@@ -408,7 +407,7 @@ def test_what_is_read_is_not_overwritten(run, here, tmp_path):
     teacher = tmp_path / "teacher.safetensors"
     teacher.write_bytes(before := Path("runs/digits/pretrain.safetensors").read_bytes())
     refused(run("midtrain", *SMALL, "--teacher", teacher, "--out", teacher), "is read for")
-    refused(run("solve", "--n", 2, "--teacher", teacher, "--out", teacher), "is read for")
+    refused(run("solve", "--n", 2, "--teacher", teacher, "--out", teacher), "exists, and is from pretrain")
     assert teacher.read_bytes() == before
     refused(run("solve", "--n", 2, "--out", tmp_path / "tr.png"), ".safetensors")
 

@@ -199,6 +199,6 @@ def load_elatentlpips(header, device):
         raise model.UserError(f"--distance elatentlpips needs `pip install elatentlpips` ({e}).")
     net = ELatentLPIPS(encoder="sd15", augment="bg", verbose=False).to(device).requires_grad_(False)
     def distance(a, b):
-        mean, scale = model.latent_mean_and_scale(a, header)
-        return net(a / scale + mean, b / scale + mean, normalize=True).flatten()           # (B,1,1,1) -> (B,)
+        a, b = model.to_latents(a, header), model.to_latents(b, header)
+        return net(a, b, normalize=True).flatten()                                         # (B,1,1,1) -> (B,)
     return distance

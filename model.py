@@ -1155,8 +1155,8 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
         text = f"{path} was trained on other data than {args.npz} ({its_data})"
         # A default path is probably the file of another dataset with this name; a typed one is fine-tuning.
         if not any(path in (word, word.partition("=")[2]) for word in sys.argv[1:]):
-            raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under another "
-                            "name.")
+            raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under "
+                            "another name.")
         say(f"warning: {text}.")
     return model, header
 

@@ -540,7 +540,8 @@ def find_data(data, flag="--data"):
     if not ("/" in data or os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
         path = Path("data", f"{data}.npz")
     if path.suffix != ".npz":
-        raise UserError(f"{flag} {data} is not prepared; `{prepare_command(path.stem, data)}` prepares it.")
+        raise UserError(f"{flag} {data} is not prepared; `{prepare_command(path.stem, data)}` prepares it "
+                        f"for {flag} {path.stem}.")
     return path.stem if path.stem in DATASETS else "custom", path.stem, str(path)
 
 
@@ -717,7 +718,8 @@ def read(path, tensors=True):
             raise ValueError("its checksum is not that of its content")
         return found, header
     except Exception as e:                                 # a damaged file can raise any exception
-        raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}).")
+        raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
+                        "make it again or copy it again.")
 
 
 def build(header):

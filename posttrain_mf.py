@@ -1,5 +1,6 @@
-"""Stage 4, post-training of the Mean Flow branch: real images z_t = (1 - t) x_0 + t eps, and the identity
+"""Stage 4, post-training of the Mean Flow branch: real images, and the MeanFlow identity
 
+  z_t = (1 - t) x_0 + t eps,   0 <= r <= t <= 1                           x_0 an image, eps noise
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
   u = v - (t - r) du/dt                                                   d/dt of both sides
 

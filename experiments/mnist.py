@@ -367,16 +367,19 @@ def draw(found):
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
     for (branch, k), axes in zip(itertools.product(("cm", "mf"), "12"), panels.flat):
         name = {"cm": "consistency model", "mf": "Mean Flow"}[branch]
-        for method in methods_of(branch):
+        for number, method in enumerate(methods_of(branch)):
             if not (points := line(found, method, k)): continue
-            colour = axes.loglog(*zip(*points), "o-", label=method)[0].get_color()
+            beside = 1.03 ** number                        # so that equal budgets do not hide each other
+            budgets, levels = zip(*points)
+            colour = axes.loglog([beside * b for b in budgets], levels, "o-", label=method)[0].get_color()
             for units, runs in results(found, method):
-                axes.plot([units] * len(runs), [run[k]["FD"] for run in runs], ".", color=colour)
+                axes.plot([beside * units] * len(runs), [run[k]["FD"] for run in runs], ".", color=colour)
         if runs := teachers(found, branch):
             level = statistics.mean(run["16"]["FD"] for run in runs)
             axes.axhline(level, color="grey", ls="--", label="teacher, 16 NFE")
         axes.axhline(found["noise floor"]["FD"], color="grey", ls=":", label="5,000 other real images")
-        axes.set(title=f"{name}, {k} NFE", xticks=[1, 2, 4], xticklabels=["1", "2", "4"])
+        axes.set(title=f"{name}, {k} NFE", xticks=[1, 2, 4], xticklabels=["1", "2", "4"],
+                 yticks=[5, 10, 20, 40, 80, 160], yticklabels=["5", "10", "20", "40", "80", "160"])
         axes.minorticks_off()
         if k == "1": axes.set_ylabel("FD of classifier features"), axes.legend(fontsize=8)
         if branch == "mf": axes.set_xlabel("units of compute after the teacher")

@@ -47,7 +47,7 @@ CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, s
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
                      network=dict(dropout=0.2))                                                   # code
 # Adam, because the first five steps of RAdam are those of SGD: on MNIST the loss grew from 42 to 1e7. Digits
-# have small gradients, and RAdam works.
+# have small gradients, so RAdam works there.
 MF = dict(optimizer="Adam", beta2=0.999,                                                          # MeanFlow
           decay="linear", warmup=0, solver=None, nfe=16, network={},                              # ours
           distance="l2")                                                                          # paper

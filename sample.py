@@ -91,11 +91,13 @@ def to_images(x, header, vae):
     if not x.isfinite().all():
         raise model.Diverged("the model's samples are not finite: its training diverged, or the file is of "
                              "another network. Nothing is written.")
+    pixel_range = [-1, 1]
     if vae:
+        default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]   # older files have none
+        pixel_range = header["latents"].get("pixel_range") or default
         latents = model.to_latents(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in latents])                # one by one: memory
-    zero_to_one = vae and header["latents"].get("pixel_range") == [0, 1]
-    x = (x.clamp(0, 1) * 255).to(torch.uint8) if zero_to_one else model.to_uint8(x)
+    x = (x.clamp(0, 1) * 255).to(torch.uint8) if pixel_range == [0, 1] else model.to_uint8(x)
     return rearrange(x, "b c h w -> b h w c").cpu().numpy()
 
 

@@ -183,8 +183,8 @@ def count_calls(times, solver):
 
 
 def noise_and_labels(header, n, device):
-    """The starts of n trajectories: noise (n,C,H,W) at t_max, labels (n,), some null as in
-    pre-training, which means no class."""
+    """The starts of n trajectories: noise (n,C,H,W) at t_max, and labels (n,). As in pre-training, some are
+    the null label."""
     x = header["t_max"] * torch.randn(n, *model.image_shape(header), device=device)
     y = torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device)
     return x, model.drop_labels(y, header)

@@ -68,7 +68,7 @@ import fid, sample
 
 DATA, FOLDER, RESULTS = Path("data/mnist.npz"), Path("runs/mnist"), Path("docs/mnist.json")
 UNIT, BATCH, SEEDS, TUNING_SEED, WIDTH, TEACHER_STEPS = 125_000, 64, (0, 1, 2), 100, 16, 3000
-TRIAL_PARTS, ECT_PRECISION = (1 / 4, 1 / 2), "fp32"        # budget of the tuning's trials
+TRIAL_PARTS, ECT_PRECISION = (1 / 4, 1 / 2), "fp32"        # of the budget, for the two rounds of trials
 RATES = [3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
 SHARES = [0.05, 0.25, 0.5, 0.75, 0.9, 0.97]                # of compute, for mid-training
 INTERVALS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]  # between two doublings, as a share of the run
@@ -99,6 +99,7 @@ FORWARDS = {"mid_cm": 4, "mid_kd": 3 + 16, "post_cm": 4, "mid_mf": 3 + 15 / 8, "
 
 
 def use_scale_10():
+    """Replace the constants of this file by those of --scale 10."""
     global FOLDER, RESULTS, UNIT, BATCH, WIDTH, TRIAL_PARTS, ECT_PRECISION, METHODS
     FOLDER, RESULTS = Path("runs/mnist_x10"), Path("docs/mnist_x10.json")
     UNIT, BATCH, WIDTH, TRIAL_PARTS, ECT_PRECISION = 10 * UNIT, 256, 32, (1 / 8, 1 / 4), "tf32"

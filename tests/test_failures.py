@@ -350,7 +350,8 @@ def test_elatentlpips(monkeypatch):
     monkeypatch.setitem(sys.modules, "elatentlpips", types.SimpleNamespace(ELatentLPIPS=ELatentLPIPS))
     distance = feature_networks.load_elatentlpips(header, "cpu")
     z = torch.randn(3, 4, 64, 64)
-    a = model.to_network(z, header).requires_grad_()
+    mean, scale = (torch.tensor(header["latents"][k])[:, None, None] for k in ("mean", "scale"))
+    a = ((z - mean) * scale).requires_grad_()
     d = distance(a, torch.zeros(3, 4, 64, 64))
     d.sum().backward()
     assert d.shape == (3,) and torch.allclose(seen[0], z, atol=1e-5) and a.grad.abs().sum() > 0

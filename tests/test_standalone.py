@@ -75,8 +75,9 @@ def test_every_method_function_is_tried_here():
 def test_runs_alone_and_is_short(name, source, lines):
     """Except ECT's and ECD's losses, which are pasted together with what they call."""
     space, sources = {}, {name: source for name, source, _ in FUNCTIONS}
-    if name in ("posttrain_cm.ect_loss", "posttrain_cm.ecd_loss"):
-        source = "\n".join([source, sources["posttrain_cm.consistency_loss"], sources["posttrain_cm.ode_step"]])
+    needs = {"posttrain_cm.ect_loss": ["consistency_loss"],
+             "posttrain_cm.ecd_loss": ["consistency_loss", "ode_step"]}.get(name, [])
+    source = "\n".join([source, *(sources[f"posttrain_cm.{needed}"] for needed in needs)])
     exec("import torch, einops\n" + source, space)
     assert space[name.split(".")[1]](*CALLS[name]) is not None
     assert lines <= 35 if name == "solve.dpm_solver_pp" else lines <= 30

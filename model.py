@@ -969,6 +969,8 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
         add("--width", type=int, dest="model_channels", action=SetNetwork, metavar="CHANNELS",
             choices=[16, 32, 64, 96, 128, 160, 192, 256],
             help="of the U-Net (default: 128; 32 for images of up to 16x16 pixels, or without a GPU)")
+        add("--blocks", type=int, dest="num_blocks", action=SetNetwork, choices=[1, 2, 3, 4],
+            help="of the U-Net at each resolution (default: 2; 1 where 32 channels are the default)")
     add("--out", default=f"runs/{name}/{writes}.safetensors", metavar="FILE", type=output_path,
         help="result; NAME.resume.safetensors beside it holds the state of the run")
     for hyperparameter, options in HYPERPARAMETERS.items():

@@ -230,8 +230,10 @@ def test_custom_data_on_a_small_machine(run, tmp_path, monkeypatch):
                                          if line.startswith("step ")] == [1, 2, 5, 10, 12]
     assert "warms up over 12,800 images" in done.out
     assert model.read("runs/a/pretrain.safetensors")[1]["network"]["model_channels"] == 32
-    run("pretrain", "--data", "a.npz", "--steps", 1, "--batch", 4, "--width", 16, "--out", "b.safetensors")
-    assert model.read("b.safetensors")[1]["network"]["model_channels"] == 16
+    run("pretrain", "--data", "a.npz", "--steps", 1, "--batch", 4, "--width", 16, "--blocks", 3,
+        "--out", "b.safetensors")
+    network = model.read("b.safetensors")[1]["network"]
+    assert (network["model_channels"], network["num_blocks"]) == (16, 3)
 
 
 # --- steps --------------------------------------------------------------------------------------------------

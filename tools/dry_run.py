@@ -102,7 +102,7 @@ def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0):
     print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
     hidden = {"teacher_network", "teacher_command", "init", "teacher", "guide", "precision"}
     for k in [*(k for k in args.recipe if k not in hidden), "precision"]:
-        flags = ("--dropout", "--width") if k == "network" else ("--" + k.replace("_", "-"),)
+        flags = ("--dropout", "--width", "--blocks") if k == "network" else ("--" + k.replace("_", "-"),)
         value = getattr(args, k)
         print(f"  {k:<12}{f'{value:,}' if isinstance(value, int) else value}"
               + "  (command line)" * any(model.typed(flag) for flag in flags))

@@ -44,13 +44,14 @@ Judgement 5,000 samples in one and in two steps against the reference: FD of the
 Report    every number, in docs/mnist.json; two steps as prominently as one; also where mid-training does not
           help.
 
-Scale 10  `--scale 10`, for a GPU, writes docs/mnist_x10.json. It was fixed before its first run; then,
-          with no results but the teachers', trials were halved and all but MeanFlow was compiled. (The first teachers had 2.21M parameters by mistake: on a GPU
-          the default network has twice the blocks. They were discarded.) A unit has 10 times the forwards
-          (1.25 million), and the network 4 times the parameters (width 32, 1.56M). The batch is 256, and the
-          teacher trains for 3,000 steps of it. The 5,000 training images are the same. ECT is in TF32. The
-          tuning is the same, with 1/16 and 1/8 of the budget. The methods are the two chains at 1
-          unit, and the baselines that were better at scale 1 (ECT by Adam, MeanFlow by RAdam) at 1 and 2.
+Scale 10  `--scale 10`, for a GPU, writes docs/mnist_x10.json. It was fixed before its first run; then, with
+          no results but the teachers', the trials were halved and all but MeanFlow was compiled. (The first
+          teachers had 2.21M parameters by mistake: on a GPU the default network has twice the blocks. They
+          were discarded.) A unit has 10 times the forwards (1.25 million), and the network 4 times the
+          parameters (width 32, 1.56M). The batch is 256, and the teacher trains for 3,000 steps of it. The
+          5,000 training images are the same. ECT is in TF32. The tuning is the same, with 1/16 and 1/8 of the
+          budget. The methods are the two chains at 1 unit, and the baselines that were better at scale 1 (ECT
+          by Adam, MeanFlow by RAdam) at 1 and 2.
 
 Two processes of one thread share the trainings; on a GPU start more by hand (`python experiments/mnist.py
 work --first K`). All continue where they were interrupted; finished numbers are in docs/mnist.json, so

@@ -78,7 +78,7 @@ def test_compiled_networks_draw_the_same_masks():
 @pytest.mark.parametrize("version, allowed", [("2.11.0+cu130", False), ("2.12.0", True), ("2.13.0+cpu", True)])
 def test_old_versions_of_torch_compile_without_a_choice_of_layout(monkeypatch, version, allowed):
     """It gave the two passes of ECT different dropout masks on a GPU."""
-    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     monkeypatch.setattr(torch, "compile", lambda f, **options: f)
     from torch._inductor import config
     with config.patch(layout_optimization=True):

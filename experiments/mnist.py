@@ -84,7 +84,8 @@ BY_RADAM = "{}, post-training by RAdam"                    # the older results
 UNTIED = "{}, post-training by RAdam, tuned after the fact"
 BEST_TRIAL = "{}, settings of the best trial"
 BEST_SETTING = 1e-3, 1 / 8                                 # of the trials of plain ECT with one unit
-VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL
+ON_GPU = "{}, on an H100"                                  # repeated there, teachers included
+VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL, ON_GPU
 MEASURES = ("FD", "FD-pixels", "precision", "recall")
 BUDGETS = 1, 2, 4                                           # units, all that a method may have
 # method: (branch, budgets, name of the second setting, its ladder, first index in RATES and in its ladder)
@@ -256,10 +257,12 @@ def tune(method, units):
     """Successive halving on the tuning seed -> rate, value of the second setting"""
     _, _, _, ladder, first_rate, first_value = METHODS[method]
     rates, values = [first_rate, first_rate + 4], [first_value, first_value + 3]   # parts of the ladders
+    finals = {}
     for extension in range(3):
         tried = list(itertools.product(RATES[slice(*rates)], ladder[slice(*values)]))
         best4 = [s for _, s in sorted(zip(trials(method, units * TRIAL_PARTS[0], tried), tried))[:4]]
-        rate, value = min(zip(trials(method, units * TRIAL_PARTS[1], best4), best4))[1]
+        finals |= zip(best4, trials(method, units * TRIAL_PARTS[1], best4))
+        rate, value = min(finals, key=finals.get)
         wider = []
         for part, whole, best in (rates, RATES, rate), (values, ladder, value):
             if best == whole[part[0]] and part[0] > 0:                wider.append((part, 0, -1))
@@ -323,10 +326,10 @@ def report():
         f"{measure}, {k} NFE" for k in (1, 2) for measure in MEASURES) + " |")
     print("|---" * 11 + "|")
     for branch in "cm", "mf":
-        runs = teachers(found, branch)
-        for k in ("16", "1") if runs else ():
+        for name, k in itertools.product((branch, ON_GPU.format(branch)), ("16", "1")):
+            if not (runs := teachers(found, name)): continue
             cells = [common.spread(run[k][measure] for run in runs) for measure in MEASURES]
-            print(f"| teacher {branch}, {k} NFE | 0 | | " + " | ".join(cells) + " | | | | |")
+            print(f"| teacher {name}, {k} NFE | 0 | | " + " | ".join(cells) + " | | | | |")
         for method in methods_of(branch):
             for name in (variant.format(method) for variant in VARIANTS):
                 for units, runs in results(found, name):

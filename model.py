@@ -1373,6 +1373,7 @@ class Log:
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
         self.start = self.last = step
         self.first_loss, self.warned = math.inf, False
+        if args.compile: say("compiling the network; the first step can take minutes")
 
     def __call__(self, step, loss, norm, lr, parts={}):
         if math.isfinite(norm):
@@ -1398,10 +1399,11 @@ class Log:
         line = {"step": step, unit: step * batch, **dict(zip(names, mean.tolist())), "grad": norm, "lr": lr,
                 f"{unit}/s": batch / seconds, "left": (steps - step) * seconds,
                 "GiB": peak_memory() / 2 ** 30, "skipped": self.skipped}
+        speed = f"{batch / seconds:,.0f} {unit}/s  left {line['left']:,.0f} s"
+        if self.args.compile and step == self.start + 1: speed = f"compiled in {seconds:.0f} s"
         say(f"step {step:>7,}/{steps:,}  {unit} {step * batch:,}  "
-            + "".join(f"{k} {line[k]:.5f}  " for k in names) + f"grad {norm:.3f}  lr {lr:.2e}  "
-            f"{batch / seconds:,.0f} {unit}/s  left {line['left']:,.0f} s  {line['GiB']:.1f} GiB"
-            + (f"  skipped {self.skipped}" if self.skipped else ""))
+            + "".join(f"{k} {line[k]:.5f}  " for k in names) + f"grad {norm:.3f}  lr {lr:.2e}  {speed}  "
+            f"{line['GiB']:.1f} GiB" + (f"  skipped {self.skipped}" if self.skipped else ""))
         if not math.isfinite(self.first_loss): self.first_loss = line["loss"]
         if line["loss"] > 100 * self.first_loss and (step == steps or not self.warned):
             self.warned = True

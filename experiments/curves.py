@@ -49,13 +49,19 @@ def reach(line, level):
     return line[0][0], line[0][1] < level
 
 
-def speed_up(with_mid, without):
-    """Lines of (compute, distance) -> in words, how much compute mid-training saves where both lines are at
-    the best distance that both reach"""
+def compute_ratio(with_mid, without):
+    """Lines of (compute, distance) -> the compute without mid-training over that with it, where both lines
+    are at the best distance that both reach: "", "at least " or "at most ", the ratio, that distance"""
     level = max(min(d for _, d in line) for line in (with_mid, without))
     (a, early), (b, late) = reach(with_mid, level), reach(without, level)
     bound = "at least " if early else "at most " if late else ""   # not both: one line ends at `level`
-    return f"without mid-training {bound}{b / a:.2f} times the compute, for a distance of {level:.3f}"
+    return bound, b / a, level
+
+
+def speed_up(with_mid, without):
+    """`compute_ratio` in words"""
+    bound, ratio, level = compute_ratio(with_mid, without)
+    return f"without mid-training {bound}{ratio:.2f} times the compute, for a distance of {level:.3f}"
 
 
 def main():

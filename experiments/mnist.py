@@ -1,22 +1,22 @@
 """`make mnist`: what mid-training is worth on MNIST, at equal compute, with tuning for both sides.
 
 This protocol was committed before the first run. It was changed four times since.
-  1. Before any tuning, and with no results but the teacher's, because all of it would have taken 36 hours:
-     the unit of compute was halved twice, training set to bf16, and the teacher's training shortened to 3,000
+  1. Before any tuning, with no results but the teacher's, to save time (all would have taken 36 hours): the
+     unit of compute was halved twice, training set to bf16, and the teacher's training shortened to 3,000
      steps.
-  2. After the consistency branch had its results at one unit, because the optimizer was RAdam, whose first
-     five steps are SGD's. With them Mean Flow mid-training diverged; it uses Adam with 10 steps of warm-up.
-     ECT after CMT or KD uses Adam at 1/10 of mid-training's rate (before: RAdam at 1/30). 16 trials of RAdam
-     with other rates and gaps had helped by FD-pixels only; 7 trials on the tuning seed chose Adam and 1/10.
-     The old numbers are kept as "by RAdam", the trials between as "after the fact".
-  3. Because the baselines had RAdam, plain ECT with 2 trials of Adam and MeanFlow with none. "plain ECT by
-     Adam" and "MeanFlow by Adam" have the same tuning as the baselines, at one unit. If the seeds of one are
-     better there (geometric mean of FD in one and two steps), it gets the baseline's other budgets too. (The
-     result: ECT does, MeanFlow does not.) And plain ECT at one unit is repeated with the settings of its best
-     trial with one unit. That trial was made for the budget of 4; the tuning for one unit, with trials of
-     half a unit, chose other settings.
-  4. To fit the time: at 4 units plain ECT runs by Adam only. With 2 units both optimizers are equal in one
-     step, and Adam is better in two.
+  2. After the consistency branch had its results at one unit. The optimizer was RAdam, whose first five steps
+     are those of SGD, and with them Mean Flow mid-training diverged. Since then Mean Flow mid-training uses
+     Adam with 10 steps of warm-up, and ECT after CMT or KD uses Adam at 1/10 of mid-training's rate (before:
+     RAdam at 1/30). 16 trials of RAdam with other rates and gaps had helped little by FD; 7 trials on the
+     tuning seed chose Adam and 1/10. The old numbers are kept as "by RAdam", the trials between as "after the
+     fact".
+  3. The baselines had only RAdam, so each was tuned with Adam as well, at one unit. An Adam baseline that is
+     better there over the seeds (geometric mean of FD in one and two steps) also runs at the other budgets.
+     For ECT that is so; for MeanFlow both optimizers are equal within the spread, and RAdam was kept. Plain
+     ECT at one unit is repeated with the settings of its best trial with one unit. That trial was made for
+     the budget of 4; the tuning for one unit, with trials of half a unit, chose other settings.
+  4. To save time, at 4 units plain ECT runs by Adam only. With 2 units both optimizers are equal within the
+     spread.
 
 Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the
           reference.
@@ -34,9 +34,8 @@ Tuning    Each method at each budget, on seed 100, which is not reported. Two se
           the interval between two doublings for plain ECT, the exponent p of the adaptive weight for plain
           MeanFlow. 4 x 3 settings are trained with a quarter of the budget, the best 4 of these with half of
           it. The best of these is the one with the smallest geometric mean of the distances in one and two
-          steps (2,000 samples). Where it lies at the edge of its ladder's part that was tried, the next value
-          is tried too, with all values of the other setting, at most twice. A trial that diverges counts
-          as 1e9. Post-training's rate is not tuned: it is 1/10 of mid-training's for the consistency branch,
+          steps (2,000 samples). If the best value is at the edge of those tried, the next one is tried too,
+          with all values of the other setting, at most twice. A trial that diverges counts as 1e9. Post-training's rate is not tuned: it is 1/10 of mid-training's for the consistency branch,
           and 1/7 for Mean Flow.
 Judgement 5,000 samples in one and in two steps against the reference: FD of the 128 features before the last
           layer of a classifier that was trained on the training half, FD-pixels, precision and recall in
@@ -66,7 +65,7 @@ import torch
 
 import common
 from common import command, model
-from curves import speed_up
+from curves import compute_ratio, speed_up
 import fid, sample
 
 DATA, FOLDER, RESULTS = Path("data/mnist.npz"), Path("runs/mnist"), Path("docs/mnist.json")
@@ -86,7 +85,7 @@ BEST_TRIAL = "{}, settings of the best trial"
 BEST_SETTING = 1e-3, 1 / 8                                 # of the trials of plain ECT with one unit
 ON_GPU = "{}, on an H100"                                  # repeated there, teachers included
 VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL, ON_GPU
-MEASURES = ("FD", "FD-pixels", "precision", "recall")
+MEASURES = {"FD": 1, "FD-pixels": 2, "precision": 3, "recall": 3}             # and the decimals of a table
 BUDGETS = 1, 2, 4                                           # units, all that a method may have
 # method: (branch, budgets, name of the second setting, its ladder, first index in RATES and in its ladder)
 METHODS = {
@@ -136,33 +135,33 @@ def tied_rate(branch, rate):
     return rate / (10 if branch == "cm" else 7)
 
 
+def before_post_training(path):
+    """The mid-trained model of a chain whose result is `path`"""
+    return path.with_name(f"{path.stem}_mid.safetensors")
+
+
 def train(method, units, rate, value, seed):
     """Train a method with a budget -> the file of its model"""
     branch, _, setting, *_ = METHODS[method]
-    start, budget = teacher(branch, seed), units * UNIT
+    start = teacher(branch, seed)
     out = FOLDER / f"seed{seed}" / f"{method.replace(' ', '')}_{units:g}_{rate:g}_{value:g}.safetensors"
-    def steps(stage, share): return max(1, round(share * budget / FORWARDS[stage] / BATCH))
+    def steps(stage, share): return max(1, round(share * units * UNIT / FORWARDS[stage] / BATCH))
     if setting == "share":
-        stage = "mid_kd" if method.startswith("KD") else f"mid_{branch}"
-        middle = out.with_name(f"{out.stem}_mid.safetensors")
+        stage = "mid_kd" if method == "KD + ECT" else f"mid_{branch}"
+        middle, post_steps = before_post_training(out), steps(f"post_{branch}", 1 - value)
         command("midtrain", *flags(seed), COMPILE, "--target", branch, "--teacher", start, "--lr", rate,
                 "--steps", steps(stage, value), *(["--pairing", "kd"] if stage == "mid_kd" else []),
                 *(["--warmup", 10 * BATCH] if branch == "mf" else []), "--out", middle)
         post = ["--init", middle, "--lr", tied_rate(branch, rate)]
-        if branch == "cm":
-            out, post = out.with_name(f"{out.stem}_adam.safetensors"), [*post, "--optimizer", "Adam"]
-        else: post += ["--optimizer", "RAdam", "--warmup", 0]
-        value = 1 - value
+        post += ["--optimizer", "Adam"] if branch == "cm" else ["--optimizer", "RAdam", "--warmup", 0]
     else:
-        post, number = ["--init", start, "--lr", rate], steps(f"post_{branch}", 1)
-        by_adam = method.endswith("Adam")
-        post += ["--optimizer", "Adam" if by_adam else "RAdam"]
-        if branch == "cm": post += ["--q", 2, "--double", max(1, round(value * number))]
+        post_steps, by_adam = steps(f"post_{branch}", 1), method.endswith("by Adam")
+        post = ["--init", start, "--lr", rate, "--optimizer", "Adam" if by_adam else "RAdam"]
+        if branch == "cm": post += ["--q", 2, "--double", max(1, round(value * post_steps))]
         else:              post += ["--p", value, "--warmup", 10 * BATCH if by_adam else 0]
-        value = 1
     post += [COMPILE] if branch == "cm" else []            # posttrain_mf.py does not compile by default
     command(f"posttrain_{branch}", *flags(seed, ECT_PRECISION if branch == "cm" else "bf16"), *post,
-            "--steps", steps(f"post_{branch}", value), "--out", out)
+            "--steps", post_steps, "--out", out)
     return out
 
 
@@ -184,7 +183,7 @@ def halves():
 
 def judge(net, images):
     """uint8 (n,28,28,1) against the reference half -> {measure: value}"""
-    reference = halves()[1][0][:max(len(images), 2000)]
+    reference = halves()[1][0][:len(images)]
     features = [common.features(net, x) for x in (reference, images)]
     precision, recall = precision_recall(*features)
     pixels = [fid.pixels(x) for x in (reference, images)]
@@ -237,8 +236,8 @@ def share(jobs, wait=True):
 
 def trial(method, *settings):
     """-> the geometric mean of the distances in one and two steps; 1e9 for a run that diverged"""
-    teacher(METHODS[method][0], TUNING_SEED)
-    try: found = scores(train(method, *settings), 2000)
+    teacher(METHODS[method][0], TUNING_SEED)               # if the teacher diverges, that is an error
+    try: found = scores(train(method, *settings, TUNING_SEED), 2000)
     except model.Diverged: return 1e9                      # samples that are not finite
     except SystemExit as e:
         if e.code != 3: raise                              # 3: ten successive gradients were not finite
@@ -248,9 +247,8 @@ def trial(method, *settings):
 
 def trials(method, units, settings):
     """-> the score of each (rate, value), on the tuning seed"""
-    def run(rate, value): return trial(method, units, rate, value, TUNING_SEED)
     name = TRIALS_KEY.format(method, units) + f"lr {{:g}}, {METHODS[method][2]} {{:g}}"
-    return share({name.format(*setting): functools.partial(run, *setting) for setting in settings})
+    return share({name.format(*s): functools.partial(trial, method, units, *s) for s in settings})
 
 
 def tune(method, units):
@@ -288,24 +286,24 @@ def work(first=0):
     """All trainings that no other process does, smaller budgets first; starts at task `first`."""
     torch.set_num_threads(1)
     model.setup(None)                                      # TF32 off
-    share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1])})
-    share({"noise floor": lambda: judge(classifier(), halves()[0][0])})
+    share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1]),
+           "noise floor": lambda: judge(classifier(), halves()[0][0])})
     tasks = [(units, branch, method)
              for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
     tasks.sort(key=lambda task: task[:2])                                       # then in the order of METHODS
+    def teacher_scores(branch, seed): return scores(teacher(branch, seed), 5000, (16, 1))
     for units, branch, method in tasks[first:] + tasks[:first]:
-        share({TEACHER_KEY.format(branch, seed):
-               functools.partial(lambda *which: scores(teacher(*which), 5000, (16, 1)), branch, seed)
+        share({TEACHER_KEY.format(branch, seed): functools.partial(teacher_scores, branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
         run_seeds(method, method, units, tune(method, units))
     if "plain ECT" in METHODS: run_seeds(BEST_TRIAL.format("plain ECT"), "plain ECT", 1, BEST_SETTING)
 
 
-def results(found, method):
+def results(found, method, seeds=SEEDS):
     """-> [(units, [scores of a seed, ...]), ...], for the budgets that have results"""
-    runs = [(units, [found.get(RESULT_KEY.format(method, units, seed)) for seed in SEEDS])
+    runs = [(units, [found.get(RESULT_KEY.format(method, units, seed)) for seed in seeds])
             for units in BUDGETS]
-    return [(units, [*filter(None, scores)]) for units, scores in runs if any(scores)]
+    return [(units, [*filter(None, of_seeds)]) for units, of_seeds in runs if any(of_seeds)]
 
 
 def teachers(found, branch):
@@ -328,7 +326,7 @@ def report():
     for branch in "cm", "mf":
         for name, k in itertools.product((branch, ON_GPU.format(branch)), ("16", "1")):
             if not (runs := teachers(found, name)): continue
-            cells = [common.spread(run[k][measure] for run in runs) for measure in MEASURES]
+            cells = [common.spread((run[k][m] for run in runs), decimals) for m, decimals in MEASURES.items()]
             print(f"| teacher {name}, {k} NFE | 0 | | " + " | ".join(cells) + " | | | | |")
         for method in methods_of(branch):
             for name in (variant.format(method) for variant in VARIANTS):
@@ -336,17 +334,17 @@ def report():
                     setting = "lr {:g}, " + METHODS[method][2] + " {:g}"
                     if name == UNTIED.format(method): setting = "q {:g}, post-training lr {:g}"
                     setting = setting.format(*found[CHOSEN_KEY.format(name, units)])
-                    cells = [common.spread(r[k][measure] for r in runs) for k in "12" for measure in MEASURES]
-                    print(f"| {name} | {units} | {setting} | "
-                          + " | ".join(cells) + " |")
+                    cells = [common.spread((run[k][m] for run in runs), decimals)
+                             for k in "12" for m, decimals in MEASURES.items()]
+                    print(f"| {name} | {units} | {setting} | " + " | ".join(cells) + " |")
     print("\n| method | units | trials | best trial | its settings |\n|---|---|---|---|---|")
     for method in (variant.format(method) for method in METHODS for variant in VARIANTS):
         for units in sorted({budget * part for budget in BUDGETS for part in TRIAL_PARTS}):
             name = TRIALS_KEY.format(method, units)
-            trials = {key.removeprefix(name): found[key] for key in found if key.startswith(name)}
-            if not trials: continue
-            best = min(trials, key=trials.get)
-            print(f"| {method} | {units:g} | {len(trials)} | {trials[best]:.1f} | {best} |")
+            tried = {key.removeprefix(name): found[key] for key in found if key.startswith(name)}
+            if not tried: continue
+            best = min(tried, key=tried.get)
+            print(f"| {method} | {units:g} | {len(tried)} | {tried[best]:.1f} | {best} |")
     print()
     for key in found:
         if key.startswith("after the fact"): print(key, found[key])
@@ -354,18 +352,23 @@ def report():
     draw(found)
 
 
-def line(found, method, k, measure="FD"):
+def line(found, method, k, measure="FD", seeds=SEEDS):
     """-> [(units, geometric mean of the seeds with k NFE), ...]"""
     return [(units, statistics.geometric_mean(run[k][measure] for run in runs))
-            for units, runs in results(found, method)]
+            for units, runs in results(found, method, seeds)]
 
 
 def print_ratios(found):
-    """The compute that the baselines need for the quality of the chains"""
+    """The compute that the baselines need for the quality of the chains, and its range without one seed"""
     for with_mid, plain in ("CMT + ECT", "plain ECT"), ("CMT + MeanFlow", "MeanFlow"):
         for baseline, k, measure in itertools.product((plain, f"{plain} by Adam"), "12", ("FD", "FD-pixels")):
-            lines = [line(found, method, k, measure) for method in (with_mid, baseline)]
-            if all(lines): print(f"{baseline}, {k} NFE, {measure}: {speed_up(*lines)}")
+            subsets = SEEDS, *itertools.combinations(SEEDS, len(SEEDS) - 1)
+            lines = [[line(found, method, k, measure, seeds) for method in (with_mid, baseline)]
+                     for seeds in subsets]
+            if not all(map(all, lines)) or len(lines[0][1]) == 1: continue
+            ratios = sorted(compute_ratio(*pair)[1] for pair in lines[1:])
+            print(f"{baseline}, {k} NFE, {measure}: {speed_up(*lines[0])}; "
+                  f"with two seeds {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
 
 def draw(found):
@@ -408,8 +411,7 @@ def picture(seed=1):
         path = train(method, 1, *chosen, seed)
         if method in ("CMT + ECT", "CMT + MeanFlow"):
             show(f"teacher {branch}", teacher(branch, seed), 16, 1)
-            middle = path.with_name(path.stem.removesuffix("_adam") + "_mid.safetensors")
-            show(f"mid-training {branch}", middle, 1)
+            show(f"mid-training {branch}", before_post_training(path), 1)
         show(method, path, 1, 2)
     command("sample", *shown, "--real", "--labels", "balanced", "--n", 20,
             "--out", RESULTS.with_suffix(".npz"))
@@ -424,13 +426,12 @@ def main():
                    help=f"for work: the task to begin with, of {tasks}")
     p.add_argument("--scale", type=int, default=1, choices=[1, 10], help="10: for a GPU")
     args = p.parse_args()
-    what = args.what
     if args.scale == 10: use_scale_10()
-    if what == "report": return report()
+    if args.what == "report": return report()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / "train.npz").exists(): write_training_half()
-    if what == "work": return work(args.first)
-    if what == "picture": return picture()
+    if args.what == "work": return work(args.first)
+    if args.what == "picture": return picture()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     worker = [sys.executable, __file__, "work", "--scale", str(args.scale)]
     workers = [subprocess.Popen(worker, env=one_thread) for _ in range(2)]

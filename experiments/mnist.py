@@ -35,8 +35,9 @@ Tuning    Each method at each budget, on seed 100, which is not reported. Two se
           MeanFlow. 4 x 3 settings are trained with a quarter of the budget, the best 4 of these with half of
           it. The best of these is the one with the smallest geometric mean of the distances in one and two
           steps (2,000 samples). If the best value is at the edge of those tried, the next one is tried too,
-          with all values of the other setting, at most twice. A trial that diverges counts as 1e9. Post-training's rate is not tuned: it is 1/10 of mid-training's for the consistency branch,
-          and 1/7 for Mean Flow.
+          with all values of the other setting, at most twice. A trial that diverges counts as 1e9.
+          Post-training's rate is not tuned: it is 1/10 of mid-training's for the consistency branch, and 1/7
+          for Mean Flow.
 Judgement 5,000 samples in one and in two steps against the reference: FD of the 128 features before the last
           layer of a classifier that was trained on the training half, FD-pixels, precision and recall in
           these features (1904.06991, k = 3). The noise floor is the training half against the reference.
@@ -55,7 +56,8 @@ Scale 10  `--scale 10`, for a GPU, writes docs/mnist_x10.json. It was fixed befo
 Two processes of one thread share the trainings; on a GPU start more by hand (`python experiments/mnist.py
 work --first K`). All continue where they were interrupted; finished numbers are in docs/mnist.json, so
 another machine continues too. `python experiments/mnist.py report` prints the table and draws the curves from
-that file alone; `picture` draws samples of the checkpoints of seed 1.
+that file alone; `picture` draws samples of the checkpoints of seed 1; `limits` stores a few numbers that
+could explain the results in two steps.
 """
 import argparse, fcntl, functools, itertools, json, math, os, shutil, statistics, subprocess, sys, time
 from pathlib import Path
@@ -200,10 +202,12 @@ def precision_recall(real, fake, k=3):
             (distance.T <= radius(fake)).any(1).float().mean().item())
 
 
-def scores(path, n, calls=(1, 2)):
-    """-> {NFE: measures of n samples of a checkpoint}"""
+def scores(path, n, calls=(1, 2), mid_t=None):
+    """-> {NFE: measures of n samples of a checkpoint}; mid_t: of sample.generate"""
     net, header = model.load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    draw = lambda k: torch.cat([torch.from_numpy(x) for x, _ in sample.generate(net, header, range(n), k)])
+    def draw(k):
+        batches = sample.generate(net, header, range(n), k, mid_t=mid_t)
+        return torch.cat([torch.from_numpy(images) for images, _ in batches])
     return {str(k): judge(classifier(), draw(k)) for k in calls}
 
 
@@ -306,6 +310,22 @@ def results(found, method, seeds=SEEDS):
     return [(units, [*filter(None, of_seeds)]) for units, of_seeds in runs if any(of_seeds)]
 
 
+def limits():
+    """Store numbers of the tuning seed, with one unit, that could explain the results in two steps: other
+    times of the second step, CMT before ECT, and the teacher with more NFE."""
+    torch.set_num_threads(1)
+    model.setup(None)
+    jobs, start = {}, teacher("cm", TUNING_SEED)
+    for method in "CMT + ECT", "plain ECT by Adam":
+        path = train(method, 1, *stored()[CHOSEN_KEY.format(method, 1)], TUNING_SEED)
+        for t in 0.2, 0.4, 0.821, 1.6, 3.2:
+            jobs[f"limits: {method}, second step at {t}"] = functools.partial(scores, path, 5000, (2,), [t])
+        if (middle := before_post_training(path)).exists():
+            jobs["limits: CMT before ECT"] = functools.partial(scores, middle, 5000)
+    jobs["limits: teacher cm"] = functools.partial(scores, start, 5000, (16, 32))
+    share(jobs)
+
+
 def teachers(found, branch):
     """-> the scores of the teachers that are finished"""
     return [found[key] for seed in SEEDS if (key := TEACHER_KEY.format(branch, seed)) in found]
@@ -347,7 +367,7 @@ def report():
             print(f"| {method} | {units:g} | {len(tried)} | {tried[best]:.1f} | {best} |")
     print()
     for key in found:
-        if key.startswith("after the fact"): print(key, found[key])
+        if key.startswith(("after the fact", "limits")): print(key, found[key])
     print_ratios(found)
     draw(found)
 
@@ -419,8 +439,9 @@ def picture(seed=1):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture"], default="all",
-                   help="work: in one process; report: tables and curves; picture: samples")
+    p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture", "limits"],
+                   default="all", help="work: in one process; report: tables and curves; picture: samples; "
+                                       "limits: other times of the second step, the teacher with 32 NFE")
     tasks = sum(len(budgets) for _, budgets, *_ in METHODS.values())
     p.add_argument("--first", type=int, default=0, choices=range(tasks), metavar=f"0-{tasks - 1}",
                    help=f"for work: the task to begin with, of {tasks}")
@@ -432,6 +453,7 @@ def main():
     if not (FOLDER / "train.npz").exists(): write_training_half()
     if args.what == "work": return work(args.first)
     if args.what == "picture": return picture()
+    if args.what == "limits": return limits()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     worker = [sys.executable, __file__, "work", "--scale", str(args.scale)]
     workers = [subprocess.Popen(worker, env=one_thread) for _ in range(2)]

@@ -97,6 +97,12 @@ def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch, scale
         assert abs(used - budgets[0] * mnist.UNIT) < a_step, (method, used)
     chosen = {mnist.CHOSEN_KEY.format(method, 1): [1e-3, 0.75] for method in mnist.METHODS}
     monkeypatch.setattr(mnist, "stored", lambda: chosen)
+    monkeypatch.setattr(mnist, "share", lambda jobs: found.update({key: job() for key, job in jobs.items()}))
+    monkeypatch.setattr(mnist, "scores", lambda path, n, *options: (path.exists(), *options))
+    found = {}
+    mnist.limits()
+    assert len(found) == 12 and all(exists for exists, *_ in found.values())
+    assert found["limits: CMT + ECT, second step at 0.4"][1:] == ((2,), [0.4])
     mnist.picture()
     assert ran[-1][0] == "sample" and sum("mid-training" in word for word in ran[-1]) == 2
 

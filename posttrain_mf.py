@@ -14,7 +14,7 @@
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance adds two forwards, and --velocity teacher adds one
-  expect  digits (p = 0, its recipe): a loss of about 23, summed over 64 pixels. Most of it is the variance of
+  expect  digits (its recipe has p = 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of
           eps - x_0 given z_t, which no model can predict. With p = 1 every loss is divided by its own value,
           and stays near 1. Look at samples
 
@@ -35,7 +35,7 @@ import model, sample
 from tools import dry_run
 
 # r_neq_t        fraction of samples with r < t: 0.25, 0.5 or 0.75
-# P_mean, P_std  r < t are two draws, sorted, with logit ~ N(P_mean, P_std^2)
+# P_mean, P_std  r and t are two draws with logit ~ N(P_mean, P_std^2), sorted
 # p, c           exponent and constant of the adaptive weight; p = 0 turns it off
 # omega, kappa, guide_times   guidance, see `guided_velocity`; omega = 1, kappa = 0 is none
 # warmup         images over which the learning rate rises
@@ -55,7 +55,7 @@ RECIPES = {
     "imagenet256": MF | dict(steps=400_000,                                                       # ours
                              batch=256, lr=1e-4, ema=0.9999, beta2=0.95, decay="constant", c=1e-2,  # MeanFlow
                              omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),                     # MeanFlow
-    # Adam, because the first five steps of RAdam are those of SGD: they broke a model of MNIST (p = 0.25).
+    # Adam as in MF. The first five steps of RAdam are those of SGD; they broke a model of MNIST (p = 0.25).
     "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),         # ours
 }
 
@@ -87,7 +87,8 @@ def derivative_jvp(u, z, r, t, y, v):
 
 
 def derivative_difference(u, z, r, t, y, v, delta=0.005):
-    """The same by a central difference: two forwards with equal dropout masks. It needs an fp32 backbone."""
+    """d/dt u(z_t, r, t) by a central difference: two forwards with equal dropout masks. It needs an fp32
+    backbone."""
     # ( u(z + delta v, r, t + delta) - u(z - delta v, r, t - delta) ) / (2 delta)
     devices = [z.device] if z.is_cuda else []
     with torch.no_grad():
@@ -225,10 +226,10 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # Only samples with r < t need du/dt. It has to have the dropout masks of the u in the loss, and
-            # two forwards draw equal masks only from equal RNG states and batch shapes. So the loss calls u
-            # on these samples alone, and then on the others. DDP has no forward-mode derivative: the JVP is
-            # of `net`.
+            # Only samples with r < t need du/dt. Its dropout masks must be those of u in the loss, and two
+            # forwards draw equal masks only from equal RNG states and batch shapes. So the loss calls u on
+            # these samples alone, and then on the others. DDP has no forward-mode derivative: the JVP is of
+            # `net`.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             samples_below = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             samples_equal = [a[:, k:].flatten(0, 1) for a in groups_of_4]

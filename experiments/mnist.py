@@ -379,16 +379,19 @@ def line(found, method, k, measure="FD", seeds=SEEDS):
 
 
 def print_ratios(found):
-    """The compute that the baselines need for the quality of the chains, and its range without one seed"""
+    """The compute that the baselines need for the quality of the chains at each of their budgets, and the
+    range of this ratio when one seed is left out"""
     for with_mid, plain in ("CMT + ECT", "plain ECT"), ("CMT + MeanFlow", "MeanFlow"):
         for baseline, k, measure in itertools.product((plain, f"{plain} by Adam"), "12", ("FD", "FD-pixels")):
             subsets = SEEDS, *itertools.combinations(SEEDS, len(SEEDS) - 1)
             lines = [[line(found, method, k, measure, seeds) for method in (with_mid, baseline)]
                      for seeds in subsets]
             if not all(map(all, lines)) or len(lines[0][1]) == 1: continue
-            ratios = sorted(compute_ratio(*pair)[1] for pair in lines[1:])
-            print(f"{baseline}, {k} NFE, {measure}: {speed_up(*lines[0])}; "
-                  f"with two seeds {ratios[0]:.2f} to {ratios[-1]:.2f}")
+            for n, (units, _) in enumerate(lines[0][0]):
+                all_seeds, *without_one = [([chain[n]], others) for chain, others in lines]
+                ratios = sorted(compute_ratio(*pair)[1] for pair in without_one)
+                print(f"{with_mid} with {units} units, {baseline}, {k} NFE, {measure}: {speed_up(*all_seeds)}; "
+                      f"with two seeds {ratios[0]:.2f} to {ratios[-1]:.2f}")
 
 
 def draw(found):

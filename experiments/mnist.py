@@ -389,9 +389,10 @@ def print_ratios(found):
             if not all(map(all, lines)) or len(lines[0][1]) == 1: continue
             for n, (units, _) in enumerate(lines[0][0]):
                 all_seeds, *without_one = [([chain[n]], others) for chain, others in lines]
-                ratios = sorted(compute_ratio(*pair)[1] for pair in without_one)
-                print(f"{with_mid} with {units} units, {baseline}, {k} NFE, {measure}: {speed_up(*all_seeds)}; "
-                      f"with two seeds {ratios[0]:.2f} to {ratios[-1]:.2f}")
+                found_ratios = [compute_ratio(*pair) for pair in without_one]
+                ratios = sorted((ratio, f"{bound}{ratio:.2f}") for bound, ratio, _ in found_ratios)
+                print(f"{with_mid} with {units} units, {baseline}, {k} NFE, {measure}: "
+                      f"{speed_up(*all_seeds)}; with two seeds {ratios[0][1]} to {ratios[-1][1]}")
 
 
 def draw(found):

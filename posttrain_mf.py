@@ -14,9 +14,9 @@
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance adds two forwards, and --velocity teacher adds one
-  expect  digits (its recipe has p = 0): a loss of about 23, summed over 64 pixels. Most of it is the variance of
-          eps - x_0 given z_t, which no model can predict. With p = 1 every loss is divided by its own value,
-          and stays near 1. Look at samples
+  expect  digits (its recipe has p = 0): a loss of about 23, summed over 64 pixels. Most of it is the
+          variance of eps - x_0 given z_t, which no model can predict. With p = 1 every loss is divided by its
+          own value, and stays near 1. Look at samples
 
 Two baselines: MeanFlow from the flow-matching weights, with the compute of mid- and post-training together;
 and from scratch, with the compute of pre-, mid- and post-training.

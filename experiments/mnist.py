@@ -288,8 +288,6 @@ def run_seeds(name, method, units, setting):
 
 def work(first=0):
     """All trainings that no other process does, smaller budgets first; starts at task `first`."""
-    torch.set_num_threads(1)
-    model.setup(None)                                      # TF32 off
     share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1]),
            "noise floor": lambda: judge(classifier(), halves()[0][0])})
     tasks = [(units, branch, method)
@@ -313,8 +311,6 @@ def results(found, method, seeds=SEEDS):
 def limits():
     """Store numbers of the tuning seed, with one unit, that could explain the results in two steps: other
     times of the second step, CMT before ECT, and the teacher with more NFE."""
-    torch.set_num_threads(1)
-    model.setup(None)
     jobs, start = {}, teacher("cm", TUNING_SEED)
     for method in "CMT + ECT", "plain ECT by Adam":
         path = train(method, 1, *stored()[CHOSEN_KEY.format(method, 1)], TUNING_SEED)
@@ -455,6 +451,8 @@ def main():
     if args.what == "report": return report()
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / "train.npz").exists(): write_training_half()
+    torch.set_num_threads(1)
+    model.setup(None)                                      # TF32 off
     if args.what == "work": return work(args.first)
     if args.what == "picture": return picture()
     if args.what == "limits": return limits()

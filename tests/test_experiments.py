@@ -207,8 +207,13 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
     assert lines[0].startswith(f"classifier accuracy {found['classifier accuracy']:.2%}; noise floor FD ")
     for method, (_, budgets, *_) in mnist.METHODS.items():
         for units, runs in mnist.results(found, method):
-            mean = np.mean([run["1"]["FD"] for run in runs])
-            assert any(line.startswith(f"| {method} | {units} | ") and f" | {mean:.1f}" in line for line in lines)
+            cells = []
+            for k, measure, digits in ("1", "FD", 1), ("1", "FD-pixels", 2), ("2", "FD", 1), ("2", "precision", 3):
+                values = [run[k][measure] for run in runs]
+                spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+                cells.append(f" | {np.mean(values):.{digits}f}{spread} | ")
+            (line,) = (line for line in lines if line.startswith(f"| {method} | {units} | lr "))
+            assert all(cell in line for cell in cells), (cells, line)
     trials = (ROOT / "docs/mnist.md").read_text().partition("its settings |\n")[2].partition("\n\n")[0].splitlines()
     assert len(trials) > 1 and set(trials) <= set(lines)
 

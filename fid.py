@@ -144,8 +144,8 @@ def save_statistics(path, n, mu, cov):
 
 def reference(args, header, features, rank, world, device):
     """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
-    covariance; only rank 0 uses them. Statistics of the images of an .npz are cached in runs/reference/. The
-    key is a hash of the identity of its images and the sha256 of the feature network."""
+    covariance; only rank 0 uses them. Statistics of the images of an .npz are cached in runs/reference/, in a
+    file named by a hash of the images' identity and the feature network."""
     path = args.ref or header["data_path"]
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -168,8 +168,8 @@ def reference(args, header, features, rank, world, device):
     if not is_cached[0]:
         n, mu, cov = over_ranks(*sums(features(x) for x in read(path, rank, world)), device)
         if cache and rank == 0:
-            cache.unlink(missing_ok=True)                  # it may be damaged
-            save_statistics(cache, n, mu, cov)
+            try: save_statistics(cache, n, mu, cov)        # also over a damaged file
+            except OSError as e: model.say(f"{path}: its statistics are not cached ({e})")
         return path, n, mu, cov
     if rank: return None
     with np.load(cache) as f: n, mu, cov = (torch.from_numpy(f[k]) for k in ("n", "mu", "sigma"))
@@ -201,9 +201,9 @@ def main():
     if args.save_stats and args.ref and os.path.realpath(args.save_stats) == os.path.realpath(args.ref):
         raise model.UserError(f"--save-stats {args.save_stats} is the file that is read for --ref.")
     if all(is_images(file) for file in args.files):
-        if args.features == "pixels": model.reject_if_typed("--precision", because="pixels need no network")
         model.reject_if_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
-                              "--guide", "--solver", because="FILE is a set of images, not a checkpoint")
+                              "--guide", "--solver", "--precision",
+                              because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     rank, world, device, _ = model.setup(0, args.precision)
     features = pixels
@@ -224,18 +224,19 @@ def evaluate(file, args, features, rank, world, device):
         if not args.ref and not args.save_stats:
             raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")
     else:
-        net, header, steps = sample.open_model(file, args, device)
+        net, header, steps, solver = sample.open_model(file, args, device)
         if "latents" in header and not args.ref and not args.save_stats:
             raise model.UserError(f"{file} was trained on latents, and a Frechet distance is between images; "
                                   "give --ref, images or their statistics.")
         vae, seeds = sample.open_vae(header, args.vae, device), args.seeds or range(args.n)
         drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world,
-                                args.solver)
+                                solver)
         batches = (images for images, _ in drawn)
-        details = {"file": file, "step": header["step"], "nfe": steps,
-                   "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels}
-        if header["stage"] in solve.ODE_STAGES:
-            details["solver"] = args.solver or solve.default_solver(header)
+        details = {"file": file, "step": header["step"], "nfe": sample.count_nfe(header, steps, solver),
+                   "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels, "solver": solver,
+                   "guidance": None if args.guidance == 1 else args.guidance, "guide": args.guide,
+                   "mid_t": args.mid_t, "precision": args.precision}
+        details = {k: v for k, v in details.items() if v is not None}
         if args.labels.isdecimal() and rank == 0:
             print(f"note: samples of class {args.labels} only; --ref should have images of that class only")
         batches = sample.progress(batches, len(seeds), world)

@@ -1,11 +1,11 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). For a flow-matching
-                                 teacher, Heun takes one less if it is even
-  writes  runs/NAME/samples.png  the first 64 images of one FILE; or of several FILEs 20 each, one row per
-                                 FILE:STEPS, one column per seed
-          runs/NAME/samples.npz  with one FILE only: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
+  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). Of a flow-matching
+                                 teacher, Heun makes one less if STEPS is even
+  writes  runs/NAME/samples.npz  of one FILE: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
+          runs/NAME/samples.png  one FILE: its first 64 images. Several FILEs: up to 20 images of each, a row
+                                 per FILE:STEPS, a column per seed
   run     python sample.py data/digits_cmt.safetensors:1 --n 64        # a trained model, ten seconds
           python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
@@ -57,9 +57,9 @@ def draw_block(block, steps, shape, classes):
 # === the run ================================================================================================
 
 def step_times(header, steps, mid_t=None):
-    """The times at which a few-step model is called: t_max, then the steps - 1 numbers mid_t. Without mid_t
-    they fall geometrically to the header's mid_t for a consistency model, and uniformly for Mean Flow.
-    -> list of `steps` numbers"""
+    """The times at which a few-step model is called: t_max, then mid_t, a list of steps - 1 numbers. By
+    default the times of a consistency model fall geometrically to header["mid_t"], those of Mean Flow
+    uniformly. -> list of `steps` numbers"""
     if mid_t and steps > 1:
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
@@ -88,15 +88,15 @@ def open_vae(header, path, device):
 def to_images(x, header, vae):
     """Samples of a model -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to pixels in the
     autoencoder's range. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
-    if not x.isfinite().all():
-        raise model.Diverged("the model's samples are not finite: its training diverged, or the file is of "
-                             "another network. Nothing is written.")
     pixel_range = [-1, 1]
     if vae:
-        default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]   # older files have none
+        default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]   # older headers lack it
         pixel_range = header["latents"].get("pixel_range") or default
         latents = model.to_latents(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in latents])                # one by one: memory
+    if not x.isfinite().all():
+        raise model.Diverged("the model's samples are not finite: its training diverged, the file is of "
+                             "another network, or --guidance is too large.")
     x = (x.clamp(0, 1) * 255).to(torch.uint8) if pixel_range == [0, 1] else model.to_uint8(x)
     return rearrange(x, "b c h w -> b h w c").cpu().numpy()
 
@@ -111,14 +111,13 @@ def draw_samples(net, header, eps, y, steps, times, solver):
     return solve.flow_map(lambda z, r, t: net(z, r, t, y), x, grid)[0][-1]
 
 
-@torch.no_grad()
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
              rank=0, world=1, solver=None):
-    """Yield (images uint8 (n,H,W,C), labels int64 (n,)) of the range `seeds`, one block of 64 seeds at a
-    time, in order: the blocks rank, rank + world, ... net, header as from model.load; net may be a plain
-    function if `device` is given; labels "random" | "balanced" | a class; mid_t as for step_times; vae as
-    from open_vae; solver of a teacher's ODE, by default solve.default_solver's. Raises UserError, also for
-    outputs that are not finite."""
+    """Generate images of the range `seeds`, one block of 64 seeds at a time, in order: the blocks rank,
+    rank + world, ... net, header as from model.load; net may be a plain function if `device` is given; labels
+    "random" | "balanced" | a class; mid_t as for step_times; vae as from open_vae; solver of a teacher's ODE,
+    by default solve.default_solver's. -> iterator over (images uint8 (n,H,W,C), labels int64 (n,)). Raises
+    UserError at once, and Diverged for samples that are not finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
     consistency, labels = header["stage"] not in solve.ODE_STAGES, str(labels)
     if consistency and solver:
@@ -128,20 +127,24 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         raise model.UserError(f"{steps} steps: at least one step is needed.")
     if solver: solve.check_solver(solver, header["stage"], header)
     if mid_t and (steps == 1 or not consistency and solver != "jump"):
-        raise model.UserError("mid_t is for two or more steps of a consistency or Mean Flow model.")
+        raise model.UserError("--mid-t would have no effect: it is for two or more steps of a consistency or Mean "
+                              "Flow model. Leave it out.")
     if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels != "random" and not K:
         raise model.UserError(f"--labels {labels} has no effect: the model has no classes. Leave it out.")
     if labels not in ("random", "balanced") and not (labels.isdecimal() and int(labels) < K):
         raise model.UserError(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
-    for block in range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world]:
+
+    @torch.no_grad()
+    def of_block(block):
         y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % K
         elif labels != "random": y = torch.full((64,), int(labels))
         x = draw_samples(net, header, eps.to(device), y.to(device), steps, times, solver)
         keep = slice(max(seeds.start - 64 * block, 0), min(seeds.stop - 64 * block, 64))
-        yield to_images(x[keep], header, vae), y.numpy()[keep]
+        return to_images(x[keep], header, vae), y.numpy()[keep]
+    return map(of_block, range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world])
 
 
 # What a row of the picture is called, by the first word of its stage.
@@ -186,8 +189,8 @@ def is_whole_npz(path):
 
 
 def check_overwrites(path, seeds):
-    """Raise UserError if `path` holds anything but samples, which would be lost. An .npz counts as samples
-    if it has only arr_0 and arr_1 and is not in data/, a folder if it has only images of these seeds."""
+    """Raise UserError if `path` holds anything but samples, which would be lost. Samples are an .npz outside
+    data/ that has only arr_0 and arr_1, or a folder that has only images of these seeds."""
     if path.suffix != ".npz" and path.is_dir():
         others = set(os.listdir(path)) - {f"{seed:06d}.png" for seed in seeds}
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
@@ -215,7 +218,7 @@ def draw_parts(draw, seeds, folder, key, rank, world):
 
 def gather_parts(parts, rank, world):
     """Yield every part, in order, on rank 0: part k comes from rank k % world through the process group, so
-    the ranks need no common disk. On the other ranks, which send theirs, yields nothing."""
+    the ranks need no common disk. The other ranks send their parts and yield nothing."""
     for k, path in enumerate(parts):
         content = [None, None]
         if rank == k % world:
@@ -281,8 +284,8 @@ def path_of(text):
 
 
 def open_model(text, args, device):
-    """FILE or FILE:STEPS -> the model, guided if the flags say so, header, steps. Without STEPS: --steps,
-    else 16 for pre-trained models and 1 for others."""
+    """FILE or FILE:STEPS -> the model, guided if the flags say so; header; steps, by default --steps, else 16
+    for pre-trained models and 1 for others; solver, None for a consistency model."""
     path = path_of(text)
     count = args.steps if path == text else text[len(path) + 1:]
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".pt", ".pkl"):
@@ -290,17 +293,20 @@ def open_model(text, args, device):
                               "a folder or .npz; tools/import_checkpoint.py imports public checkpoints.")
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
-    if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
-    if steps == 1: model.reject_if_typed("--mid-t", because=f"{text} is sampled in one step")
     if header["stage"] not in solve.ODE_STAGES:
         because = f"{path} is a consistency model, and only its teacher has an ODE to solve"
         model.reject_if_typed("--guidance", "--guide", "--solver", because=because)
+        solver = None
     else:
         solver = args.solver or solve.default_solver(header)
         solve.check_solver(solver, path, header)
-        if solver != "jump": model.reject_if_typed("--mid-t", because=f"{path} is sampled with {solver}")
     net.backbone_dtype = model.DTYPES[args.precision]
-    return solve.guide_teacher(net, header, args, path), header, steps
+    return solve.guide_teacher(net, header, args, path), header, steps, solver
+
+
+def count_nfe(header, steps, solver):
+    """Function evaluations for an image; with guidance each also calls the guide."""
+    return solve.count_calls(solve.solver_times(header, steps, solver), solver) if solver else steps
 
 
 def seed_range(text):
@@ -315,18 +321,26 @@ def numbers(text):
     return [model.positive_float(t) for t in text.split(",")]
 
 
-@torch.no_grad()
-def real_images(path, labels, header, vae):
-    """For each label the next real image of that class; any image if the model has no classes. -> uint8
-    (n,H,W,C)"""
+def open_real(name, header):
+    """The data of --data NAME, by default those that a model was trained on. -> model.Data"""
+    path = model.find_data(name)[2] if name else header["data_path"]
     if not path: raise model.UserError("--real: the first FILE does not name its data; give --data.")
     data = model.Data(path)
+    if header["network"]["label_dim"] and data.labels is None:
+        raise model.UserError(f"{path} has no labels; leave out --real.")
+    return data
+
+
+@torch.no_grad()
+def real_images(data, labels, header, vae):
+    """For each label the next real image of that class; any image if the model has no classes. -> uint8
+    (n,H,W,C)"""
     y, K = data.labels, header["network"]["label_dim"]
-    if K and y is None: raise model.UserError(f"{path} has no labels; leave out --real.")
     queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in range(K) if (y == k).any()}
     if not K: queues = {0: itertools.cycle(range(len(data)))}
     if not set(labels.tolist()) <= queues.keys():
-        raise model.UserError(f"{path} has no images of some classes; leave out --real or choose --labels.")
+        raise model.UserError("--real: the data have no images of some classes; leave it out, or choose "
+                              "--labels.")
     x = data.batch([next(queues[k]) for k in labels.tolist()])[0]
     return to_images(model.to_network(x, header).to(vae.device if vae else "cpu"), header, vae)
 
@@ -351,34 +365,42 @@ def sampling_flags(p):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="checkpoints")
-    p.add_argument("--n", type=model.positive, default=64, help="number of images")
+    p.add_argument("--n", type=model.positive, default=64,
+                   help="number of images; of several FILEs at most 20 each")
     sampling_flags(p)
     p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")
     p.add_argument("--data", metavar="NAME|PATH.npz",
                    help="source of the images of --real (default: what the first FILE was trained on)")
-    p.add_argument("--out", metavar="X.npz|FOLDER/",
-                   help="images of one FILE; the picture is X.png (default: runs/NAME/samples.npz)")
+    p.add_argument("--out", metavar="X.npz|FOLDER/|X.png",
+                   help="images of one FILE, with a picture X.png; of several FILEs only the picture "
+                        "(default: runs/NAME/samples.npz or .png)")
     args = p.parse_args()
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
-    folder = args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out))
-    if folder and len(args.files) > 1:
-        raise model.UserError(f"--out {args.out} is a folder, for the images of one FILE; of several FILEs "
-                              "only X.png is written: give --out X.npz.")
+    single, seeds = len(args.files) == 1, args.seeds or range(args.n)
+    if args.out and single == args.out.endswith(".png"):
+        raise model.UserError(f"--out {args.out}: the images of one FILE go to X.npz or FOLDER/; of several "
+                              "FILEs only a picture is drawn, X.png.")
+    if not single and len(seeds) > 20 and (args.seeds or model.typed("--n")):
+        raise model.UserError(f"{len(seeds):,} images of each FILE: a picture of several has at most 20. "
+                              "Choose a smaller --n, or sample one FILE at a time.")
     if all(path_of(file) != file for file in args.files):
         model.reject_if_typed("--steps", because="each FILE:STEPS says its number of steps")
-    single, seeds = len(args.files) == 1, args.seeds or range(args.n)
+    folder = args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out))
 
     rank, world, device, _ = model.setup(0, args.precision)
     rows, names, headers = [], [], []
     for text in args.files:
-        net, header, steps = open_model(text, args, device)
-        headers.append(header)
-        out = os.path.normpath((args.out or f"runs/{headers[0]['data']}/samples.npz").removesuffix(".npz"))
-        result = Path(out if folder else f"{out}.npz")
+        net, header, steps, solver = open_model(text, args, device)
         vae = open_vae(header, args.vae, device)
-        draw = lambda part: generate(net, header, part, steps, args.labels, args.mid_t, vae, device,
-                                     solver=args.solver)
+        if not headers:
+            out = args.out or f"runs/{header['data']}/samples"
+            out = os.path.normpath(out if folder else out.removesuffix(".npz").removesuffix(".png"))
+            real, first_vae = args.real and open_real(args.data, header), vae
+        headers.append(header)
+        result = Path(out if folder else f"{out}.npz")
+        def draw(part):
+            return generate(net, header, part, steps, args.labels, args.mid_t, vae, device, solver=solver)
         if single:
             check_overwrites(result, seeds)
             key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
@@ -388,20 +410,21 @@ def main():
         images, labels = (collect(parts, seeds, result, rank, world) if single else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
-        names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {steps} NFE")
-        if single and not args.real:                       # one FILE: rows of 16, the first is named
+        names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {count_nfe(header, steps, solver)} NFE")
+        if single and not real:                       # one FILE: rows of 16, the first is named
             rows = [images[i:i + 16] for i in range(0, len(images), 16)]
             names += [""] * (len(rows) - 1)
         else: rows.append(images[:20])
-        if header["stage"] in solve.ODE_STAGES:
-            print(f"{text}: solver {args.solver or solve.default_solver(header)}")
-        if len(headers) == 1: first_labels, first_vae = labels[:20], vae
+        if solver: print(f"{text}: solver {solver}")
+        if len(headers) == 1: first_labels = labels[:20]
     stages = {path_of(file): header["stage"] for file, header in zip(args.files, headers)}
+    stems = [Path(path).stem for path in stages]
     for i, path in enumerate(map(path_of, args.files)):    # several files of one stage: add their names
-        if list(stages.values()).count(stages[path]) > 1: names[i] += f", {Path(path).stem}"
-    if args.real:
-        path = model.find_data(args.data)[2] if args.data else headers[0]["data_path"]
-        rows.insert(0, real_images(path, first_labels, headers[0], first_vae))
+        stem, folder_name = Path(path).stem, Path(path).absolute().parent.name
+        if list(stages.values()).count(stages[path]) > 1:
+            names[i] += f", {stem}" if stems.count(stem) == 1 else f", {folder_name}/{stem}"
+    if real:
+        rows.insert(0, real_images(real, first_labels, headers[0], first_vae))
         names.insert(0, "real")
     model.save_grid(f"{out}.png", rows, names)
     print(f"{', '.join(filter(None, names))}: " + (f"{len(seeds):,} images in {result}, " if single else "")

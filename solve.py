@@ -19,8 +19,8 @@ import torch
 import model
 
 # === the method =============================================================================================
-# A solver takes a function of (x, t) with t (B,), in flow_map of (z, r, t), a start x (B, ...) at times[0],
-# and N+1 times. It returns
+# A solver takes a function of (x, t), t (B,) (flow_map: of (z, r, t)), a start x (B, ...) at times[0], and
+# N+1 times. It returns
 #     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
 # States are returned with their times, so that no other code rebuilds the grid. Losses take times in the
 # dtype of x: convert them with times.to(x). Coefficients are computed in float64 and rounded once, when they
@@ -50,7 +50,7 @@ def uniform_times(n, t_max=1.0, t_min=0.0):
 def dpm_solver_pp(denoise, x, times, order=3):
     """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
     denoise(x, t) per step. Order k needs the outputs of k - 1 earlier steps, so the first steps have orders
-    1, 2, 3. As in CMT's code, the last steps have orders 3, 2, 1, and the formula for order 3 is of order 2.
+    1, 2, 3. As in CMT's code, the last steps have orders 3, 2, 1, and the formula with 3 outputs has order 2.
     times > 0, descending; else ValueError.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
@@ -127,7 +127,7 @@ def guided(teacher, guide, w):
 
 def edm_to_flow(x, t):
     """EDM's time and flow time describe one process: x_t / (1 + t) is z at flow time t / (1 + t), and the
-    ODEs agree. States x (B, ...), their times t (B,) -> z, its times"""
+    ODEs agree. States x (n, ...), their times t (n,) -> z, its times"""
     return x / (1 + t).reshape(-1, *[1] * (x.dim() - 1)).to(x), t / (1 + t)
 
 
@@ -139,8 +139,8 @@ def without_label(teacher, null):
 # === the run ================================================================================================
 
 # --solver NAME: (the function of the model that the solver calls, the solver). "denoise" is D(x, t),
-# "velocity" dx/dt, "u" the average velocity u(z, r, t). A new solver needs a line here, and where it makes
-# several calls per step one in CALLS_PER_STEP.
+# "velocity" dx/dt, "u" the average velocity u(z, r, t). A new solver needs a line here, and if it makes
+# several calls per step, one in CALLS_PER_STEP too.
 SOLVERS = {
     "dpm1":  ("denoise",  functools.partial(dpm_solver_pp, order=1)),
     "dpm2":  ("denoise",  functools.partial(dpm_solver_pp, order=2)),
@@ -328,7 +328,8 @@ def main():
         null = header["network"]["label_dim"] or None      # None: without classes there is no null label
         model.save_grid(picture,
                         model.to_uint8(states)[:, :16, :3].movedim(2, -1).transpose(0, 1).cpu().numpy(),
-                        ["null label" if k == null else f"label {k}" for k in y[:16].tolist()])
+                        ["" if null is None else "null label" if k == null else f"label {k}"
+                         for k in y[:16].tolist()])
         print(f"{args.n:,} trajectories in {args.out}, the first of them in {picture}")
         k = min(64, args.n)
         error_table(teacher, header, x[:k], y[:k])

@@ -7,7 +7,6 @@ of plain ECT's doubling intervals the best counts. All continue where they were 
 how compute is counted.
 """
 import argparse, statistics, time
-from pathlib import Path
 
 import numpy as np
 
@@ -96,7 +95,7 @@ def main():
         export(shown[0], "data/digits_teacher.safetensors")
         export(shown[1], "data/digits_cmt.safetensors")
 
-    floor, picture = halves(), "runs/digits/demo_mf.npz" if mf else "runs/digits/demo.npz"
+    floor, picture = halves(), "runs/digits/demo_mf.png" if mf else "runs/digits/demo.png"
     calls = [(0, 16), (0, 1), (1, 1), (2, 1), (2, 2)] + ([(3, 1)] if mf else [])
     command("sample", *(f"{shown[i]}:{k}" for i, k in calls), "--real", "--labels", "balanced", "--n", 20,
             "--out", picture)
@@ -109,7 +108,7 @@ def main():
         line, each = spread(values), " ".join(f"{value:.3f}" for value in values)
         line += f" | {statistics.median(values):.3f} | {each}" if len(values) > 1 else " | |"
         print(f"| {name} | {calls} | {cost / 1e6:.2f} | {line} |")
-    print(f"\nThe picture is {Path(picture).with_suffix('.png')}. {time.time() - started:.0f} s.")
+    print(f"\nThe picture is {picture}. {time.time() - started:.0f} s.")
 
 
 if __name__ == "__main__":

@@ -437,7 +437,7 @@ def picture(seed=1):
             show(f"mid-training {branch}", before_post_training(path), 1)
         show(method, path, 1, 2)
     command("sample", *shown, "--real", "--labels", "balanced", "--n", 20,
-            "--out", RESULTS.with_suffix(".npz"))
+            "--out", RESULTS.with_suffix(".png"))
 
 
 def main():

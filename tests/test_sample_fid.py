@@ -41,10 +41,30 @@ def test_label_policies(run, here, tmp_path):
 def test_several_files_make_one_picture(run, here, tmp_path):
     files = [f"runs/digits/{name}" for name in ("pretrain.safetensors:2", "midtrain_cm.safetensors:1",
                                                 "midtrain_cm.safetensors:2")]
-    done = run("sample", *files, "--n", 5, "--real", "--labels", "balanced", "--out", tmp_path / "a.npz")
-    assert done.code == 0 and not (tmp_path / "a.npz").exists()
+    done = run("sample", *files, "--n", 5, "--real", "--labels", "balanced", "--out", tmp_path / "a.png")
+    assert done.code == 0 and [p.name for p in tmp_path.iterdir()] == ["a.png"]
     width, height = Image.open(tmp_path / "a.png").size
     assert height == 4 + 4 * 52 and width > 5 * 52
+
+
+def test_out_names_what_is_written(run, here, tmp_path):
+    one, two = "runs/digits/midtrain_cm.safetensors:1", "runs/digits/midtrain_cm.safetensors:2"
+    refused(run("sample", one, "--out", tmp_path / "a.png"), "X.npz or FOLDER/")
+    refused(run("sample", one, two, "--out", tmp_path / "a.npz"), "only a picture")
+    refused(run("sample", one, two, "--n", 21, "--out", tmp_path / "a.png"), "at most 20")
+    refused(run("sample", one, two, "--seeds", "0-20", "--out", tmp_path / "a.png"), "at most 20")
+    refused(run("sample", one, "--real", "--data", "nothing", "--out", tmp_path / "a"), "data/nothing.npz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_files_with_one_name_are_told_apart(run, here, tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(model, "save_grid", lambda path, rows, found: names.extend(found))
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        shutil.copy("runs/digits/midtrain_cm.safetensors", tmp_path / folder / "x.safetensors")
+    assert run("sample", *(tmp_path / f"{k}/x.safetensors" for k in "ab"), "--n", 1).code == 0
+    assert names == ["after mid-training, 1 NFE, a/x", "after mid-training, 1 NFE, b/x"]
 
 
 def test_two_steps_renoise_to_the_second_time():
@@ -232,6 +252,18 @@ def test_bad_input_of_fid(run, here, tmp_path, inception):
     refused(run("fid", "runs/digits/midtrain_cm.safetensors", "--ref", "nowhere.npz", *pixels[2:]), "nowhere")
 
 
+def test_fid_says_how_the_samples_were_drawn(run, here):
+    of = lambda *args: json.loads(
+        run("fid", *args, "--n", 4, "--features", "pixels").out.splitlines()[-1])
+    plain = of("runs/digits/pretrain_flow.safetensors:4")
+    assert (plain["solver"], plain["nfe"]) == ("heun", 3)            # the last step needs one call
+    assert not {"guidance", "guide", "mid_t"} & plain.keys() and plain["precision"] == "fp32"
+    assert of("runs/digits/pretrain.safetensors:4", "--guidance", 2, "--precision", "bf16").items() >= {
+        "solver": "dpm3", "nfe": 4, "guidance": 2, "precision": "bf16"}.items()
+    few = of("runs/digits/midtrain_cm.safetensors:2", "--mid-t", 0.5)
+    assert few["mid_t"] == [0.5] and "solver" not in few
+
+
 def test_fid_prints_the_distance_as_json(run, here, tmp_path):
     args = "--features", "pixels"
     line = lambda done: json.loads(done.out.splitlines()[-1])
@@ -366,6 +398,6 @@ def test_two_files_of_one_stage_are_told_apart(run, here, tmp_path):
     baseline = tmp_path / "baseline.safetensors"
     baseline.write_bytes(Path("runs/digits/midtrain_cm.safetensors").read_bytes())
     files = "runs/digits/pretrain.safetensors:1", "runs/digits/midtrain_cm.safetensors:1", f"{baseline}:2"
-    done = run("sample", *files, "--n", 2, "--out", tmp_path / "a.npz")
+    done = run("sample", *files, "--n", 2, "--out", tmp_path / "a.png")
     assert done.code == 0 and done.out.splitlines()[-1].startswith(
         "teacher, 1 NFE, after mid-training, 1 NFE, midtrain_cm, after mid-training, 2 NFE, baseline: ")

@@ -127,8 +127,8 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         raise model.UserError(f"{steps} steps: at least one step is needed.")
     if solver: solve.check_solver(solver, header["stage"], header)
     if mid_t and (steps == 1 or not consistency and solver != "jump"):
-        raise model.UserError("--mid-t would have no effect: it is for two or more steps of a consistency or Mean "
-                              "Flow model. Leave it out.")
+        raise model.UserError("--mid-t would have no effect: it is for two or more steps of a consistency or "
+                              "Mean Flow model. Leave it out.")
     if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels != "random" and not K:

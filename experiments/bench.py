@@ -221,7 +221,7 @@ def overhead(device):
     opt = torch.optim.Adam(net.parameters(), 1e-4, foreach=True)
     x, eps, t = torch.randn(64, 1, 8, 8), torch.randn(64, 1, 8, 8), torch.rand(64) + 0.1
     batch = [a.to(device) for a in (x, eps, t, torch.zeros(64, dtype=torch.int64))]
-    args = SimpleNamespace(out=f"{tempfile.mkdtemp()}/a", steps=10 ** 9, batch=64, log_every=50, compile=False)
+    args = SimpleNamespace(out=f"{tempfile.mkdtemp()}/a", steps=10**9, batch=64, log_every=50, compile=False)
     with contextlib.redirect_stdout(None): log = model.Log(args, "images", 1, 0)
     stop, step = model.Stop(1), iter(range(1, 10 ** 9))
 

@@ -355,7 +355,8 @@ def report():
                     setting = setting.format(*found[CHOSEN_KEY.format(name, units)])
                     cells = [common.spread((run[k][m] for run in runs), decimals)
                              for k in "12" for m, decimals in MEASURES.items()]
-                    print(f"| {name} | {units} | {setting} | " + " | ".join(cells) + " |")
+                    seeds = f" ({len(runs)} of {len(SEEDS)} seeds)" if len(runs) < len(SEEDS) else ""
+                    print(f"| {name}{seeds} | {units} | {setting} | " + " | ".join(cells) + " |")
     print("\n| method | units | trials | best trial | its settings |\n|---|---|---|---|---|")
     for method in (variant.format(method) for method in METHODS for variant in VARIANTS):
         for units in sorted({budget * part for budget in BUDGETS for part in TRIAL_PARTS}):
@@ -378,20 +379,18 @@ def line(found, method, k, measure="FD", seeds=SEEDS):
 
 
 def print_ratios(found):
-    """The compute that the baselines need for the quality of the chains at each of their budgets, and the
-    range of this ratio when one seed is left out"""
+    """The compute that the baselines need for the quality of the chains at each of their budgets: for the
+    geometric means of the seeds, and for each seed"""
     for with_mid, plain in ("CMT + ECT", "plain ECT"), ("CMT + MeanFlow", "MeanFlow"):
         for baseline, k, measure in itertools.product((plain, f"{plain} by Adam"), "12", ("FD", "FD-pixels")):
-            subsets = SEEDS, *itertools.combinations(SEEDS, len(SEEDS) - 1)
             lines = [[line(found, method, k, measure, seeds) for method in (with_mid, baseline)]
-                     for seeds in subsets]
+                     for seeds in (SEEDS, *([seed] for seed in SEEDS))]
             if not all(map(all, lines)) or len(lines[0][1]) == 1: continue
             for n, (units, _) in enumerate(lines[0][0]):
-                all_seeds, *without_one = [([chain[n]], others) for chain, others in lines]
-                found_ratios = [compute_ratio(*pair) for pair in without_one]
-                ratios = sorted((ratio, f"{bound}{ratio:.2f}") for bound, ratio, _ in found_ratios)
+                pairs = [([chain[n]], others) for chain, others in lines]
+                seeds = ", ".join("{}{:.2f}".format(*compute_ratio(*pair)) for pair in pairs[1:])
                 print(f"{with_mid} with {units} units, {baseline}, {k} NFE, {measure}: "
-                      f"{speed_up(*all_seeds)}; with two seeds {ratios[0][1]} to {ratios[-1][1]}")
+                      f"{speed_up(*pairs[0])}; seeds {seeds}")
 
 
 def draw(found):
@@ -406,13 +405,14 @@ def draw(found):
             if not (points := line(found, method, k)): continue
             beside = 1.03 ** number                        # so that equal budgets do not hide each other
             budgets, levels = zip(*points)
-            colour = axes.loglog([beside * b for b in budgets], levels, "o-", label=method)[0].get_color()
+            label = f"{method} by RAdam" if f"{method} by Adam" in METHODS else method
+            colour = axes.loglog([beside * b for b in budgets], levels, "o-", label=label)[0].get_color()
             for units, runs in results(found, method):
                 axes.plot([beside * units] * len(runs), [run[k]["FD"] for run in runs], ".", color=colour)
         if runs := teachers(found, branch):
-            level = statistics.mean(run["16"]["FD"] for run in runs)
+            level = statistics.geometric_mean(run["16"]["FD"] for run in runs)
             axes.axhline(level, color="grey", ls="--", label="teacher, 16 NFE")
-        axes.axhline(found["noise floor"]["FD"], color="grey", ls=":", label="5,000 other real images")
+        axes.axhline(found["noise floor"]["FD"], color="grey", ls=":", label="the training images")
         axes.set(title=f"{name}, {k} NFE", xticks=[1, 2, 4], xticklabels=["1", "2", "4"],
                  yticks=[5, 10, 20, 40, 80, 160], yticklabels=["5", "10", "20", "40", "80", "160"])
         axes.minorticks_off()

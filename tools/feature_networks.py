@@ -178,7 +178,7 @@ def load_lpips(files, header):
     """--lpips VGG.pth LIN.pth -> LPIPS, for images as the header says. Raises UserError."""
     C, H, _ = model.image_shape(header)
     if C not in (1, 3) or H < 16:
-        raise model.UserError("--distance lpips is for images with 1 or 3 channels and at least 16x16 pixels, "
+        raise model.UserError("--distance lpips is for images of 1 or 3 channels and at least 16x16 pixels, "
                               f"not for {C}x{H}x{H}.")
     if C == 1: print("LPIPS: the one channel is repeated to three")
     try:

@@ -179,8 +179,8 @@ def our_names(tensors):
 
 
 # === denoisers and consistency models =======================================================================
-# For each published class: our network; the arguments that may vary, with the authors' defaults (int: there is
-# no default); the arguments that have to have one value (None: any, as it does not change the output).
+# For each published class: our network; the arguments that may vary, with the authors' defaults (int: there
+# is no default); the arguments that have to have one value (None: any, as it does not change the output).
 
 PUBLISHED = {
     "EDMPrecond": ("DDPMpp", dict(

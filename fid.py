@@ -92,7 +92,7 @@ def read(path, rank, world):
 
 
 def is_images(path):
-    return path.endswith((".npz", ".zip")) or os.path.isdir(path)
+    return path.lower().endswith((".npz", ".zip")) or os.path.isdir(path)
 
 
 def over_ranks(n, total, outer, device):
@@ -190,8 +190,10 @@ def main():
     p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
-    if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")):
-        raise model.UserError("--save-stats needs one FILE, and a name that ends in .npz.")
+    if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")
+                            or not model.can_write(args.save_stats)):
+        raise model.UserError("--save-stats needs one FILE, and the name of an .npz in a folder that can be "
+                              "written.")
     if args.save_stats and os.path.exists(args.save_stats) and not read_statistics(args.save_stats):
         raise model.UserError(f"{args.save_stats} exists and holds no statistics; choose another "
                               "--save-stats.")

@@ -16,7 +16,7 @@ Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6
 model.py imports nothing of this project.
 """
 import argparse, contextlib, functools, gc, hashlib, inspect, json, math, os
-import shlex, signal, struct, sys, time, traceback, uuid, warnings, zipfile, zlib
+import re, shlex, signal, struct, sys, time, traceback, uuid, warnings, zipfile, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -537,15 +537,17 @@ def find_data(data, flag="--data"):
     """data: NAME, for data/NAME.npz, or the path of an .npz, whose stem is then the name.
     -> key of the recipe (a name in DATASETS, else "custom"), name, path of the .npz"""
     path = Path(data)
+    if "/" in data and os.path.isfile(f"{data}.npz"): path = Path(f"{data}.npz")                # data/NAME
+    if path.suffix == ".npz" and not path.exists() and Path("data", data).is_file(): path = Path("data", data)
     if not ("/" in data or os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
         path = Path("data", f"{data}.npz")
     if path.suffix != ".npz":
-        raise UserError(f"{flag} {data} is not prepared; `{prepare_command(path.stem, data)}` prepares it "
-                        f"for {flag} {path.stem}.")
+        raise UserError(f"{flag} {data} is not prepared; `{prepare_command(path.stem, data)}` prepares it.")
     return path.stem if path.stem in DATASETS else "custom", path.stem, str(path)
 
 
 def prepare_command(name, source="SOURCE"):
+    name = re.sub(r"[^\w.-]+", "-", name)                  # prepare_data.py takes no spaces
     vae = " --vae PATH" if "latents" in DATASETS.get(name, {}) else ""
     return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}{vae}"
 
@@ -903,11 +905,15 @@ def decay(text):
     return text if text in ("constant", "linear") else positive(text)
 
 
+def can_write(path):
+    """Can a file be written at `path`, after its missing folders are made?"""
+    there = next(p for p in Path(path).absolute().parents if os.path.exists(p))
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
 def output_path(text):
     """--out: a checkpoint in a folder that can be written. Raises UserError."""
-    there = next(p for p in Path(text).absolute().parents if os.path.exists(p))
-    if not text.endswith(".safetensors") or text.endswith(".resume.safetensors") or not (
-            there.is_dir() and os.access(there, os.W_OK)):
+    if not text.endswith(".safetensors") or text.endswith(".resume.safetensors") or not can_write(text):
         raise UserError(f"--out {text} has to end in .safetensors, not in .resume.safetensors, and be in a "
                         "folder that can be written.")
     return text
@@ -1263,20 +1269,20 @@ def save_run(args, step, net, ema, opt, header):
         f"saved {args.out} at step {step:,}.")
 
 
-def check_replaceable(out, stage):
-    """Raise UserError if `out` exists and is not a result of this stage, or is an imported teacher."""
+def check_replaceable(out, stage, data):
+    """Raise UserError if `out` exists and is not a result of this stage on this data, or is imported."""
     if not os.path.exists(out): return
     try: old = read(out, tensors=False)[1]
     except UserError: old = {}
     imported = "imported from" in old and old["step"] == 0     # models trained from it keep "imported from"
-    if old.get("stage") != stage or imported:
-        what = "an imported checkpoint" if imported else f"from {old.get('stage', 'elsewhere')}"
+    if (old.get("stage"), old.get("data")) != (stage, data) or imported:
+        what = "imported" if imported else f"from {old.get('stage', 'elsewhere')} of {old.get('data')}"
         raise UserError(f"{out} exists, and is {what}; choose another --out, or move it away.")
 
 
 def start_run(out, net, header):
     """Say what starts, if `out` may be written."""
-    check_replaceable(out, header["stage"])
+    check_replaceable(out, header["stage"], header["data"])
     say(f"starting {out}: {header['network']['class']}, "
         f"{sum(p.numel() for p in net.parameters()):,} parameters")
     settings = header["settings"]

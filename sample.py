@@ -328,9 +328,12 @@ def open_real(name, header):
     """The data of --data NAME, by default those that a model was trained on. -> model.Data"""
     path = model.find_data(name)[2] if name else header["data_path"]
     if not path: raise model.UserError("--real: the first FILE does not name its data; give --data.")
-    data = model.Data(path)
+    data, shape = model.Data(path), model.image_shape(header)
     if header["network"]["label_dim"] and data.labels is None:
         raise model.UserError(f"{path} has no labels; leave out --real.")
+    if tuple(data.shape) != tuple(shape):
+        raise model.UserError(f"--real: {path} has samples of {data.shape}, the first FILE of {shape}; give "
+                              "--data.")
     return data
 
 
@@ -381,7 +384,7 @@ def main():
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
     single, seeds = len(args.files) == 1, args.seeds or range(args.n)
-    if args.out and single == args.out.endswith(".png"):
+    if args.out and single == (Path(args.out).suffix.lower() in (".png", ".jpg", ".jpeg")):
         raise model.UserError(f"--out {args.out}: the images of one FILE go to X.npz or FOLDER/; of several "
                               "FILEs only a picture is drawn, X.png.")
     if not single and len(seeds) > 20 and (args.seeds or model.typed("--n")):
@@ -399,6 +402,8 @@ def main():
         if not headers:
             out = args.out or f"runs/{header['data']}/samples"
             out = os.path.normpath(out if folder else out.removesuffix(".npz").removesuffix(".png"))
+            if not model.can_write(Path(out, "0.png") if folder else out):
+                raise model.UserError(f"--out {out} is in a folder that cannot be written.")
             real, first_vae = args.real and open_real(args.data, header), vae
         headers.append(header)
         result = Path(out if folder else f"{out}.npz")

@@ -302,7 +302,7 @@ def main():
     guidance_flags(p)
     args = p.parse_args()
 
-    model.check_replaceable(args.out, "solve")
+    model.check_replaceable(args.out, "solve", name)
     device = model.setup(None)[2]
     args.npz, args.command_for = path, {args.teacher: teacher_command(recipe, args.data)}
     teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)

@@ -122,7 +122,7 @@ def test_what_is_not_prepared_is_answered_with_the_command(run, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     Path("my photos").mkdir()
     Path("a.zip").touch()
-    refused(run("pretrain", "--data", "my photos/"), "python tools/prepare_data.py 'my photos/' --data 'my photos'")
+    refused(run("pretrain", "--data", "my photos/"), "python tools/prepare_data.py 'my photos/' --data my-photos")
     refused(run("pretrain", "--data", "a.zip"), "python tools/prepare_data.py a.zip --data a")
     refused(run("pretrain", "--data", "digist"), "data/digist.npz", "prepare_data.py SOURCE --data digist")
     refused(run("pretrain", "--data", "photos"), "data/photos.npz", "prepare_data.py SOURCE --data photos")
@@ -391,3 +391,14 @@ def test_the_estimate_of_memory_is_near_what_a_process_takes(run, chain, tmp_pat
         measured, expected = peak(ROOT / f"{script}.py", *small, *flags, *out), estimate(run, script, *flags)
         print(f"{script} {flags[:2]}: {measured:.2f} GiB, expected {expected + itself:.2f}")
         assert abs(expected + itself - measured) < 0.25 * measured
+
+
+def test_data_is_found_by_name_or_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    write_npz("data/a.npz")
+    write_npz("a.npz")
+    for text in "a", "data/a", "data/a.npz": assert model.find_data(text) == ("custom", "a", "data/a.npz")
+    assert model.find_data("a.npz")[2] == "a.npz"
+    Path("a.npz").unlink()
+    assert model.find_data("a.npz")[2] == "data/a.npz"

@@ -523,6 +523,8 @@ def test_other_files_are_not_replaced(run, here, tmp_path):
         out = tmp_path / f"{stage}.safetensors"
         model.save(out, tensors, header | {"stage": stage} | extra)
         refused(run("pretrain", *SMALL, "--out", out), "exists, and is")
+    model.save(tmp_path / "other.safetensors", tensors, header | {"data": "cats"})
+    refused(run("pretrain", *SMALL, "--out", tmp_path / "other.safetensors"), "from pretrain of cats")
     # but a model trained from an imported one is: without its resume file the run starts over
     model.save(tmp_path / "own.safetensors", tensors, header | {"imported from": "x.pkl"})
     assert run("pretrain", *SMALL, "--out", tmp_path / "own.safetensors").code == 0

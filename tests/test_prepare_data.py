@@ -637,3 +637,73 @@ def test_zips_of_the_second_round(prepare):
         for sign, offset in zip((b"PK\x03\x04", b"PK\x01\x02"), at): data[data.index(sign) + offset] |= change
         Path("locked.zip").write_bytes(data)
         refused(prepare("locked.zip"), *words, "Unpack the zip")
+
+
+@pytest.mark.parametrize("arrays, flags, words", [
+    (dict(x=PIXELS, y=LABELS[:11]), [], ["y (11,)", "12 images", "--classes none"]),
+    (dict(x=PIXELS, y=LABELS[None]), [], ["y (1, 12)", "12 images"]),
+    (dict(x=RNG.random((12, 4, 16, 16), np.float32)), ["--pixel-range", 0, 1], ["like pixels"])])
+def test_labels_and_pixels_are_not_lost(prepare, arrays, flags, words):
+    np.savez("a.npz", **arrays)
+    refused(prepare("a.npz", *flags), *words)
+
+
+def test_a_negative_label_gives_a_warning(prepare):
+    np.savez("a.npz", x=PIXELS, y=LABELS - 1)
+    assert "warning: label -1" in prepare("a.npz").out
+
+
+def test_flags_for_arrays_do_something_or_are_refused(prepare):
+    np.save("x.npy", PIXELS)
+    refused(prepare("x.npy", "--labels", "y.npy"), "--labels KEY")
+    refused(prepare("x.npy", "--classes", "folders"), "no effect")
+    assert prepare("x.npy").code == 0
+
+
+def test_statistics_beside_images_are_no_labels(prepare):
+    np.savez("adm.npz", arr_0=PIXELS, mu=np.zeros(5), sigma=np.eye(5))
+    assert prepare("adm.npz").arr_0.shape == PIXELS.shape
+
+
+def test_files_that_other_systems_add(prepare):
+    class_tree()
+    save("photos/cat/@eaDir/00.png/SYNOPHOTO_THUMB_SM.png", PIXELS[0])
+    save("photos/$RECYCLE.BIN/x.png", PIXELS[0])
+    done = prepare("photos")
+    assert len(done.arr_0) == 12 and done.class_names.tolist() == ["cat", "dog", "emu"]
+    os.makedirs("mac")
+    for name, x in ("images-idx3", PIXELS[..., 0]), ("labels-idx1", LABELS.astype(np.uint8)):
+        data = struct.pack(f">HBB{x.ndim}I", 0, 8, x.ndim, *x.shape) + x.tobytes()
+        Path(f"mac/train-{name}-ubyte.gz").write_bytes(gzip.compress(data))
+        Path(f"mac/emnist-letters-train-{name}-ubyte.gz").write_bytes(gzip.compress(data))
+        Path(f"mac/._train-{name}-ubyte.gz").write_bytes(b"apple")
+    done = prepare("mac", "--images", "train-images-idx3-ubyte", "--labels", "train-labels-idx1-ubyte", "--data", "m")
+    assert np.array_equal(done.arr_0[..., 0], PIXELS[..., 0]) and np.array_equal(done.arr_1, LABELS)
+    done = prepare("mac", "--images", "emnist-letters-train-images-idx3-ubyte", "--classes", "none", "--data", "e")
+    assert np.array_equal(done.arr_0[..., 0], PIXELS[..., 0].swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("a, b", [("train_images", "test_images"), ("fold1", "fold2"), ("train", "unlabeled"),
+                                  ("images", "annotations"), ("images-train", "images_val")])
+def test_folders_that_are_parts(prepare, a, b):
+    class_tree(names=(a, b, a))
+    refused(prepare("photos"), "look like parts")
+
+
+def test_an_archive_is_known_by_its_content(prepare):
+    with tarfile.open("renamed.tar.gz", "w:gz") as tar: tar.add(cifar_folder())
+    refused(prepare("renamed.tar.gz", "--labels", "x"), "--labels KEY")
+    done = prepare("renamed.tar.gz")
+    assert done.code == 0 and done.arr_0.shape == (12, 32, 32, 3), done.err
+
+
+def test_frames_and_turned_tiffs(prepare):
+    frames = [Image.fromarray(x[:, :12]) for x in PIXELS[:3]]
+    save("a/a.gif", frames[0], save_all=True, append_images=frames[1:])
+    done = prepare("a", "--size", 8)
+    assert "1 images have several frames" in done.out and len(done.arr_0) == 1
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in "tif", "png": save(f"b/x.{suffix}", frames[0], exif=exif)
+    (batch,) = prepare_data.image_batches(prepare_data.open_source("b"))
+    assert batch.shape == (2, 12, 16, 3) and np.array_equal(batch[0], batch[1])

@@ -55,6 +55,10 @@ def test_out_names_what_is_written(run, here, tmp_path):
     refused(run("sample", one, two, "--seeds", "0-20", "--out", tmp_path / "a.png"), "at most 20")
     refused(run("sample", one, "--real", "--data", "nothing", "--out", tmp_path / "a"), "data/nothing.npz")
     assert not list(tmp_path.iterdir())
+    write_npz(tmp_path / "rgb.npz")
+    refused(run("sample", one, "--real", "--data", tmp_path / "rgb.npz", "--out", tmp_path / "a"), "(3, 8, 8)")
+    for script, flag in (("sample", "--out"), ("fid", "--save-stats")):
+        refused(run(script, one, flag, tmp_path / "rgb.npz/a.npz"), "written")
 
 
 def test_rows_of_files_with_one_name_are_told_apart(run, here, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@
           python tools/prepare_data.py --check data/photos.npz
 
 A NAME of model.DATASETS fixes the size, crop, channels, number of classes, and for latents the pixel range of
-the autoencoder. Any other NAME is a custom dataset. Memory does not grow with the number of images.
+the autoencoder. Any other NAME is a custom dataset. Memory does not grow with the number of images. Colour
+profiles are ignored, as in the preparation of the published datasets.
 """
 import argparse, datetime, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil, signal, struct
 import sys, tarfile, time, warnings, zipfile, zlib
@@ -34,9 +35,10 @@ from model import DATASETS, UserError, atomic_write
 
 PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .tga .avif .jp2".split()
 TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()         # files that may list labels
-HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$"
+HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$|@eaDir$|#recycle$|\$RECYCLE\.BIN$"
 # Folders with such names are parts of a dataset. FFHQ stores a thousand images in each of 00000/, 01000/, ...
-PART = r"(?i)(train|val|test|dev|images?|masks?|labels?)(ing|id|idation)?[-_]?(set|data|[ab]|\d+)?|\d{5,}"
+PART = (r"(?i)((train|val|test|dev|eval|fold|split|unlabell?ed|images?|masks?|annotations?|labels?)"
+        r"(ing|id|idation)?[-_ ]?(set|data|[ab]|\d+)?[-_ ]?)+|\d{5,}")
 CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
 TRAINING_IMAGES = {"cifar10": 50_000, "ffhq64": 70_000, "afhqv2-64": 15_803, "imagenet64": 1_281_167,
@@ -77,15 +79,15 @@ def list_folder(folder, prefix="", above=()):
 
 def open_files(path, files, classes, images=None, labels=None):
     """Images, latents, idx files or CIFAR-10 batches. files: {name: function that opens the file}"""
-    cifar = {name: name.split("/")[-1] for name in files if re.fullmatch(CIFAR, name.split("/")[-1])}
-    idx = {re.sub(r"(?i)\.gz$", "", name): name for name in files if re.fullmatch(IDX, name)}
-    if cifar: return open_arrays(path, read_cifar({cifar[name]: files[name]() for name in cifar}), classes)
-    if idx:
-        arrays = {k: read_idx(files[name](), name) for k, name in idx.items()}
+    visible = sorted(name for name in files if not any(re.match(HIDDEN, part) for part in name.split("/")))
+    cifar = {name: name.split("/")[-1] for name in visible if re.fullmatch(CIFAR, name.split("/")[-1])}
+    idx = {re.sub(r"(?i)\.gz$", "", name): name for name in visible if re.fullmatch(IDX, name)}
+    if cifar or idx:
+        arrays = (read_cifar({cifar[name]: files[name]() for name in cifar}) if cifar else
+                  {k: read_idx(files[name](), name) for k, name in idx.items()})
         return open_arrays(path, arrays, classes, images, labels)
     if images or labels: raise UserError("there are no keys to choose. Remove --images and --labels.")
 
-    visible = sorted(name for name in files if not any(re.match(HIDDEN, part) for part in name.split("/")))
     kinds = defaultdict(list)                              # suffix: names
     for name in visible:
         if not name.endswith("/"): kinds[posixpath.splitext(name)[1].lower()].append(name)
@@ -173,7 +175,8 @@ def read_idx(file, name):
     zeros, kind, dims = struct.unpack(">HBB", data[:4])
     if (zeros, kind) != (0, 8): raise ValueError(f"{name} is not an idx file of bytes")
     shape = struct.unpack(f">{dims}I", data[4:4 + 4 * dims])
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    array = np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    return array.swapaxes(1, 2) if dims == 3 and "emnist" in name.lower() else array   # EMNIST is transposed
 
 
 def verify_checksums(z):
@@ -210,6 +213,7 @@ def choose(flag, wanted, candidates, described):
 def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     """Images and labels among named arrays. Images: uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or floats in
     [0, 1] or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
+    if classes == "folders": raise UserError("--classes folders has no effect on arrays. Remove it.")
     class_names = [str(name) for name in arrays.pop("class_names", ())]
     shapes = {key: x.shape for key, x in arrays.items()}
     key = choose("--images KEY", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
@@ -228,7 +232,11 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
         image = x[i] if x.dtype == np.uint8 else np.round(x[i] * scale + offset).astype(np.uint8)
         if first: image = image.transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
-    fits = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and shapes[k][0] == len(x)]
+    vectors = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and not re.match("mu|sigma", k)]
+    fits = [k for k in vectors if shapes[k][0] == len(x)]
+    if vectors and not fits and classes != "none":
+        raise UserError(f"{vectors[0]} {shapes[vectors[0]]} has no label for each of {len(x):,} images. "
+                        "Correct it, or pass --classes none.")
     label_key = choose("--labels KEY", labels, fits if classes != "none" else [], shapes)
     y = arrays[label_key] if label_key else None
     if y is not None and y.shape[1:] == (1,): y = y[:, 0]
@@ -242,8 +250,8 @@ def float_range(x):
     """-> scale and offset that map float pixels to 0..255"""
     chunks = [x[i:i + 256] for i in range(0, len(x), 256)]
     low, high = np.min([chunk.min() for chunk in chunks]), np.max([chunk.max() for chunk in chunks])
-    if 0 <= low < 0.1 and 0.9 < high <= 1: return 255, 0
-    if -1 <= low < -0.9 and 0.9 < high <= 1: return 127.5, 127.5
+    if 0 <= low < 0.1 and 0.9 < high <= 1.001: return 255, 0           # 1.001: rounding errors
+    if -1.001 <= low < -0.9 and 0.9 < high <= 1.001: return 127.5, 127.5
     raise UserError(f"floats in [{low:.4g}, {high:.4g}] are not pixels in [0, 1] or [-1, 1]. Store uint8.")
 
 
@@ -275,7 +283,6 @@ def open_source(path, classes="auto", images=None, labels=None):
     try:
         if path.startswith("hf:"): return open_hub(path, classes, images, labels)
         if lower.endswith(".npz"):
-            if classes == "folders": raise UserError("--classes folders has no effect on an .npz. Remove it.")
             return open_arrays(path, npz_arrays(path), classes, images, labels)
         if archive and os.path.isfile(archive[1]):
             z, start = zipfile.ZipFile(archive[1]), archive[2].rstrip("/") + "/" if archive[2] else ""
@@ -291,19 +298,20 @@ def open_source(path, classes="auto", images=None, labels=None):
         elif os.path.isdir(path):
             files = {name: lambda name=name: open(Path(path, name), "rb") for name in list_folder(path)}
         elif lower.endswith(".npy"):
-            return open_arrays(path, {"images": np.load(path, mmap_mode="r", allow_pickle=False)})
-        elif "cifar" in lower:
+            arrays = {"images": np.load(path, mmap_mode="r", allow_pickle=False)}
+            return open_arrays(path, arrays, classes, images, labels)
+        elif re.fullmatch(IDX, path):
+            beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
+            existing = [name for name in {path, beside} if os.path.isfile(name)]
+            files = {name: lambda name=name: open(name, "rb") for name in existing}
+        elif Path(path).suffix.lower() in PICTURES: raise UserError("is one image. Give its folder.")
+        elif tarfile.is_tarfile(path):
             tar = tarfile.open(path)
             files = {m.name: lambda m=m: tar.extractfile(m) for m in tar
                      if re.fullmatch(CIFAR, posixpath.basename(m.name))}
             if not files:
                 raise UserError("is not the python archive of CIFAR-10. Unpack it, or for CIFAR-100 give "
                                 "hf:uoft-cs/cifar100.")
-        elif re.fullmatch(IDX, path):
-            beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
-            existing = [name for name in {path, beside} if os.path.isfile(name)]
-            files = {name: lambda name=name: open(name, "rb") for name in existing}
-        elif Path(path).suffix.lower() in PICTURES: raise UserError("is one image. Give its folder.")
         else: raise UserError("is not a folder, .zip, .npz, .npy, CIFAR-10 archive or idx file. Unpack it.")
         return open_files(path, files, classes, images, labels)
     except UserError as e: raise UserError(f"{path}: {e}")
@@ -329,7 +337,7 @@ def in_order(source, convert, workers=1, skip_bad=False):
         for i, result in enumerate(sample.progress(results, len(source), size=lambda _: 1)):
             if not isinstance(result, UserError): yield i, result
             elif skip_bad: print(f"left out: {result}")
-            else: raise UserError(f"{result} Remove it, or pass --skip-bad.")
+            else: raise UserError(f"{result} Remove it (prepare_data.py --skip-bad leaves such images out).")
 
 
 def without_bad(source, workers):
@@ -348,7 +356,7 @@ def without_bad(source, workers):
 def survey(source, workers=1):
     """Read the headers of all images -> {(width, height): name of one such image}, whether all are grey"""
     def header(image):
-        turned = image.getexif().get(0x0112, 1) >= 5
+        turned = image.getexif().get(0x0112, 1) >= 5 and image.format != "TIFF"     # Pillow turns a TIFF
         grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
         return image.size[::-1] if turned else image.size, grey
     sizes, all_grey = {}, True
@@ -415,6 +423,8 @@ def index_labels(source):
     if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
     fits = values.ndim == 1 and values.dtype.kind in ("iu" if len(names) else "buiU")
     unique, y = np.unique(values, return_inverse=True) if fits else (source.labels, None)
+    if fits and values.dtype.kind == "i" and unique[0] < 0:
+        print(f"warning: label {unique[0]} becomes a class; below 0 often means unlabelled", flush=True)
     if fits and len(names) and unique[-1] >= len(names):
         raise UserError(f"{source.path}: label {unique[-1]} has no name, there are {len(names)} class_names. "
                         "Correct class_names, or pass --classes none.")
@@ -634,6 +644,9 @@ def latent_shape(source):
     if z.ndim != 3 or z.dtype.kind != "f" or z.shape[1] != z.shape[2]:
         raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W), "
                         "H = W, or images as uint8 (N,H,W,C).")
+    if len(z) in (1, 3, 4) and 0 <= z.min() < z.max() <= 1:
+        raise UserError(f"{source.path}: {source.names[0]} has values in [0, 1], like pixels, not latents. "
+                        "Store images as PNG, or all in one .npz, uint8 (N,H,W,C).")
     half = len(z) // 2
     moments = len(z) == 2 * half and (z[half:] > 0).all()              # standard deviations are positive
     return z.shape, half if moments else len(z)
@@ -662,6 +675,10 @@ def main():
     if expected and len(source) != expected:
         print(f"warning: the training set of {args.data} is {expected:,} images, and SOURCE has "
               f"{len(source):,}. Results will not compare with published ones.", flush=True)
+    of_imagenet = config and config["classes"] == 1000
+    if of_imagenet and not all(re.fullmatch(r"n\d{8}|\d+", name) for name in class_names):
+        print(f"warning: the classes of {args.data} are numbered by WordNet id (n01440764 is 0). Name the "
+              "folders by these ids, or no public teacher fits the labels.", flush=True)
     if config and not config["classes"] and y is not None:
         print(f"{args.data} has no classes; the labels are left out")
         y = None
@@ -675,11 +692,12 @@ def main():
         info |= {"size": size, "crop": args.crop or "center", "flip": args.flip,
                  "filter": "Lanczos" if crop is lanczos_crop else "ADM"}
         shape = size, size, channels
-    enlarged = []                          # one item for each image that is smaller than the stored size
+    enlarged, animated = [], []            # an item for each such image
     def convert(sample):
         if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
         if source.latents: return sample
         if min(sample.size) < size: enlarged.append(1)
+        if getattr(sample, "is_animated", False) and sample.format != "MPO": animated.append(1)
         return to_pixels(sample, size, channels, args.background, crop)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
@@ -707,6 +725,7 @@ def main():
     totals = defaultdict(float)
     def finish():
         if enlarged: print(f"{len(enlarged):,} images are smaller than {size} pixels and were enlarged")
+        if animated: print(f"{len(animated):,} images have several frames or pages; the first is used")
         if not C and totals["largest"] < 32:
             raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
                             "them to 0..255.")

@@ -92,7 +92,7 @@ def read(path, rank, world):
 
 
 def is_images(path):
-    return path.lower().endswith((".npz", ".zip")) or os.path.isdir(path)
+    return path.endswith((".npz", ".zip")) or os.path.isdir(path)
 
 
 def over_ranks(n, total, outer, device):
@@ -169,7 +169,7 @@ def reference(args, header, features, rank, world, device):
         n, mu, cov = over_ranks(*sums(features(x) for x in read(path, rank, world)), device)
         if cache and rank == 0:
             try: save_statistics(cache, n, mu, cov)        # also over a damaged file
-            except OSError as e: model.say(f"{path}: its statistics are not cached ({e})")
+            except model.UserError as e: model.say(f"{path}: its statistics are not cached ({e})")
         return path, n, mu, cov
     if rank: return None
     with np.load(cache) as f: n, mu, cov = (torch.from_numpy(f[k]) for k in ("n", "mu", "sigma"))
@@ -234,7 +234,8 @@ def evaluate(file, args, features, rank, world, device):
         drawn = sample.generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, rank, world,
                                 solver)
         batches = (images for images, _ in drawn)
-        details = {"file": file, "step": header["step"], "nfe": sample.count_nfe(header, steps, solver),
+        nfe = sample.count_nfe(header, steps, solver, args.guidance)
+        details = {"file": file, "step": header["step"], "nfe": nfe,
                    "seeds": f"{seeds.start}-{seeds.stop - 1}", "labels": args.labels, "solver": solver,
                    "guidance": None if args.guidance == 1 else args.guidance, "guide": args.guide,
                    "mid_t": args.mid_t, "precision": args.precision}

@@ -1270,13 +1270,13 @@ def save_run(args, step, net, ema, opt, header):
 
 
 def check_replaceable(out, stage, data):
-    """Raise UserError if `out` exists and is not a result of this stage on this data, or is imported."""
+    """Raise UserError if `out` exists and is imported, or not from this stage on data of this name."""
     if not os.path.exists(out): return
     try: old = read(out, tensors=False)[1]
     except UserError: old = {}
     imported = "imported from" in old and old["step"] == 0     # models trained from it keep "imported from"
     if (old.get("stage"), old.get("data")) != (stage, data) or imported:
-        what = "imported" if imported else f"from {old.get('stage', 'elsewhere')} of {old.get('data')}"
+        what = "imported" if imported else f"not from {stage} on {data}"
         raise UserError(f"{out} exists, and is {what}; choose another --out, or move it away.")
 
 

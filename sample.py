@@ -1,7 +1,7 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). Of a flow-matching
-                                 teacher, Heun makes one less if STEPS is even
+  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). For a flow-matching
+                                 teacher, Heun uses STEPS - 1 if STEPS is even
   writes  runs/NAME/samples.npz  of one FILE: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
           runs/NAME/samples.png  one FILE: its first 64 images. Several FILEs: up to 20 images of each, a row
@@ -18,7 +18,7 @@ processes gives the same images. Images are written in parts of 1,024; the same 
 interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
 
 The best time of the second step depends on the data. On MNIST --mid-t 1.6 gives better samples than the
-default of posttrain_cm.py, 0.821 (docs/mnist.md).
+default of posttrain_cm.py, 0.821 (docs/mnist.md, on one seed).
 """
 import argparse, contextlib, hashlib, itertools, json, os, sys, time, zipfile
 from pathlib import Path
@@ -130,8 +130,8 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         raise model.UserError(f"{steps} steps: at least one step is needed.")
     if solver: solve.check_solver(solver, header["stage"], header)
     if mid_t and (steps == 1 or not consistency and solver != "jump"):
-        raise model.UserError("--mid-t would have no effect: it is for two or more steps of a consistency or "
-                              "Mean Flow model. Leave it out.")
+        raise model.UserError(f"--mid-t has no effect on {steps} NFE by {solver or 'consistency sampling'}; "
+                              "it is for two or more of a consistency or Mean Flow model. Leave it out.")
     if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels != "random" and not K:
@@ -307,9 +307,10 @@ def open_model(text, args, device):
     return solve.guide_teacher(net, header, args, path), header, steps, solver
 
 
-def count_nfe(header, steps, solver):
-    """Function evaluations for an image; with guidance each also calls the guide."""
-    return solve.count_calls(solve.solver_times(header, steps, solver), solver) if solver else steps
+def count_nfe(header, steps, solver, guidance=1):
+    """Forward passes for an image; with guidance every call of the model is also one of the guide."""
+    calls = solve.count_calls(solve.solver_times(header, steps, solver), solver) if solver else steps
+    return calls if guidance == 1 else 2 * calls
 
 
 def seed_range(text):
@@ -384,7 +385,8 @@ def main():
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
     single, seeds = len(args.files) == 1, args.seeds or range(args.n)
-    if args.out and single == (Path(args.out).suffix.lower() in (".png", ".jpg", ".jpeg")):
+    picture = (".png", ".PNG", ".jpg", ".jpeg") if single else ".png"
+    if args.out and single == args.out.endswith(picture):
         raise model.UserError(f"--out {args.out}: the images of one FILE go to X.npz or FOLDER/; of several "
                               "FILEs only a picture is drawn, X.png.")
     if not single and len(seeds) > 20 and (args.seeds or model.typed("--n")):
@@ -404,7 +406,7 @@ def main():
             out = os.path.normpath(out if folder else out.removesuffix(".npz").removesuffix(".png"))
             if not model.can_write(Path(out, "0.png") if folder else out):
                 raise model.UserError(f"--out {out} is in a folder that cannot be written.")
-            real, first_vae = args.real and open_real(args.data, header), vae
+            real, first_vae = args.real and not rank and open_real(args.data, header), vae
         headers.append(header)
         result = Path(out if folder else f"{out}.npz")
         def draw(part):
@@ -418,7 +420,8 @@ def main():
         images, labels = (collect(parts, seeds, result, rank, world) if single else
                           (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
         if rank: return
-        names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {count_nfe(header, steps, solver)} NFE")
+        nfe = count_nfe(header, steps, solver, args.guidance)
+        names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {nfe} NFE")
         if single and not real:                       # one FILE: rows of 16, the first is named
             rows = [images[i:i + 16] for i in range(0, len(images), 16)]
             names += [""] * (len(rows) - 1)
@@ -428,9 +431,8 @@ def main():
     stages = {path_of(file): header["stage"] for file, header in zip(args.files, headers)}
     stems = [Path(path).stem for path in stages]
     for i, path in enumerate(map(path_of, args.files)):    # several files of one stage: add their names
-        stem, folder_name = Path(path).stem, Path(path).absolute().parent.name
         if list(stages.values()).count(stages[path]) > 1:
-            names[i] += f", {stem}" if stems.count(stem) == 1 else f", {folder_name}/{stem}"
+            names[i] += f", {Path(path).stem if stems.count(Path(path).stem) == 1 else path}"
     if real:
         rows.insert(0, real_images(real, first_labels, headers[0], first_vae))
         names.insert(0, "real")

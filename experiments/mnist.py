@@ -386,8 +386,9 @@ def print_ratios(found):
             lines = [[line(found, method, k, measure, seeds) for method in (with_mid, baseline)]
                      for seeds in (SEEDS, *([seed] for seed in SEEDS))]
             if not all(map(all, lines)) or len(lines[0][1]) == 1: continue
-            for n, (units, _) in enumerate(lines[0][0]):
-                pairs = [([chain[n]], others) for chain, others in lines]
+            for units, _ in lines[0][0]:
+                pairs = [([p for p in chain if p[0] == units], others) for chain, others in lines]
+                pairs = [*filter(all, pairs)]              # a seed may lack this budget
                 seeds = ", ".join("{}{:.2f}".format(*compute_ratio(*pair)) for pair in pairs[1:])
                 print(f"{with_mid} with {units} units, {baseline}, {k} NFE, {measure}: "
                       f"{speed_up(*pairs[0])}; seeds {seeds}")

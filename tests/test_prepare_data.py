@@ -691,7 +691,7 @@ def test_folders_that_are_parts(prepare, a, b):
 
 
 def test_an_archive_is_known_by_its_content(prepare):
-    with tarfile.open("renamed.tar.gz", "w:gz") as tar: tar.add(cifar_folder())
+    with tarfile.open("renamed.tar.gz", "w:gz") as tar: tar.add(cifar_folder(), "./cifar")
     refused(prepare("renamed.tar.gz", "--labels", "x"), "--labels KEY")
     done = prepare("renamed.tar.gz")
     assert done.code == 0 and done.arr_0.shape == (12, 32, 32, 3), done.err

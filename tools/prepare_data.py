@@ -35,7 +35,7 @@ from model import DATASETS, UserError, atomic_write
 
 PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .tga .avif .jp2".split()
 TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()         # files that may list labels
-HIDDEN = r"(?i)\.|__MACOSX$|thumbs\.db$|desktop\.ini$|@eaDir$|#recycle$|\$RECYCLE\.BIN$"
+HIDDEN = r"(?i)\.(?!\.?$)|__MACOSX$|thumbs\.db$|desktop\.ini$|@eaDir$|#recycle$|\$RECYCLE\.BIN$"
 # Folders with such names are parts of a dataset. FFHQ stores a thousand images in each of 00000/, 01000/, ...
 PART = (r"(?i)((train|val|test|dev|eval|fold|split|unlabell?ed|images?|masks?|annotations?|labels?)"
         r"(ing|id|idation)?[-_ ]?(set|data|[ab]|\d+)?[-_ ]?)+|\d{5,}")
@@ -176,7 +176,8 @@ def read_idx(file, name):
     if (zeros, kind) != (0, 8): raise ValueError(f"{name} is not an idx file of bytes")
     shape = struct.unpack(f">{dims}I", data[4:4 + 4 * dims])
     array = np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    return array.swapaxes(1, 2) if dims == 3 and "emnist" in name.lower() else array   # EMNIST is transposed
+    # EMNIST's images are transposed.
+    return array.swapaxes(1, 2) if dims == 3 and re.match("(?i)emnist", posixpath.basename(name)) else array
 
 
 def verify_checksums(z):
@@ -232,7 +233,7 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
         image = x[i] if x.dtype == np.uint8 else np.round(x[i] * scale + offset).astype(np.uint8)
         if first: image = image.transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
-    vectors = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and not re.match("mu|sigma", k)]
+    vectors = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and k not in ("mu", "sigma")]
     fits = [k for k in vectors if shapes[k][0] == len(x)]
     if vectors and not fits and classes != "none":
         raise UserError(f"{vectors[0]} {shapes[vectors[0]]} has no label for each of {len(x):,} images. "
@@ -307,7 +308,7 @@ def open_source(path, classes="auto", images=None, labels=None):
         elif Path(path).suffix.lower() in PICTURES: raise UserError("is one image. Give its folder.")
         elif tarfile.is_tarfile(path):
             tar = tarfile.open(path)
-            files = {m.name: lambda m=m: tar.extractfile(m) for m in tar
+            files = {m.name: lambda m=m: tar.extractfile(m) for m in itertools.islice(tar, 100)
                      if re.fullmatch(CIFAR, posixpath.basename(m.name))}
             if not files:
                 raise UserError("is not the python archive of CIFAR-10. Unpack it, or for CIFAR-100 give "
@@ -423,7 +424,7 @@ def index_labels(source):
     if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
     fits = values.ndim == 1 and values.dtype.kind in ("iu" if len(names) else "buiU")
     unique, y = np.unique(values, return_inverse=True) if fits else (source.labels, None)
-    if fits and values.dtype.kind == "i" and unique[0] < 0:
+    if fits and not len(names) and values.dtype.kind == "i" and unique[0] < 0:
         print(f"warning: label {unique[0]} becomes a class; below 0 often means unlabelled", flush=True)
     if fits and len(names) and unique[-1] >= len(names):
         raise UserError(f"{source.path}: label {unique[-1]} has no name, there are {len(names)} class_names. "
@@ -675,7 +676,7 @@ def main():
     if expected and len(source) != expected:
         print(f"warning: the training set of {args.data} is {expected:,} images, and SOURCE has "
               f"{len(source):,}. Results will not compare with published ones.", flush=True)
-    of_imagenet = config and config["classes"] == 1000
+    of_imagenet = config and config["classes"] == 1000 and not args.source.startswith("hf:")
     if of_imagenet and not all(re.fullmatch(r"n\d{8}|\d+", name) for name in class_names):
         print(f"warning: the classes of {args.data} are numbered by WordNet id (n01440764 is 0). Name the "
               "folders by these ids, or no public teacher fits the labels.", flush=True)

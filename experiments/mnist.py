@@ -312,8 +312,9 @@ def results(found, method, seeds=SEEDS):
 
 
 def limits():
-    """Store numbers of the tuning seed, with one unit, that could explain the results in two steps: other
-    times of the second step, CMT before ECT, and the teacher with more NFE."""
+    """Store numbers that could explain the results in two steps. Of the tuning seed, with one unit: other
+    times of the second step, CMT before ECT, and the teacher with more NFE. Of all seeds with four units: the
+    second step at the best of these times."""
     jobs, start = {}, teacher("cm", TUNING_SEED)
     for method in "CMT + ECT", "plain ECT by Adam":
         path = train(method, 1, *stored()[CHOSEN_KEY.format(method, 1)], TUNING_SEED)
@@ -321,6 +322,10 @@ def limits():
             jobs[f"limits: {method}, second step at {t}"] = functools.partial(scores, path, 5000, (2,), [t])
         if (middle := before_post_training(path)).exists():
             jobs["limits: CMT before ECT"] = functools.partial(scores, middle, 5000)
+        for seed in SEEDS:
+            path = train(method, 4, *stored()[CHOSEN_KEY.format(method, 4)], seed)
+            jobs[f"limits: {method}, 4 units, seed {seed}, second step at 1.6"] = functools.partial(
+                scores, path, 5000, (2,), [1.6])
     jobs["limits: teacher cm"] = functools.partial(scores, start, 5000, (16, 32))
     share(jobs)
 

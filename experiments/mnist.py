@@ -322,8 +322,8 @@ def limits():
             jobs[f"limits: {method}, second step at {t}"] = functools.partial(scores, path, 5000, (2,), [t])
         if (middle := before_post_training(path)).exists():
             jobs["limits: CMT before ECT"] = functools.partial(scores, middle, 5000)
-        for seed in SEEDS:
-            path = train(method, 4, *stored()[CHOSEN_KEY.format(method, 4)], seed)
+        for seed in SEEDS if (chosen := stored().get(CHOSEN_KEY.format(method, 4))) else ():
+            path = train(method, 4, *chosen, seed)
             jobs[f"limits: {method}, 4 units, seed {seed}, second step at 1.6"] = functools.partial(
                 scores, path, 5000, (2,), [1.6])
     jobs["limits: teacher cm"] = functools.partial(scores, start, 5000, (16, 32))

@@ -95,13 +95,14 @@ def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch, scale
         files = [line[-1] for line in ran[before:] if line[0] != "pretrain"]
         used, a_step = sum(map(common.compute, files)), 24 * mnist.BATCH          # at most 19 forwards a sample
         assert abs(used - budgets[0] * mnist.UNIT) < a_step, (method, used)
-    chosen = {mnist.CHOSEN_KEY.format(method, 1): [1e-3, 0.75] for method in mnist.METHODS}
+    chosen = {mnist.CHOSEN_KEY.format(method, units): [1e-3, 0.75]
+              for method, (_, budgets, *_) in mnist.METHODS.items() for units in budgets}
     monkeypatch.setattr(mnist, "stored", lambda: chosen)
     monkeypatch.setattr(mnist, "share", lambda jobs: found.update({key: job() for key, job in jobs.items()}))
     monkeypatch.setattr(mnist, "scores", lambda path, n, *options: (path.exists(), *options))
     found = {}
     mnist.limits()
-    assert len(found) == 12 and all(exists for exists, *_ in found.values())
+    assert len(found) == (18 if scale == 1 else 12) and all(exists for exists, *_ in found.values())
     assert found["limits: CMT + ECT, second step at 0.4"][1:] == ((2,), [0.4])
     mnist.picture()
     assert ran[-1][0] == "sample" and sum("mid-training" in word for word in ran[-1]) == 2

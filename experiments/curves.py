@@ -44,9 +44,9 @@ def points(branch, seed):
 def reach(line, level):
     """Compute at which a line of (compute, distance) first falls to `level`, by log-log interpolation
     -> compute, and whether it is only an upper bound, because the line starts below"""
+    if line[0][1] <= level: return line[0][0], line[0][1] < level
     for (c0, d0), (c1, d1) in zip(line, line[1:]):
-        if d0 > level >= d1: return c0 * (c1 / c0) ** (math.log(d0 / level) / math.log(d0 / d1)), False
-    return line[0][0], line[0][1] < level
+        if d1 <= level: return c0 * (c1 / c0) ** (math.log(d0 / level) / math.log(d0 / d1)), False
 
 
 def compute_ratio(with_mid, without):

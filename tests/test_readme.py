@@ -106,6 +106,7 @@ def test_compute_is_read_off_the_curves():
     import curves
     fast, slow = [(1, 8.0), (2, 2.0), (4, 1.0)], [(4, 8.0), (16, 2.0)]
     assert curves.reach(slow, 4.0) == (pytest.approx(8), False)
+    assert curves.reach([(1, 2.0), (2, 3.0), (4, 1.0)], 2.5) == (1, True)              # not the later crossing
     assert "mid-training 8.00 times the compute, for a distance of 2.000" in curves.speed_up(fast, slow)
     assert "at least 16.00 times" in curves.speed_up([(1, 1.0)], slow)
     assert "at most 1.00 times" in curves.speed_up(fast, [(4, 0.9)])

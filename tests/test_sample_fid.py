@@ -414,3 +414,12 @@ def test_two_files_of_one_stage_are_told_apart(run, here, tmp_path):
     done = run("sample", *files, "--n", 2, "--out", tmp_path / "a.png")
     assert done.code == 0 and done.out.splitlines()[-1].startswith(
         "teacher, 1 NFE, after mid-training, 1 NFE, midtrain_cm, after mid-training, 2 NFE, baseline: ")
+
+
+def test_an_autoencoder_that_diverges_is_noticed():
+    header = {"network": {"class": "SiT"}, "latents": {"mean": [0.0] * 4, "scale": [1.0] * 4}}
+    class Vae:
+        def decode(self, z):
+            self.sample = torch.full((1, 3, 16, 16), torch.nan)
+            return self
+    with pytest.raises(model.Diverged): sample.to_images(torch.zeros(1, 4, 2, 2), header, Vae())

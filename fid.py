@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import model, sample, solve
+import model, sample
 from tools import feature_networks
 
 

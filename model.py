@@ -534,7 +534,8 @@ def custom_dataset(shape, classes, latents=None):
 
 
 def find_data(data, flag="--data"):
-    """data: NAME, for data/NAME.npz, or the path of an .npz, whose stem is then the name.
+    """data: NAME (or NAME.npz, data/NAME) for data/NAME.npz, or the path of an .npz, whose stem is
+    then the name.
     -> key of the recipe (a name in DATASETS, else "custom"), name, path of the .npz"""
     path = Path(data)
     if "/" in data and os.path.isfile(f"{data}.npz"): path = Path(f"{data}.npz")                # data/NAME

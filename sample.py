@@ -385,8 +385,7 @@ def main():
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
     single, seeds = len(args.files) == 1, args.seeds or range(args.n)
-    picture = (".png", ".PNG", ".jpg", ".jpeg") if single else ".png"
-    if args.out and single == args.out.endswith(picture):
+    if args.out and single == args.out.endswith((".png", ".PNG", ".jpg", ".jpeg") if single else ".png"):
         raise model.UserError(f"--out {args.out}: the images of one FILE go to X.npz or FOLDER/; of several "
                               "FILEs only a picture is drawn, X.png.")
     if not single and len(seeds) > 20 and (args.seeds or model.typed("--n")):
@@ -422,17 +421,17 @@ def main():
         if rank: return
         nfe = count_nfe(header, steps, solver, args.guidance)
         names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {nfe} NFE")
-        if single and not real:                       # one FILE: rows of 16, the first is named
+        if single and not real:                            # one FILE: rows of 16, the first is named
             rows = [images[i:i + 16] for i in range(0, len(images), 16)]
             names += [""] * (len(rows) - 1)
         else: rows.append(images[:20])
         if solver: print(f"{text}: solver {solver}")
         if len(headers) == 1: first_labels = labels[:20]
     stages = {path_of(file): header["stage"] for file, header in zip(args.files, headers)}
-    stems = [Path(path).stem for path in stages]
+    stems = {path: Path(path).stem for path in stages}
     for i, path in enumerate(map(path_of, args.files)):    # several files of one stage: add their names
-        if list(stages.values()).count(stages[path]) > 1:
-            names[i] += f", {Path(path).stem if stems.count(Path(path).stem) == 1 else path}"
+        if [*stages.values()].count(stages[path]) > 1:
+            names[i] += f", {stems[path] if [*stems.values()].count(stems[path]) == 1 else path}"
     if real:
         rows.insert(0, real_images(real, first_labels, headers[0], first_vae))
         names.insert(0, "real")

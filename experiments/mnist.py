@@ -394,9 +394,9 @@ def print_ratios(found):
             for units, _ in lines[0][0]:
                 pairs = [([p for p in chain if p[0] == units], others) for chain, others in lines]
                 pairs = [*filter(all, pairs)]              # a seed may lack this budget
-                seeds = ", ".join("{}{:.2f}".format(*compute_ratio(*pair)) for pair in pairs[1:])
+                ratios = ", ".join("{}{:.2f}".format(*compute_ratio(*pair)) for pair in pairs[1:])
                 print(f"{with_mid} with {units} units, {baseline}, {k} NFE, {measure}: "
-                      f"{speed_up(*pairs[0])}; seeds {seeds}")
+                      f"{speed_up(*pairs[0])}; seeds {ratios}")
 
 
 def draw(found):

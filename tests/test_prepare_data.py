@@ -224,6 +224,11 @@ def test_a_known_dataset_with_another_number_of_images_gives_a_warning(prepare):
     assert "warning: the training set of cifar10 is 50,000 images, and SOURCE has 2" in done.out
 
 
+def test_classes_of_imagenet_that_are_not_in_its_order_give_a_warning(prepare):
+    for k in range(1000): save(f"photos/kind{k}/0.png", np.full((8, 8, 3), k % 256, np.uint8))
+    assert "n01440764 is 0" in prepare("photos", "--data", "imagenet64").out
+
+
 def modes():
     rgb, grey = Image.fromarray(PIXELS[0]), Image.fromarray(PIXELS[0, ..., 0])
     alpha = Image.fromarray(np.where(np.arange(256).reshape(16, 16) % 2, 255, 0).astype(np.uint8))

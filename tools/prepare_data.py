@@ -693,7 +693,7 @@ def main():
         info |= {"size": size, "crop": args.crop or "center", "flip": args.flip,
                  "filter": "Lanczos" if crop is lanczos_crop else "ADM"}
         shape = size, size, channels
-    enlarged, animated = [], []            # an item for each such image
+    enlarged, animated = [], []            # an item for each image that was enlarged, or has several frames
     def convert(sample):
         if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
         if source.latents: return sample

@@ -17,6 +17,7 @@ DIGITS = {branch: [recipes["digits"]["steps"] for recipes in stages] for branch,
 # branch: steps of pre-, mid- and post-training; flags of the baseline; its compute, in that of the chain
 CASES = {"cm": (DIGITS["cm"], ["--q", 2, "--lr", 3e-4], (0.5, 1, 2)),
          "mf": (DIGITS["mf"], ["--lr", 6e-4], (0.5, 1))}
+INTERVAL = 70 / 1500               # between two halvings of plain ECT's gap, the best of `make compare`
 
 
 def points(branch, seed):
@@ -35,7 +36,7 @@ def points(branch, seed):
         found["with mid-training"].append((total, *scores(out, N)))
     for times in base_compute:
         out, steps = file(f"base_{times}"), steps_for(times * total, like)
-        double = ["--double", round(steps / 12)] if branch == "cm" else []
+        double = ["--double", round(INTERVAL * steps)] if branch == "cm" else []
         command(post, *flags, *of_base, *double, "--init", pre, "--steps", steps, "--out", out)
         found["without"].append((times * total, *scores(out, N)))
     return found

@@ -1,14 +1,16 @@
 """`make gpu`: everything worth knowing on the day a GPU is at hand, in about half an hour.
 
-  1 compile   torch.compile of the three networks: gradients against eager mode, time of the first call,
-              dropout masks of ECT
+  1 compile   torch.compile of the three networks, without and with CUDA graphs: gradients against eager mode,
+              time of the first call, dropout masks of ECT
   2 ddp       DDP over NCCL with one process, compiled: gradients against eager mode without DDP
   3 recipes   training steps of every recipe at the paper's size, as on one of eight GPUs, not compiled:
               time, samples/s, and peak memory against the estimate of --dry-run
   4 tests     the tests of all stages, on CUDA
   5 digits    `make demo`
   6 bench     model FLOP/s of mid-training, one network after another
-  7 whole     midtrain.py on cifar10-like noise, compiled: a SIGTERM to all its processes while it compiles
+  7 launches  a training step in eager mode, compiled and with CUDA graphs, which no script uses yet: its time, and
+              how long the GPU works in it
+  8 whole     midtrain.py on cifar10-like noise, compiled: a SIGTERM to all its processes while it compiles
               must save and end it, and the same command must continue
 
 Prints each result as it comes, at the end a table, and stores all in --out after every result. A part that
@@ -16,8 +18,9 @@ fails or outlasts its limit is a row of the table and sets exit code 1. Parts ca
 experiments/gpu.py recipes`. Without a GPU it says so; `--cpu ddp recipes whole` tries
 these parts with digits.
 """
-import argparse, copy, importlib, json, os, signal, subprocess, sys, threading, time, traceback
+import argparse, copy, importlib, json, os, signal, statistics, subprocess, sys, threading, time, traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
+import bench, midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
 from tools import dry_run
 
 GiB = 2 ** 30
@@ -58,18 +61,30 @@ def tests(device):
         if " passed" in line or " FAILED" in line: yield {"what": "tests on CUDA", "result": line}
 
 
+def compiled(function, graphs):
+    """model.compiled, or with CUDA graphs: then a step has to begin with `new_step()`"""
+    without = model.compiled(function, True)               # sets torch's options, too
+    return torch.compile(function, dynamic=False, mode="reduce-overhead") if graphs else without
+
+
+new_step = torch.compiler.cudagraph_mark_step_begin
+
+
 def gradient_error(net, functions, inputs):
     """Relative difference of the gradients of mean(f(*inputs)^2) of two functions with net's weights, and the
-    seconds of the last."""
+    seconds of the last's first call. The third call counts: CUDA graphs are recorded in the second."""
     gradients = []
     for f in functions:
-        torch.manual_seed(1)
-        started = time.perf_counter()
-        f(*inputs).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
-        net.zero_grad()
-        if gradients[0].is_cuda: torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        for call in range(3):
+            torch.manual_seed(1)
+            started = time.perf_counter()
+            new_step()
+            f(*inputs).square().mean().backward()
+            gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+            net.zero_grad()
+            if gradient.is_cuda: torch.cuda.synchronize()
+            if call == 0: seconds = time.perf_counter() - started
+        gradients.append(gradient)
     return ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item(), seconds
 
 
@@ -89,16 +104,24 @@ def compiling(device):
                                 ("imagenet64", "Denoiser", {"num_blocks": 1, "dropout": 0.4}),
                                 ("imagenet256", "MeanVelocity", {"depth": 4})]:
         net, header, inputs = small_network(name, kind, device, **shorter)
-        fast = model.compiled(net, True)
-        error, seconds = gradient_error(net, (net, fast), inputs)
-        yield {"what": f"compiled {header['network']['class']}, fp32",
-               "result": f"{'' if error < 1e-3 else 'FAILED: '}gradients differ from eager mode by "
-                         f"{error:.1e}; first step {seconds:.0f} s"}
-        if kind == "Denoiser":     # both passes of ECT need one dropout mask, though only one has a gradient
-            (x, t), weight = inputs, torch.ones(8, device=device)
-            gap = posttrain_cm.ect_loss(fast, x, torch.randn_like(x), t, t, None, weight, 0.0).max()
-            yield {"what": "its dropout masks in ECT, as its loss for r = t",
-                   "result": f"{'' if gap < 1e-3 else 'FAILED: '}{gap:.1e}, with equal masks 0"}
+        for graphs in False, True:
+            torch._dynamo.reset()
+            fast = compiled(net, graphs)
+            error, seconds = gradient_error(net, (net, fast), inputs)
+            what = f"{header['network']['class']}{' with CUDA graphs' if graphs else ''}"
+            yield {"what": f"compiled {what}, fp32",
+                   "result": f"{'' if error < 1e-3 else 'FAILED: '}gradients differ from eager mode by "
+                             f"{error:.1e}; first step {seconds:.0f} s"}
+            if kind == "Denoiser":   # both passes of ECT need one dropout mask, though only one has a gradient
+                (x, t), weight = inputs, torch.ones(8, device=device)
+                for _ in range(3):
+                    new_step()
+                    loss = posttrain_cm.ect_loss(fast, x, torch.randn_like(x), t, t, None, weight, 0.0)
+                    gap = loss.max().item()
+                    loss.sum().backward()
+                net.zero_grad()
+                yield {"what": f"{what}: its dropout masks in ECT, as its loss for r = t",
+                       "result": f"{'' if gap < 1e-3 else 'FAILED: '}{gap:.1e}, with equal masks 0"}
 
 
 def ddp(device):
@@ -109,20 +132,32 @@ def ddp(device):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.HashStore(), rank=0,
                             world_size=1, device_id=index)
     try:
-        net, _, inputs = small_network("digits", "Denoiser", device)
-        wrapped = model.compiled(model.parallel(net, 2), cuda)
-        def two_forwards(x, t): return torch.cat([wrapped(x, t), wrapped(x, 0.5 * t)])
-        def plain(x, t): return torch.cat([net(x, t), net(x, 0.5 * t)])
-        error = gradient_error(net, (plain, two_forwards), inputs)[0]
-        for x, t in model.microbatches(wrapped, 4, *inputs):
-            with torch.no_grad(): target = wrapped(x, 0.5 * t)
-            (wrapped(x, t) - target).square().mean().backward()
-        norm, objects, number = model.gradient_norm(net), [None], torch.ones(1)
+        for graphs in (False, True) if cuda else (False,):
+            torch._dynamo.reset()
+            net, _, inputs = small_network("digits", "Denoiser", device)
+            ddp = model.parallel(net, 2)
+            wrapped = compiled(ddp, graphs) if cuda else ddp
+            def plain(x, t): return torch.cat([net(x, t), net(x, 0.5 * t)])
+            def two_forwards(x, t): return torch.cat([wrapped(x, t), wrapped(x, 0.5 * t)])
+            error = gradient_error(net, (plain, two_forwards), inputs)[0]
+            norms = []
+            for f, size in (net, None), (wrapped, 4), (wrapped, 4), (wrapped, 4):
+                new_step()
+                for x, t in model.microbatches(f, size, *inputs):
+                    with torch.no_grad(): target = f(x, 0.5 * t)
+                    (f(x, t) - target).square().sum().backward()
+                norms.append(model.gradient_norm(net))
+                net.zero_grad()
+            good = error < 1e-3 and abs(norms[-1] / norms[0] - 1) < 1e-3
+            yield {"what": f"DDP{', compiled' * cuda}{', with CUDA graphs' * graphs}",
+                   "result": f"{'' if good else 'FAILED: '}gradients differ by {error:.1e}; the norm of their "
+                             f"sum over microbatches by {norms[-1] / norms[0] - 1:.1e}"}
+        objects, number = [None], torch.ones(1)
         dist.all_gather_object(objects, "an object")
         dist.all_reduce(number)
         dist.barrier()
-        good = error < 1e-3 and norm < float("inf") and objects == ["an object"] and number == 1
-        yield {"what": "DDP", "result": f"{'' if good else 'FAILED: '}gradients differ by {error:.1e}"}
+        good = objects == ["an object"] and number == 1
+        yield {"what": "exchange of CPU tensors beside NCCL", "result": "works" if good else "FAILED"}
     finally: dist.destroy_process_group()
 
 
@@ -225,7 +260,7 @@ def recipes(device):
             if device.type == "cuda": torch.cuda.empty_cache()
 
 
-def bench(device):
+def flops(device):
     for line in script(10, "experiments/bench.py", "flops"): yield {"what": "bench", "result": line}
 
 
@@ -235,6 +270,39 @@ def digits(device):
         table = table or line.startswith("FD-pixels of")
         if table and line: yield {"what": "digits demo", "result": line.replace("|", " ")}
     yield {"what": "digits demo", "result": f"{time.time() - started:.0f} s in all"}
+
+
+def launches(device):
+    """Where the GPU waits for the CPU to launch kernels, its work is less than the step."""
+    for what, dataset, batch, network in [
+            ("cifar10", model.DATASETS["cifar10"], 16, {}),
+            ("MNIST, width 32", model.custom_dataset((1, 28, 28), 10), 256,
+             {"model_channels": 32, "num_blocks": 1})]:
+        header = model.fresh_header(dataset, **network)
+        model.setup(None, "bf16")
+        net = model.build(header).to(device).train()
+        net.backbone_dtype = torch.bfloat16
+        ema = copy.deepcopy(net).requires_grad_(False)
+        optimizer = model.optimizer(SimpleNamespace(optimizer="Adam", lr=1e-6, beta1=0.9, beta2=0.999), net)
+        x0, eps = torch.randn(2, batch, *dataset["shape"], device=device)
+        t, y = torch.ones(batch, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
+        for mode in "eager", "compiled", "with CUDA graphs":
+            torch._dynamo.reset()
+            f = net if mode == "eager" else compiled(net, mode == "with CUDA graphs")
+            def step():
+                new_step()
+                pretrain.edm_loss(f, x0, eps, t, y).mean().backward()
+                bench.update(net, ema, optimizer, 1e-6, 0.999)
+            for _ in range(4): step()
+            took = statistics.median(bench.seconds(step, device) for _ in range(20))
+            with torch.profiler.profile() as profile: bench.seconds(step, device)
+            kernels = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA
+                       and not e.key.startswith("Optimizer.")]
+            busy = sum(e.self_device_time_total for e in kernels) / 1e3
+            moved = sum(e.self_device_time_total for e in kernels if "nchw" in e.key.lower()) / 1e3
+            yield {"what": f"a training step, {what}, batch {batch}, {mode}",
+                   "result": f"{1e3 * took:.1f} ms; the GPU works {busy:.1f} ms in "
+                             f"{sum(e.count for e in kernels):,} kernels, {moved:.1f} of them on layouts"}
 
 
 def whole(device):
@@ -257,7 +325,7 @@ def whole(device):
 
 
 PARTS = {"compile": compiling, "ddp": ddp, "recipes": recipes, "tests": tests, "digits": digits,
-         "bench": bench, "whole": whole}
+         "bench": flops, "launches": launches, "whole": whole}
 
 
 def failed(what, e):

@@ -8,7 +8,7 @@
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --target mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
-  cost    per pair: one forward of the teacher (Heun: 15 per 8 pairs), a forward and a backward of the student
+  cost    per pair: one forward of the teacher (Heun: 1.9), a forward and a backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
           with --target mf, a squared distance, from about 2.5 to about 0.35
 
@@ -17,11 +17,10 @@
 
 Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
 Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
-time, in which a state is (1 - t) x_0 + t eps. A denoiser predicts x_0, not a velocity, so its weights are no
-start for the student: with --target mf pass --teacher runs/digits/pretrain.safetensors --init none.
+time, in which a state is (1 - t) x_0 + t eps. A denoiser predicts x_0, not a velocity, so its weights cannot
+initialise the student: with --target mf pass --teacher runs/digits/pretrain.safetensors --init none.
 
-The teacher is frozen, so the target of a state does not depend on the student: the student never learns from
-its own predictions. All pairs of times are equally likely, and the loss does not weight them.
+The teacher is frozen, so the student never learns from its own predictions. All pairs have the same weight.
 """
 import copy, math, shlex
 
@@ -31,7 +30,7 @@ import model, sample, solve
 from tools import dry_run, feature_networks
 
 # batch     pairs (state, target) in one step, over all GPUs
-# nfe       function evaluations of a trajectory
+# nfe       function evaluations of a trajectory, at most
 # solver    None: the teacher's default
 # warmup    pairs over which the learning rate rises linearly
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
@@ -41,9 +40,9 @@ from tools import dry_run, feature_networks
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
-CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, solver="dpm3", nfe=16,  # paper
+CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, nfe=16,            # paper
           distance="huber",                                                                       # ours
-          network={}, mid_t=0.7757)                                                               # code
+          solver="dpm3", network={}, mid_t=0.7757)                                                # code
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
                      network=dict(dropout=0.2))                                                   # code
 # Adam, because the first five steps of RAdam are those of SGD: on MNIST the loss grew from 42 to 1e7. Digits
@@ -91,16 +90,16 @@ PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # default teacher an
 # === the method =============================================================================================
 
 def cmt_loss(f, x, t, x_end, y, distance):
-    """Consistency mid-training (2509.24526), one number per pair. Solver times: t_0 = 80 > ... > t_N = 0.002.
-    x (B,C,H,W) states of solved trajectories, t (B,) their solver times, x_end (B,C,H,W) their endpoints,
+    """Consistency mid-training (2509.24526), one number per pair. The times are t_0 = 80 > ... > t_N = 0.002.
+    x (B,C,H,W) states of solved trajectories, t (B,) their times, x_end (B,C,H,W) their endpoints,
     y (B,) the labels of the trajectories, distance(a, b) -> (B,).  -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
     return distance(f(x, t, y), x_end)
 
 
-def cmt_meanflow_loss(u, x_t, x_r, r, t, y):
+def cmt_meanflow_loss(u, x_t, t, x_r, r, y):
     """Mid-training of a Mean Flow model (2509.24526), one number per pair. A pair is two states of one
-    trajectory, in flow time. x_t, x_r (B,C,H,W), r < t (B,) their times, y (B,) the labels of the
+    trajectory, in flow time. x_t, x_r (B,C,H,W), their times t > r (B,), y (B,) the labels of the
     trajectories -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<j} || u(x_t, r, t, y) - (x_t - x_r) / (t - r) ||^2,   t = t_i, r = t_j
     target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
@@ -121,13 +120,13 @@ def huber(a, b):
 
 def pair_table(N, target, pairing="cmt"):
     """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
-    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd": only the start with the endpoint,
-    M = 1; "cmt" and "slow": all (they differ in how many are used). -> i, j (M,)"""
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd", as in knowledge distillation: only
+    the start with the endpoint, M = 1; "cmt" and "slow": all. -> i, j (M,)"""
     if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
         raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
-    i, j = torch.triu_indices(N + 1, N + 1, offset=1)
-    if pairing == "kd": return i[N - 1:N], j[N - 1:N]      # (0, N)
-    return (i[j == N], j[j == N]) if target == "cm" else (i, j)
+    if pairing == "kd": return torch.tensor([0]), torch.tensor([N])
+    if target == "cm":  return torch.arange(N), torch.full((N,), N)
+    return torch.triu_indices(N + 1, N + 1, offset=1).unbind()
 
 
 def gather_pairs(states, times, y, indices, i, j):
@@ -169,7 +168,7 @@ def flags():
                    help="model whose trajectories are the targets; also the default of --init")
     if p.get_default("init") != "none":                    # the student starts from the teacher's weights
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
-    p.add_argument("--nfe", type=model.positive, help="number of function evaluations of a trajectory")
+    p.add_argument("--nfe", type=model.positive, help="function evaluations of a trajectory, at most")
     p.add_argument("--solver", choices=solve.SOLVERS,
                    help="dpm1, dpm2, dpm3: DPM-Solver++ (dpm3 as the authors released it, of order 2); jump: "
                         "steps of a Mean Flow teacher")
@@ -258,7 +257,7 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
     GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
     N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
-    N (N+1) / 2; --pairing kd and slow: one). With cmt the NFE per pair are the paper's. A pool is a function
+    N (N+1) / 2; --pairing kd and slow: one), so that the NFE per pair are the paper's. A pool is a function
     of (seed, rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have
     one size, so a compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
@@ -307,7 +306,7 @@ def main():
                                                                            teacher_header.get("latents"))
     net, header = model.initial_model(args, model.KIND[predecessor], dataset, device, **args.network)
     distance = load_distance(args, header, device)
-    if target == "mf":                                     # the times of the trajectories, as flow time
+    if target == "mf":                                     # the range of times, in flow time, for sample.py
         ends = {k: teacher_header[k] for k in ("t_min", "t_max")}
         if teacher_header["kind"] == "Denoiser": ends = {k: t / (1 + t) for k, t in ends.items()}
         header |= ends
@@ -318,7 +317,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net is net in DDP (the mean gradient of all processes) and torch.compile, where these are used.
+    # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
@@ -341,7 +340,7 @@ def main():
         for x_t, t, x_r, r, y in model.microbatches(wrapped_net, args.microbatch, *pairs):
             # with --target cm x_r is always the endpoint
             if target == "cm": loss = cmt_loss(wrapped_net, x_t, t, x_r, y, distance).sum() / local_batch
-            else:              loss = cmt_meanflow_loss(wrapped_net, x_t, x_r, r, t, y).sum() / local_batch
+            else:              loss = cmt_meanflow_loss(wrapped_net, x_t, t, x_r, r, y).sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 

@@ -193,7 +193,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net is net in DDP (the mean gradient of all processes) and torch.compile, where these are used.
+    # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]

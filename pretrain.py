@@ -101,7 +101,7 @@ def main():
     header |= model.run_metadata(args, args.stage, "images", world, data=data)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net is net in DDP (the mean gradient of all processes) and torch.compile, where these are used.
+    # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 

@@ -19,12 +19,11 @@ import torch
 import model
 
 # === the method =============================================================================================
-# A solver takes a function of (x, t), t (B,) (flow_map: of (z, r, t)), a start x (B, ...) at times[0], and
+# A solver takes a function f(x, t) with t (B,) (flow_map: u(z, r, t)), a start x (B, ...) at times[0], and
 # N+1 times. It returns
 #     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
-# States are returned with their times, so that no other code rebuilds the grid. Losses take times in the
-# dtype of x: convert them with times.to(x). Coefficients are computed in float64 and rounded once, when they
-# multiply x.
+# Losses take times in the dtype of x: convert them with times.to(x). Coefficients are computed in float64 and
+# rounded once, when they multiply x.
 #   EDM time    x_t = x_0 + t eps               dx/dt = (x - D(x, t)) / t
 #   flow time   z_t = (1 - t) x_0 + t eps       dz/dt = v(z, t)
 
@@ -49,8 +48,8 @@ def uniform_times(n, t_max=1.0, t_min=0.0):
 
 def dpm_solver_pp(denoise, x, times, order=3):
     """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
-    denoise(x, t) per step. Order k needs the outputs of k - 1 earlier steps, so the first steps have orders
-    1, 2, 3. As in CMT's code, the last steps have orders 3, 2, 1, and the formula with 3 outputs has order 2.
+    denoise(x, t) per step. A step of order k uses its output and the k - 1 before. With order=3 the steps
+    have orders 1, 2, 3, ..., 3, 2, 1, as in CMT's code, whose formula for 3 outputs is in fact of order 2.
     times > 0, descending; else ValueError.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
@@ -72,7 +71,7 @@ def dpm_solver_pp(denoise, x, times, order=3):
             D1, D2 = a + r0 / (r0 + r1) * (a - b), (a - b) / (r0 + r1)
             phi2 = phi1 / h[i] + 1
             phi3 = phi2 / h[i] - 0.5
-            # As in CMT's released code. This form is of order 2; order 3 needs 2 * phi3 * D2.
+            # As in CMT's released code. This step is of order 2; order 3 needs 2 * phi3 * D2.
             x = x + phi2 * D1 - phi3 * D2
         states.append(x)
     return torch.stack(states), times.double()
@@ -88,8 +87,8 @@ def euler(velocity, x, times):
 
 
 def heun(velocity, x, times):
-    """An Euler step, then the trapezoidal rule (2206.00364, algorithm 1, no churn). A step into t = 0, where
-    EDM's velocity does not exist, stays an Euler step. Two calls per step.
+    """An Euler step, then the trapezoidal rule (2206.00364, algorithm 1). Two calls per step. A step into
+    t = 0 stays an Euler step: EDM's velocity does not exist there. (Flow time's does; both are alike here.)
     -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
@@ -119,15 +118,14 @@ def guided(teacher, guide, w):
     model with the null label, and autoguidance (2406.02507) if it is a smaller or less trained model. w = 1:
     no guidance. teacher, guide: functions of (x, t, y) or (z, r, t, y) -> a function of the same"""
     def both(*inputs):
-        # D_guide + w (D - D_guide)
         guide_output = guide(*inputs)
         return guide_output + w * (teacher(*inputs) - guide_output)
     return teacher if w == 1 else both
 
 
 def edm_to_flow(x, t):
-    """EDM's time and flow time describe one process: x_t / (1 + t) is z at flow time t / (1 + t), and the
-    ODEs agree. States x (n, ...), their times t (n,) -> z, its times"""
+    """Convert states from EDM time to flow time: z = x / (1 + t) at time t / (1 + t). It maps trajectories to
+    trajectories. States x (n, ...), their times t (n,) -> z, its times"""
     return x / (1 + t).reshape(-1, *[1] * (x.dim() - 1)).to(x), t / (1 + t)
 
 
@@ -162,19 +160,19 @@ def default_solver(header):
 
 
 def solver_times(header, nfe, solver):
-    """The grid of `solver` for `nfe` function evaluations. -> (N+1,) float64
+    """The grid of `solver` for at most `nfe` function evaluations. -> (N+1,) float64
 
     DPM-Solver++: log-uniform. The others: EDM's for a denoiser, uniform in flow time. Heun takes two
-    evaluations per step, but one in a step into t = 0. Where t_min > 0, its grid ends at t_min if nfe is
-    even, and at 0 if it is odd, as in EDM's own sampler (2206.00364, algorithm 1). Where t_min = 0, as for
-    flow-matching teachers, it always ends at 0, so an even nfe takes only nfe - 1 evaluations."""
-    ends, denoiser, calls = (header["t_max"], header["t_min"]), header["kind"] == "Denoiser", CALLS_PER_STEP
+    evaluations per step, but one in a step into t = 0. If t_min > 0, an even nfe ends at t_min, and an odd
+    one at 0, as EDM's own sampler (2206.00364, algorithm 1). If t_min = 0, as for flow-matching teachers, an
+    even nfe takes only nfe - 1 evaluations."""
+    ends = header["t_max"], header["t_min"]
     if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
-    grid = karras_times if denoiser else uniform_times
+    grid = karras_times if header["kind"] == "Denoiser" else uniform_times
     if solver == "heun" and header["t_min"] > 0 and nfe % 2:
         above_0 = grid(nfe // 2, *ends) if nfe > 1 else torch.tensor([header["t_max"]]).double()
         return torch.cat([above_0, torch.zeros(1).double()])
-    return grid(math.ceil(nfe / calls.get(solver, 1)), *ends)
+    return grid(math.ceil(nfe / CALLS_PER_STEP.get(solver, 1)), *ends)
 
 
 def count_calls(times, solver):
@@ -270,18 +268,21 @@ def guide_teacher(teacher, header, args, path):
 
 
 def error_table(teacher, header, x, y):
-    """Print for each solver and NFE the root-mean-square error per pixel at the endpoint, against a solution
-    with 256 NFE, and the order observed between the last two columns."""
+    """Print for each solver, on its grid, and each NFE the root-mean-square error per pixel at the endpoint,
+    against a solution with 256 NFE, and the order observed between the last two columns. For jump the error
+    is mostly that of the model u, which has no order."""
     budgets = [4, 8, 16, 32, 64]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
     fine = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
     print(f"error at the endpoint over {len(x)} trajectories (RMS per pixel; pixels are in [-1, 1])")
-    print("  solver  " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
+    print("  solver  grid       " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
     for solver in solvers_of(header):
         errors = [solve(n, solver) - fine for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
-        print(f"  {solver:<8}" + "".join(f"{e:>15.6f}" for e in errors)
-              + f"{math.log2(errors[-2] / errors[-1]) if errors[-1] else math.nan:>8.2f}")
+        grid = ("log-uniform" if SOLVERS[solver][0] == "denoise" else
+                "EDM's" if header["kind"] == "Denoiser" else "uniform")
+        order = math.log2(errors[-2] / errors[-1]) if errors[-1] and solver != "jump" else math.nan
+        print(f"  {solver:<8}{grid:<11}" + "".join(f"{e:>15.6f}" for e in errors) + f"{order:>8.2f}")
 
 
 def main():
@@ -294,10 +295,12 @@ def main():
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
                    type=model.output_path, help="result; its picture lies beside it")
     p.add_argument("--solver", choices=SOLVERS,
-                   help="dpm1-3: DPM-Solver++ with 1 to 3 outputs; jump: of a Mean Flow model "
-                        "(default: dpm3 for denoisers, heun for flow matching, jump for Mean Flow)")
-    p.add_argument("--nfe", type=model.positive, default=16, help="NFE of a trajectory")
-    p.add_argument("--n", type=model.positive, default=64, help="trajectories")
+                   help="dpm1-3: DPM-Solver++ with the last 1 to 3 outputs of the teacher; jump: steps of a "
+                        "Mean Flow model (default: dpm3 for denoisers, heun for flow matching, jump for Mean "
+                        "Flow)")
+    p.add_argument("--nfe", type=model.positive, default=16,
+                   help="function evaluations of a trajectory, at most; guided, each is two forward passes")
+    p.add_argument("--n", type=model.positive, default=64, help="number of trajectories")
     p.add_argument("--seed", type=int, default=0, help="of noise and labels")
     guidance_flags(p)
     args = p.parse_args()

@@ -110,7 +110,7 @@ def losses(name, batch, device):
         "ECT": lambda: posttrain_cm.ect_loss(f, x, eps, t, 0.9 * t, y, 1 / t, 0.0),
     }, "flow matching": {
         "flow matching": lambda: pretrain.flow_loss(u, x, eps, t, y),
-        "CMT, Mean Flow (given trajectories)": lambda: midtrain.cmt_meanflow_loss(u, x, eps, 0.5 * t, t, y),
+        "CMT, Mean Flow (given trajectories)": lambda: midtrain.cmt_meanflow_loss(u, x, t, eps, 0.5 * t, y),
         "MeanFlow, JVP": lambda: meanflow(jvp),
         "MeanFlow, central difference": lambda: meanflow(difference),
         "MeanFlow, JVP of the whole batch": lambda: meanflow(jvp, 1.0),

@@ -176,7 +176,7 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
         pairs = next(midtrain.batches_from_teacher(teacher, header, N, args, 0, 0, batch, device))
         def loss(f, x_t, t, x_r, r, y):
             if args.target == "cm": return midtrain.cmt_loss(f, x_t, t, x_r, y, midtrain.huber)
-            return midtrain.cmt_meanflow_loss(f, x_t, x_r, r, t, y)
+            return midtrain.cmt_meanflow_loss(f, x_t, t, x_r, r, y)
         return loss, pairs
     if stage == "posttrain_cm":
         t = (args.P_mean + args.P_std * torch.randn(batch, device=device)).exp()

@@ -158,7 +158,7 @@ def test_losses_of_samples_of_any_shape_are_those_of_images():
             yield pretrain.edm_loss(f, a, b, t, y)
             yield pretrain.flow_loss(u, a, b, t, y)
             yield midtrain.cmt_loss(f, a, t, b, y, midtrain.huber)
-            yield midtrain.cmt_meanflow_loss(u, a, b, r, t, y)
+            yield midtrain.cmt_meanflow_loss(u, a, t, b, r, y)
             yield posttrain_cm.ect_loss(f, a, b, t, r, y, 1 / t, 0.06)
             yield posttrain_cm.ecd_loss(f, a, b, t, r, y, 1 / t, 0.0, f)
             v = posttrain_mf.guided_velocity(u, a, t, y, b, 0.5, 0.2, 3)

@@ -128,7 +128,7 @@ def test_posttrain_mf_pairs_to_the_end_are_consistency_pairs():
             z, s = solve.edm_to_flow(x, t)
             return (z - (s - r)[:, None, None, None] * u(z, r, s)) * (1 + times[-1])
         cm = midtrain.cmt_loss(f, x_t, t, x_end, None, midtrain.l2)
-        mf = midtrain.cmt_meanflow_loss(lambda z, r, t, y: u(z, r, t), z_t, z_end, r, s, None)
+        mf = midtrain.cmt_meanflow_loss(lambda z, r, t, y: u(z, r, t), z_t, s, z_end, r, None)
         assert relerr(cm, mf * ((s - r) * (1 + times[-1])) ** 2) < 1e-10
 
 
@@ -212,9 +212,9 @@ def test_cmt_meanflow_loss_is_zero_on_exact_trajectories():
     i, j = midtrain.pair_table(8, "mf")
     assert len(i) == 36 and (times[i] > times[j]).all()
     x_t, t, x_r, r, _ = midtrain.gather_pairs(states, times, torch.zeros(16), torch.arange(16 * 36), i, j)
-    assert midtrain.cmt_meanflow_loss(exact_u, x_t, x_r, r, t, None).max() < 1e-20
+    assert midtrain.cmt_meanflow_loss(exact_u, x_t, t, x_r, r, None).max() < 1e-20
     wrong = lambda z, r, t, y: exact_v(z, t)
-    assert midtrain.cmt_meanflow_loss(wrong, x_t, x_r, r, t, None).mean() > 0.1
+    assert midtrain.cmt_meanflow_loss(wrong, x_t, t, x_r, r, None).mean() > 0.1
 
 
 def test_solvers_in_flow_time():

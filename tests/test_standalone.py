@@ -26,7 +26,7 @@ CALLS = {
     "solve.edm_to_flow": (x, times),
     "solve.without_label": (shrink, 10),
     "midtrain.cmt_loss": (shrink, x, t, eps, None, lambda a, b: (a - b).flatten(1).norm(dim=1)),
-    "midtrain.cmt_meanflow_loss": (jump, x, eps, 0.5 * t, t, None),
+    "midtrain.cmt_meanflow_loss": (jump, x, t, eps, 0.5 * t, None),
     "midtrain.l2": (x, eps),
     "midtrain.huber": (x, eps),
     "midtrain.pair_table": (3, "mf"),

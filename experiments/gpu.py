@@ -8,8 +8,8 @@
   4 tests     the tests of all stages, on CUDA
   5 digits    `make demo`
   6 bench     model FLOP/s of mid-training, one network after another
-  7 launches  a training step in eager mode, compiled and with CUDA graphs, which no script uses yet: its time, and
-              how long the GPU works in it
+  7 launches  a training step in eager mode, compiled and with CUDA graphs, which no script uses
+              yet: its time, and how long the GPU works in it
   8 whole     midtrain.py on cifar10-like noise, compiled: a SIGTERM to all its processes while it compiles
               must save and end it, and the same command must continue
 
@@ -112,7 +112,7 @@ def compiling(device):
             yield {"what": f"compiled {what}, fp32",
                    "result": f"{'' if error < 1e-3 else 'FAILED: '}gradients differ from eager mode by "
                              f"{error:.1e}; first step {seconds:.0f} s"}
-            if kind == "Denoiser":   # both passes of ECT need one dropout mask, though only one has a gradient
+            if kind == "Denoiser":   # both passes of ECT need one dropout mask; only one has a gradient
                 (x, t), weight = inputs, torch.ones(8, device=device)
                 for _ in range(3):
                     new_step()
@@ -150,8 +150,8 @@ def ddp(device):
                 net.zero_grad()
             good = error < 1e-3 and abs(norms[-1] / norms[0] - 1) < 1e-3
             yield {"what": f"DDP{', compiled' * cuda}{', with CUDA graphs' * graphs}",
-                   "result": f"{'' if good else 'FAILED: '}gradients differ by {error:.1e}; the norm of their "
-                             f"sum over microbatches by {norms[-1] / norms[0] - 1:.1e}"}
+                   "result": f"{'' if good else 'FAILED: '}gradients differ by {error:.1e}; the norm of "
+                             f"their sum over microbatches by {norms[-1] / norms[0] - 1:.1e}"}
         objects, number = [None], torch.ones(1)
         dist.all_gather_object(objects, "an object")
         dist.all_reduce(number)

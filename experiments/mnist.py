@@ -20,8 +20,8 @@ This protocol was committed before the first run. It was changed six times since
   5. After plain ECT had its results at 4 units, CMT + ECT was added there. To save time it is not tuned for 4
      units; it takes the settings for 2, the best of four trials with 1.
   6. After CMT + MeanFlow had chosen a share of 0.97 for mid-training, the end of its ladder, the share 1 was
-     added: mid-training alone. (KD + ECT chose 0.05, the other end. In a trial with a quarter of a unit that is
-     one step, so there is no smaller one.)
+     added: mid-training alone. (KD + ECT chose 0.05, the other end. In a trial with a quarter of a unit that
+     is one step, so there is no smaller one.)
 
 Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the
           reference.
@@ -58,9 +58,9 @@ Scale 10  `--scale 10`, for a GPU, writes docs/mnist_x10.json. It was fixed befo
           budget. The methods are the two chains at 1 unit, and the baselines that were better at scale 1 (ECT
           by Adam, MeanFlow by RAdam) at 1 and 2.
 
-Two processes of one thread share the trainings; on a GPU start more by hand (`python experiments/mnist.py
-work --first K`). All continue where they were interrupted; finished numbers are in docs/mnist.json, so
-another machine continues too. `python experiments/mnist.py report` prints the table and draws the curves from
+Two processes of one thread share the trainings; on a GPU start 12 (`--workers 12`; `--branch cm` leaves out
+Mean Flow). All continue where they were interrupted; finished numbers are in docs/mnist.json, so another
+machine continues too. `python experiments/mnist.py report` prints the table and draws the curves from
 that file alone; `picture` draws samples of the checkpoints of seed 1; `limits` stores a few numbers that
 could explain the results in two steps.
 """
@@ -293,19 +293,21 @@ def run_seeds(name, method, units, setting):
     share({RESULT_KEY.format(name, units, seed): functools.partial(run, seed) for seed in SEEDS}, wait=False)
 
 
-def work(first=0):
-    """All trainings that no other process does, smaller budgets first; starts at task `first`."""
+def work(first=0, branch=None):
+    """All trainings (of one branch) that no other process does, smaller budgets first; starts at task
+    `first`."""
     share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1]),
            "noise floor": lambda: judge(classifier(), halves()[0][0])})
-    tasks = [(units, branch, method)
-             for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
+    tasks = [(units, of, method) for method, (of, budgets, *_) in METHODS.items() for units in budgets
+             if branch in (None, of)]
     tasks.sort(key=lambda task: task[:2])                                       # then in the order of METHODS
     def teacher_scores(branch, seed): return scores(teacher(branch, seed), 5000, (16, 1))
-    for units, branch, method in tasks[first:] + tasks[:first]:
-        share({TEACHER_KEY.format(branch, seed): functools.partial(teacher_scores, branch, seed)
+    for units, of, method in tasks[first:] + tasks[:first]:
+        share({TEACHER_KEY.format(of, seed): functools.partial(teacher_scores, of, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
         run_seeds(method, method, units, tune(method, UNTUNED.get((method, units), units)))
-    if "plain ECT" in METHODS: run_seeds(BEST_TRIAL.format("plain ECT"), "plain ECT", 1, BEST_SETTING)
+    if "plain ECT" in METHODS and branch != "mf":
+        run_seeds(BEST_TRIAL.format("plain ECT"), "plain ECT", 1, BEST_SETTING)
 
 
 def results(found, method, seeds=SEEDS):
@@ -459,6 +461,8 @@ def main():
     p.add_argument("--first", type=int, default=0, choices=range(tasks), metavar=f"0-{tasks - 1}",
                    help=f"for work: the task to begin with, of {tasks}")
     p.add_argument("--scale", type=int, default=1, choices=[1, 10], help="10: for a GPU")
+    p.add_argument("--workers", type=int, default=2, help="processes")
+    p.add_argument("--branch", choices=["cm", "mf"], help="train this one only (default: both)")
     args = p.parse_args()
     if args.scale == 10: use_scale_10()
     if args.what == "report": return report()
@@ -466,12 +470,15 @@ def main():
     if not (FOLDER / "train.npz").exists(): write_training_half()
     torch.set_num_threads(1)
     model.setup(None)                                      # TF32 off
-    if args.what == "work": return work(args.first)
+    if args.what == "work": return work(args.first, args.branch)
     if args.what == "picture": return picture()
     if args.what == "limits": return limits()
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     worker = [sys.executable, __file__, "work", "--scale", str(args.scale)]
-    workers = [subprocess.Popen(worker, env=one_thread) for _ in range(2)]
+    if args.branch: worker += ["--branch", args.branch]
+    # of more than two, half begin with the second task: a round of trials has too few for all
+    workers = [subprocess.Popen(worker + ["--first", str(k // 2 % 2)], env=one_thread)
+               for k in range(args.workers)]
     failed = [w.wait() for w in workers]
     if any(failed): sys.exit("a worker failed; the same command continues.")
     report()

@@ -23,6 +23,7 @@ initialise the student: with --target mf pass --teacher runs/digits/pretrain.saf
 The teacher is frozen, so the student never learns from its own predictions. All pairs have the same weight.
 """
 import copy, math, shlex
+from pathlib import Path
 
 import torch
 
@@ -194,8 +195,10 @@ def flags():
                f"python pretrain.py --data {shlex.quote(args.data)} --objective flow")
     args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
+        guided = f" --guidance {args.guidance:g}" + (f" --guide {args.guide}" if args.guide else "")
         args.command_for[args.trajectories] = (
-            f"python solve.py --teacher {args.teacher} --out {args.trajectories}")
+            f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
+            f"{guided if args.guidance != 1 else ''}")
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
     if target == "mf":            # u also takes r: `interval` adds an embedding of t - r, zero at first
@@ -227,12 +230,15 @@ def solve_pool(teacher, teacher_header, P, args, device):
 def adopt_trajectories(args):
     """Check that solve.py's file comes from the same teacher and guidance. Its solver and NFE replace those
     in args, so that the student's header records them."""
+    how = args.command_for[args.trajectories]
+    if not Path(args.trajectories).exists():
+        raise model.UserError(f"{args.trajectories} does not exist; `{how}` makes it.")
     made = model.read(args.trajectories, tensors=False)[1]
     guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
     if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
-        raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with --guidance "
-                              f"{args.guidance:g} and --guide {args.guide}; solve.py writes them.")
+        raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with this "
+                              f"guidance; `{how}` makes them.")
     args.nfe, args.solver = made["nfe"], made["solver"]
 
 
@@ -295,6 +301,9 @@ def main():
     teacher_stages = solve.ODE_STAGES if target == "mf" else [predecessor]
     teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device,
                                                      model.DATASETS.get(args.recipe_name))
+    if target == "mf" and teacher_header["kind"] == "Denoiser" and args.init == args.teacher:
+        raise model.UserError(f"{args.teacher} is a denoiser, so its weights cannot initialise a Mean Flow "
+                              "model; give --init none, or a flow-matching model.")
     teacher.backbone_dtype = model.DTYPES[args.precision]
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
     if args.trajectories: adopt_trajectories(args)
@@ -325,6 +334,7 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
+    if N == 1: model.say("warning: a trajectory of one step teaches no more than that. Give more --nfe.")
     batches = (batches_from_file(teacher_header, args, step, rank, local_batch, device) if args.trajectories
                else batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_batch, device))
     while True:

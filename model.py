@@ -16,12 +16,14 @@ Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6
 model.py imports nothing of this project.
 """
 import argparse, contextlib, functools, gc, hashlib, inspect, json, math, os
-import re, shlex, signal, struct, sys, time, traceback, uuid, warnings, zipfile, zlib
+import re, shlex, shutil, signal, struct, sys, time, traceback, uuid, warnings, zipfile, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+try: import fcntl
+except ImportError: fcntl = None                           # Windows
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -649,6 +651,10 @@ class Data:
 def open_data(args):
     """The data of --data, and the dataset's config. Raises UserError where the two do not fit."""
     data, dataset, command = Data(args.npz), DATASETS.get(args.recipe_name), prepare_command(args.name)
+    classes = (dataset or {}).get("classes", data.classes)
+    if data.labels is not None and classes and (missing := classes - len(data.labels.unique())) > 0:
+        say(f"warning: {data.path} has no images of {missing} of {classes} classes, so samples of these will "
+            "be bad. Number the classes from 0 without gaps, and give the file another name.")
     if not dataset:
         if data.shape[1] != data.shape[2] or data.shape[1] % 4:
             raise UserError(f"{data.path} has images of {data.shape[2]}x{data.shape[1]} pixels; they have to "
@@ -711,7 +717,9 @@ def save(path, tensors, header):
 def read(path, tensors=True):
     """-> {name: tensor} on the CPU, header. Raises UserError: the file is missing, damaged or not ours."""
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist.")
+        raise UserError(f"{path} is a folder." if os.path.isdir(path) else f"{path} does not exist.")
+    if str(path).endswith((".pkl", ".pt", ".pth", ".ckpt")):
+        raise UserError(f"{path} has to be imported first: python tools/import_checkpoint.py {path}")
     try:
         with safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["config"])
@@ -962,7 +970,9 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     runs/NAME/."""
     recipe_name, name, path = find_data(peek_flag("--data", "digits"))
     if recipe_name not in recipes:
-        raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}.")
+        other = {"pretrain": "; --objective flow has others", "midtrain_cm": "; --target mf has others"}
+        raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}"
+                        f"{other.get(writes, '')}.")
     recipe = {"beta1": 0.9} | recipes[recipe_name]
     gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and recipe_name not in ("digits", "custom")
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
@@ -1013,8 +1023,11 @@ def setup(batch, precision="fp32"):
     """Read torchrun's variables, choose the device, and start a process group if there are several processes.
     Plain `python` is one process. batch: the global batch; 0: there is none; None: the script runs in one
     process only. -> rank, world, device, this rank's share of the batch"""
-    rank, local, world = (int(os.environ.get(k, d))
+    rank, local, world = (int(os.environ.get(k) or d)
                           for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if rank >= world:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE {world}; start the processes with torchrun, or "
+                        "unset both for one process.")
     if batch is None and world > 1:
         raise UserError("this script runs in one process; start it with plain python.")
     if batch and batch % world:
@@ -1059,7 +1072,7 @@ def store_of_this_start(store, rank, world):
 
 
 def is_rank_0():
-    return os.environ.get("RANK", "0") == "0"
+    return (os.environ.get("RANK") or "0") == "0"
 
 
 def say(text):
@@ -1153,14 +1166,17 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
     shape and classes of `dataset`, and trained on the data of --data. args.command_for holds the command that
     makes a missing file. `network`: as in `load`."""
     path = getattr(args, flag)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise UserError(f"{path} does not exist; `{args.command_for[path]}` makes such a file"
-                        + ("; --init none starts anew." if flag == "init" else "."))
+                        + ("; --init none starts from random weights." if flag == "init" else "."))
     model, header = load(path, device, **network)
     if header["stage"] not in stages:
         raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
                         f"{' or '.join(stages)} file; `{args.command_for[path]}` makes one.")
-    if dataset: check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"])
+    if dataset:
+        check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"])
+        if bool(header.get("latents")) != bool(dataset.get("latents")):
+            raise UserError(f"of {path} and --data {args.data} one is of latents, the other of pixels.")
     its_data = header.get("data_identity")
     if its_data and os.path.exists(args.npz) and its_data != data_identity(args.npz):
         text = f"{path} was trained on other data than {args.npz} ({its_data})"
@@ -1282,14 +1298,33 @@ def check_replaceable(out, stage, data):
 
 
 def start_run(out, net, header):
-    """Say what starts, if `out` may be written."""
+    """Say what starts, if `out` may be written and there is room for it."""
     check_replaceable(out, header["stage"], header["data"])
-    say(f"starting {out}: {header['network']['class']}, "
-        f"{sum(p.numel() for p in net.parameters()):,} parameters")
+    parameters = sum(p.numel() for p in net.parameters())
+    folder = next(p for p in Path(out).absolute().parents if p.exists())
+    needed, free = 20 * parameters, shutil.disk_usage(folder).free       # weights, two moments, twice the EMA
+    if free < needed:
+        raise UserError(f"{out} and its resume file need {needed / 1e6:,.0f} MB, and {folder} has "
+                        f"{free / 1e6:,.0f} MB free; make room, or choose another --out.")
+    say(f"starting {out}: {header['network']['class']}, {parameters:,} parameters")
     settings = header["settings"]
     if settings["warmup"] > settings["steps"] * settings["batch"]:
-        say(f"warning: the learning rate warms up over {settings['warmup']:,} images, and the run ends "
-            "before. Give more --steps, or a smaller --warmup.")
+        say(f"warning: the learning rate warms up over {settings['warmup']:,} {header['unit']}, and the run "
+            "ends before. Give more --steps, or a smaller --warmup.")
+
+
+def hold(out, new=False):
+    """Raise UserError if another run writes to `out`, else keep others from it while this process lives: rank
+    0 locks the log NAME.jsonl. new: empty it."""
+    hold.log = None                                        # closes that of an earlier run of this process
+    if fcntl is None or not is_rank_0(): return
+    with contextlib.suppress(OSError):                     # not every file system has locks
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        hold.log = open(beside(out, ".jsonl"), "a")
+        try: fcntl.flock(hold.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to {out}; wait for it, end it, or choose another --out.")
+        if new: hold.log.truncate(0)
 
 
 def check_settings(path, old, header):
@@ -1299,7 +1334,8 @@ def check_settings(path, old, header):
     may_differ = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
     # Shared keys only: a file from before a flag was added lacks the flag.
     different = {k for k in was.keys() & now.keys() - may_differ if was[k] != now[k]}
-    if changed := [f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
+    if changed := [f"the {k[10:]} file is another" if k.startswith("sha256 of ") else
+                   f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                         "settings to continue it, another --out to keep both, or delete it to start over.")
     if now["steps"] < old["step"]:
@@ -1319,29 +1355,40 @@ def resume_run(out, net, ema, opt, header):
             raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
     if not os.path.exists(path):
         start_run(out, net, header)
+        hold(out, new=True)
         return 0
-    state, old = read(path)
+    try: state, old = read(path)
+    except UserError:
+        raise UserError(f"{path} is damaged; delete it to start over. {out} keeps the model saved last.")
     if old.get("stage") != header["stage"]:
         raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
                         "choose another --out.")
     check_settings(path, old, header)
+    hold(out)
+    current = old
+    if is_rank_0():
+        try: current = read(out)[1]
+        except UserError: current = {}                       # killed before the second save, or damaged since
+        def run_of(h): return h.get("stage"), h.get("network"), {
+            k: v for k, v in h.get("settings", {}).items() if k not in HARDWARE | {"steps"}}
+        if current and (run_of(current) != run_of(old) or current["step"] > old["step"]):
+            raise UserError(f"{out} is not of the run whose state is in {path}; move one of the two away, or "
+                            "choose another --out.")
     def part(prefix): return {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix)}
     net.load_state_dict(part("net."))
     ema.load_state_dict(part("ema."))
     slots = {k.split(".")[1] for k in state if k.startswith("opt.")}
     moments = [{slot: state[f"opt.{slot}.{name}"] for slot in slots} for name, _ in net.named_parameters()]
     opt.load_state_dict(opt.state_dict() | {"state": dict(enumerate(moments))})
-    if is_rank_0():
-        try: current = read(out)[1] == old
-        except UserError: current = False                    # killed between the two saves, or damaged since
-        if not current: save(out, ema.state_dict(), old)
+    if current != old: save(out, ema.state_dict(), old)
     say(f"{out} is finished ({old['step']:,} steps)." if old["step"] == header["settings"]["steps"] else
         f"continuing {out} at step {old['step']:,}.")
     return old["step"]
 
 
 class Stop:
-    """stop(step): has any rank been asked to end, by SIGTERM (preemption) or SIGINT (Ctrl-C)? The loop then
+    """stop(step): has any rank been asked to end, by SIGTERM (preemption), SIGINT (Ctrl-C) or SIGHUP (a
+    closed terminal)? The loop then
     saves and ends. All ranks get the same answer. It is asked after every step, because torchrun kills 30 s
     after its SIGTERM; a step and save that take longer are lost. In a single process a second Ctrl-C ends the
     run at once. Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun, so there the
@@ -1349,6 +1396,8 @@ class Stop:
     def __init__(self, world):
         self.world, self.signalled = world, False
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
+        hang_up = getattr(signal, "SIGHUP", None)          # not on Windows; nohup ignores it
+        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN: signal.signal(hang_up, self.receive)
 
     def receive(self, sign, frame):
         self.signalled = True
@@ -1431,7 +1480,8 @@ def run(main):
     for stream in (sys.stdout, sys.stderr):                # a terminal may know ASCII only
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
-        main()
+        try: main()
+        finally: hold.log = None                           # frees --out for another run
         if dist.is_initialized():
             dist.barrier()                                 # rank 0 may still be writing the last save
             # DDP's reference cycles hold the group's threads; gloo aborts if they outlive the interpreter.
@@ -1447,8 +1497,12 @@ def run(main):
     except BrokenPipeError:                                # `| head` closed stdout
         sys.stdout = open(os.devnull, "w")
         code = 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as e:
+        text = str(e).partition("\n")[0]
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+            print(f"{name}: out of memory ({text}). Try a smaller --batch or, in training, --microbatch N; "
+                  "--dry-run estimates the memory of a run.", file=sys.stderr)
+        else: traceback.print_exc()
         code = 1
     if dist.is_initialized():
         sys.stdout.flush(), sys.stderr.flush()

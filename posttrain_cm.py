@@ -181,6 +181,9 @@ def main():
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
     net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
+    if not args.double and header.get("stage") not in ("midtrain_cm", "posttrain_cm"):
+        model.say(f"warning: --init {args.init} is not mid-trained, so a narrow gap from the start gives a "
+                  "bad model. Give --q 2 and --double STEPS.")
     files = dict(init=args.init, data=data)
     if args.loss == "ecd":
         teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)

@@ -94,7 +94,7 @@ def run():
         import contextlib, io
         import model
         module, out, err, argv = importlib.import_module(script), io.StringIO(), io.StringIO(), sys.argv
-        handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         sys.argv, code = [f"{script}.py", *map(str, args)], 0
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): model.run(module.main)

@@ -550,3 +550,54 @@ def test_the_documented_dry_run_of_a_denoiser_as_mean_flow_teacher(run, here):
     teacher = "--teacher", "runs/digits/pretrain.safetensors"
     done = run("midtrain", "--target", "mf", *teacher, "--init", "none", "--dry-run")
     assert done.code == 0 and "GiB" in done.out, done.err
+
+
+# --- what a careless user does ------------------------------------------------------------------------------
+
+def test_a_leftover_rank_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")                        # without WORLD_SIZE the run would write nothing
+    refused(run("pretrain", "--steps", 1, "--out", tmp_path / "a.safetensors"), "RANK", "unset")
+    monkeypatch.setenv("RANK", "")
+    assert run("pretrain", "--steps", 1, "--batch", 8, "--no-preview", "--out", tmp_path / "a.safetensors").code == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_said_in_one_sentence(capsys, error):
+    def main(): raise error
+    with pytest.raises(SystemExit) as done: model.run(main)
+    err = capsys.readouterr().err
+    assert done.value.code == 1 and "--microbatch" in err and "Traceback" not in err
+
+
+def test_classes_without_images_are_said(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("digits.npz", arr_0=np.zeros((9, 8, 8, 1), np.uint8), arr_1=np.array([0, 5, 9] * 3))
+    done = run("pretrain", "--data", "digits.npz", "--steps", 1, "--batch", 8, "--no-preview")
+    assert done.code == 0 and "no images of 7 of 10 classes" in done.out
+    assert "no images" not in run("pretrain", "--steps", 1, "--batch", 8, "--no-preview", "--data",
+                                  ROOT / "data/digits.npz", "--out", "b.safetensors").out
+
+
+def test_ect_without_mid_training_needs_a_wide_gap(run, tmp_path):
+    flags = "--steps", 1, "--batch", 8, "--no-preview"
+    teacher, out = ROOT / "data/digits_teacher.safetensors", tmp_path / "a.safetensors"
+    for init, more, warned in (teacher, (), True), ("none", (), True), \
+            (teacher, ("--q", 2, "--double", 9), False), (ROOT / "data/digits_cmt.safetensors", (), False):
+        done = run("posttrain_cm", *flags, "--init", init, *more, "--out", out)
+        assert done.code == 0 and ("is not mid-trained" in done.out) == warned, done.out + done.err
+        for file in tmp_path.iterdir(): file.unlink()
+
+
+def test_mid_training_names_what_cannot_work(run, chain, tmp_path, monkeypatch):
+    monkeypatch.chdir(chain)
+    flags = "--steps", 1, "--batch", 8, "--no-preview", "--out", tmp_path / "a.safetensors"
+    refused(run("midtrain", *flags, "--target", "mf", "--teacher", "runs/digits/pretrain.safetensors"),
+            "is a denoiser", "--init none")
+    refused(run("midtrain", *flags, "--trajectories", tmp_path / "none"), "does not exist", "python solve.py")
+    refused(run("midtrain", *flags, "--data", "imagenet256"), "--target mf")
+    (tmp_path / "edm.pkl").write_text("a pickle")
+    refused(run("midtrain", *flags, "--teacher", tmp_path / "edm.pkl"), "tools/import_checkpoint.py")
+    refused(run("midtrain", *flags, "--teacher", tmp_path), "is a folder")
+    done = run("midtrain", *flags, "--nfe", 1)
+    assert done.code == 0 and "a trajectory of one step" in done.out, done.err

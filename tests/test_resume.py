@@ -153,6 +153,62 @@ class SimpleDone:
     def __init__(self, done): self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
 
 
+def test_a_model_of_another_run_is_not_replaced(run, chain, tmp_path):
+    """Beside the state of an old run at --out may lie a model that was copied there since."""
+    flags = "--batch", 8, "--no-preview", "--out", tmp_path / "a.safetensors"
+    first = run("pretrain", *flags, "--steps", 3)
+    assert first.code == 0, first.err
+    _, imported = model.read(ROOT / "data/digits_teacher.safetensors")
+    model.save(tmp_path / "imported", {}, imported | {"imported from": "edm.pkl", "step": 0, "settings": {}})
+    for other in chain / "runs/digits/posttrain_cm.safetensors", ROOT / "data/digits_teacher.safetensors", \
+            tmp_path / "imported":
+        shutil.copy(other, tmp_path / "a.safetensors")
+        refused(run("pretrain", *flags, "--steps", 3), "a.safetensors", "move one of the two away")
+        assert (tmp_path / "a.safetensors").read_bytes() == other.read_bytes()
+    (tmp_path / "a.safetensors").unlink()                  # as when it was killed before the second save
+    assert run("pretrain", *flags, "--steps", 3).code == 0 and (tmp_path / "a.safetensors").exists()
+
+
+def test_a_second_run_with_the_same_out_is_refused(run, tmp_path):
+    import fcntl
+    flags = "--batch", 8, "--steps", 2, "--no-preview", "--out", tmp_path / "a.safetensors"
+    with open(tmp_path / "a.jsonl", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(run("pretrain", *flags), "another run writes to", "a.safetensors")
+    assert run("pretrain", *flags).code == 0
+    with open(tmp_path / "a.jsonl", "a") as other:         # a finished run, too, is not overwritten meanwhile
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(run("pretrain", *flags), "another run writes to")
+
+
+def test_a_new_run_starts_a_new_log(run, tmp_path):
+    flags = "--batch", 8, "--no-preview", "--out", tmp_path / "a.safetensors"
+    assert run("pretrain", *flags, "--steps", 5).code == 0
+    (tmp_path / "a.resume.safetensors").unlink()
+    assert run("pretrain", *flags, "--steps", 2).code == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert steps == [1, 2]
+
+
+def test_a_disk_without_room_is_refused_at_the_start(run, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 10_000_000})
+    monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: usage)
+    flags = "--batch", 8, "--steps", 1, "--no-preview", "--out", tmp_path / "new/a.safetensors"
+    refused(run("pretrain", *flags), "need 15 MB", "10 MB free")           # 749,089 parameters
+    usage.free = 20_000_000
+    assert run("pretrain", *flags).code == 0
+    files = sum(os.path.getsize(tmp_path / "new" / f) for f in ("a.safetensors", "a.resume.safetensors"))
+    assert 0.9 < files / (20 * 749_089) < 1.1              # the estimate
+
+
+def test_a_damaged_state_is_refused_with_a_way_out(run, tmp_path):
+    flags = "--batch", 8, "--steps", 2, "--no-preview", "--out", tmp_path / "a.safetensors"
+    assert run("pretrain", *flags).code == 0
+    state = tmp_path / "a.resume.safetensors"
+    state.write_bytes(state.read_bytes()[:10_000])
+    refused(run("pretrain", *flags), "a.resume.safetensors is damaged", "delete it")
+
+
 def test_more_steps_only_at_a_constant_rate(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     import pretrain

@@ -138,7 +138,7 @@ def test_another_teacher_is_noticed(run, chain, tmp_path, monkeypatch):
         model.save(teacher, {k: scale * v for k, v in tensors.items()}, header)
         done = run("midtrain", *SMALL, "--teacher", teacher, "--init", teacher, "--out", out)
         assert done.code == code
-    assert "sha256 of teacher was" in done.err
+    assert "the teacher file is another" in done.err
 
 
 # --- refusals: one sentence, exit code 2, nothing on disk touched -------------------------------------------

@@ -1,4 +1,4 @@
-"""`make gpu`: everything worth knowing on the day a GPU is at hand, in about half an hour.
+"""`make gpu`: everything worth knowing on the day a GPU is at hand, in under an hour.
 
   1 compile   torch.compile of the three networks, without and with CUDA graphs: gradients against eager mode,
               time of the first call, dropout masks of ECT

@@ -1303,7 +1303,7 @@ def start_run(out, net, header):
     parameters = sum(p.numel() for p in net.parameters())
     folder = next(p for p in Path(out).absolute().parents if p.exists())
     needed, free = 20 * parameters, shutil.disk_usage(folder).free       # weights, two moments, twice the EMA
-    if free < needed:
+    if 0 < free < needed:                                  # some network disks say 0
         raise UserError(f"{out} and its resume file need {needed / 1e6:,.0f} MB, and {folder} has "
                         f"{free / 1e6:,.0f} MB free; make room, or choose another --out.")
     say(f"starting {out}: {header['network']['class']}, {parameters:,} parameters")

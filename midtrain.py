@@ -299,8 +299,9 @@ def main():
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     teacher_stages = solve.ODE_STAGES if target == "mf" else [predecessor]
-    teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device,
-                                                     model.DATASETS.get(args.recipe_name))
+    dataset = model.DATASETS.get(args.recipe_name)
+    if not dataset and Path(args.npz).exists(): dataset = model.open_data(args)[1]
+    teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device, dataset)
     if target == "mf" and teacher_header["kind"] == "Denoiser" and args.init == args.teacher:
         raise model.UserError(f"{args.teacher} is a denoiser, so its weights cannot initialise a Mean Flow "
                               "model; give --init none, or a flow-matching model.")
@@ -311,8 +312,7 @@ def main():
     solve.check_solver(args.solver, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
-    dataset = model.DATASETS.get(args.recipe_name) or model.custom_dataset(shape, classes,
-                                                                           teacher_header.get("latents"))
+    dataset = dataset or model.custom_dataset(shape, classes, teacher_header.get("latents"))
     net, header = model.initial_model(args, model.KIND[predecessor], dataset, device, **args.network)
     distance = load_distance(args, header, device)
     if target == "mf":                                     # the range of times, in flow time, for sample.py

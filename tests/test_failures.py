@@ -596,6 +596,9 @@ def test_mid_training_names_what_cannot_work(run, chain, tmp_path, monkeypatch):
             "is a denoiser", "--init none")
     refused(run("midtrain", *flags, "--trajectories", tmp_path / "none"), "does not exist", "python solve.py")
     refused(run("midtrain", *flags, "--data", "imagenet256"), "--target mf")
+    rgb = write_npz(tmp_path / "rgb.npz", classes=10)
+    refused(run("midtrain", *flags, "--data", rgb, "--teacher", "runs/digits/pretrain.safetensors"),
+            "pretrain.safetensors is for (1, 8, 8) images", "rgb.npz for (3, 8, 8)")
     (tmp_path / "edm.pkl").write_text("a pickle")
     refused(run("midtrain", *flags, "--teacher", tmp_path / "edm.pkl"), "tools/import_checkpoint.py")
     refused(run("midtrain", *flags, "--teacher", tmp_path), "is a folder")

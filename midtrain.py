@@ -195,10 +195,10 @@ def flags():
                f"python pretrain.py --data {shlex.quote(args.data)} --objective flow")
     args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
-        guided = f" --guidance {args.guidance:g}" + (f" --guide {args.guide}" if args.guide else "")
-        args.command_for[args.trajectories] = (
-            f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
-            f"{guided if args.guidance != 1 else ''}")
+        solving = f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
+        if args.guidance != 1: solving += f" --guidance {args.guidance:g}"
+        if solve.guide_file(args): solving += f" --guide {args.guide}"
+        args.command_for[args.trajectories] = solving
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
     if target == "mf":            # u also takes r: `interval` adds an embedding of t - r, zero at first
@@ -263,7 +263,7 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
     GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
     N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
-    N (N+1) / 2; --pairing kd and slow: one), so that the NFE per pair are the paper's. A pool is a function
+    N (N+1) / 2; --pairing kd and slow: one). With cmt the NFE per pair are the paper's. A pool is a function
     of (seed, rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have
     one size, so a compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))

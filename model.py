@@ -914,9 +914,14 @@ def decay(text):
     return text if text in ("constant", "linear") else positive(text)
 
 
+def existing_parent(path):
+    """The folder of `path`, or where that is missing the nearest above it"""
+    return next(p for p in Path(path).absolute().parents if os.path.exists(p))
+
+
 def can_write(path):
     """Can a file be written at `path`, after its missing folders are made?"""
-    there = next(p for p in Path(path).absolute().parents if os.path.exists(p))
+    there = existing_parent(path)
     return there.is_dir() and os.access(there, os.W_OK)
 
 
@@ -1174,9 +1179,8 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
         raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
                         f"{' or '.join(stages)} file; `{args.command_for[path]}` makes one.")
     if dataset:
-        check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"])
-        if bool(header.get("latents")) != bool(dataset.get("latents")):
-            raise UserError(f"of {path} and --data {args.data} one is of latents, the other of pixels.")
+        check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"],
+                  dataset.get("latents"))
     its_data = header.get("data_identity")
     if its_data and os.path.exists(args.npz) and its_data != data_identity(args.npz):
         text = f"{path} was trained on other data than {args.npz} ({its_data})"
@@ -1198,12 +1202,14 @@ def initial_model(args, kind, dataset, device, **network):
     return build(header).to(device), header
 
 
-def check_fit(path, header, source, shape, classes):
-    """The weights in `path` have to be for the images and classes of `source`, data or a teacher."""
-    its = image_shape(header), header["network"]["label_dim"]
-    if its != (tuple(shape), classes):
-        raise UserError(f"{path} is for {its[0]} images and {its[1]} classes, {source} for {tuple(shape)} "
-                        f"and {classes}; they have to agree.")
+def check_fit(path, header, source, shape, classes, latents):
+    """The weights in `path` have to be for the images, or latents, and classes of `source`, data or a
+    teacher."""
+    def text(shape, latents): return f"{tuple(shape)} {'latents' if latents else 'images'}"
+    its, other = text(image_shape(header), header.get("latents")), text(shape, latents)
+    if (its, header["network"]["label_dim"]) != (other, classes):
+        raise UserError(f"{path} is for {its} and {header['network']['label_dim']} classes, {source} for "
+                        f"{other} and {classes}; they have to agree.")
 
 
 # Settings that a continued run need not share: they do not change the result, or are compared by content (as
@@ -1301,7 +1307,7 @@ def start_run(out, net, header):
     """Say what starts, if `out` may be written and there is room for it."""
     check_replaceable(out, header["stage"], header["data"])
     parameters = sum(p.numel() for p in net.parameters())
-    folder = next(p for p in Path(out).absolute().parents if p.exists())
+    folder = existing_parent(out)
     needed, free = 20 * parameters, shutil.disk_usage(folder).free       # weights, two moments, twice the EMA
     if 0 < free < needed:                                  # some network disks say 0
         raise UserError(f"{out} and its resume file need {needed / 1e6:,.0f} MB, and {folder} has "
@@ -1314,8 +1320,8 @@ def start_run(out, net, header):
 
 
 def hold(out, new=False):
-    """Raise UserError if another run writes to `out`, else keep others from it while this process lives: rank
-    0 locks the log NAME.jsonl. new: empty it."""
+    """Lock the log NAME.jsonl, on rank 0, so that no second run writes to `out`; `run` unlocks it. Raises
+    UserError if another run holds it. new: empty the log."""
     hold.log = None                                        # closes that of an earlier run of this process
     if fcntl is None or not is_rank_0(): return
     with contextlib.suppress(OSError):                     # not every file system has locks
@@ -1388,11 +1394,10 @@ def resume_run(out, net, ema, opt, header):
 
 class Stop:
     """stop(step): has any rank been asked to end, by SIGTERM (preemption), SIGINT (Ctrl-C) or SIGHUP (a
-    closed terminal)? The loop then
-    saves and ends. All ranks get the same answer. It is asked after every step, because torchrun kills 30 s
-    after its SIGTERM; a step and save that take longer are lost. In a single process a second Ctrl-C ends the
-    run at once. Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun, so there the
-    second is ignored."""
+    closed terminal)? The loop then saves and ends. All ranks get the same answer. It is asked after every
+    step, because torchrun kills 30 s after its SIGTERM; a step and save that take longer are lost. In a
+    single process a second Ctrl-C ends the run at once. Under torchrun one Ctrl-C arrives twice, from the
+    terminal and from torchrun, so there the second is ignored."""
     def __init__(self, world):
         self.world, self.signalled = world, False
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)

@@ -159,16 +159,20 @@ def default_solver(header):
     return "jump" if header["network"].get("interval") else "heun"
 
 
+def grid_of(header, solver):
+    """The function that makes the times of a solver: log-uniform for DPM-Solver++, else EDM's for a denoiser,
+    uniform in flow time."""
+    if SOLVERS[solver][0] == "denoise": return log_uniform_times
+    return karras_times if header["kind"] == "Denoiser" else uniform_times
+
+
 def solver_times(header, nfe, solver):
     """The grid of `solver` for at most `nfe` function evaluations. -> (N+1,) float64
 
-    DPM-Solver++: log-uniform. The others: EDM's for a denoiser, uniform in flow time. Heun takes two
-    evaluations per step, but one in a step into t = 0. If t_min > 0, an even nfe ends at t_min, and an odd
-    one at 0, as EDM's own sampler (2206.00364, algorithm 1). If t_min = 0, as for flow-matching teachers, an
-    even nfe takes only nfe - 1 evaluations."""
-    ends = header["t_max"], header["t_min"]
-    if SOLVERS[solver][0] == "denoise": return log_uniform_times(nfe, *ends)
-    grid = karras_times if header["kind"] == "Denoiser" else uniform_times
+    Heun takes two evaluations per step, but one in a step into t = 0. If t_min > 0, an even nfe ends at
+    t_min, and an odd one at 0, as EDM's own sampler (2206.00364, algorithm 1). If t_min = 0, as for
+    flow-matching teachers, an even nfe takes only nfe - 1 evaluations."""
+    ends, grid = (header["t_max"], header["t_min"]), grid_of(header, solver)
     if solver == "heun" and header["t_min"] > 0 and nfe % 2:
         above_0 = grid(nfe // 2, *ends) if nfe > 1 else torch.tensor([header["t_max"]]).double()
         return torch.cat([above_0, torch.zeros(1).double()])
@@ -254,7 +258,8 @@ def guide_teacher(teacher, header, args, path):
             raise model.UserError(f"{args.guide} does not exist; `python tools/import_checkpoint.py FILE "
                                   f"--out {args.guide}` imports a smaller or less trained public model.")
         guide, guide_header = model.load(args.guide, next(teacher.parameters()).device)
-        model.check_fit(args.guide, guide_header, path, model.image_shape(header), classes)
+        model.check_fit(args.guide, guide_header, path, model.image_shape(header), classes,
+                        header.get("latents"))
         if guide_header["stage"] not in ODE_STAGES or guide_header["kind"] != header["kind"]:
             raise model.UserError(f"{args.guide}, a {guide_header['kind']} of stage {guide_header['stage']}, "
                                   f"cannot guide {path}; give a smaller or less trained {header['kind']}, no "
@@ -279,8 +284,7 @@ def error_table(teacher, header, x, y):
     for solver in solvers_of(header):
         errors = [solve(n, solver) - fine for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
-        grid = ("log-uniform" if SOLVERS[solver][0] == "denoise" else
-                "EDM's" if header["kind"] == "Denoiser" else "uniform")
+        grid = grid_of(header, solver).__name__.removesuffix("_times")
         order = math.log2(errors[-2] / errors[-1]) if errors[-1] and solver != "jump" else math.nan
         print(f"  {solver:<8}{grid:<11}" + "".join(f"{e:>15.6f}" for e in errors) + f"{order:>8.2f}")
 

@@ -293,21 +293,19 @@ def run_seeds(name, method, units, setting):
     share({RESULT_KEY.format(name, units, seed): functools.partial(run, seed) for seed in SEEDS}, wait=False)
 
 
-def work(first=0, branch=None):
-    """All trainings (of one branch) that no other process does, smaller budgets first; starts at task
-    `first`."""
+def work(first=0):
+    """All trainings that no other process does, smaller budgets first; starts at task `first`."""
     share({"classifier accuracy": lambda: common.accuracy(classifier(), *halves()[1]),
            "noise floor": lambda: judge(classifier(), halves()[0][0])})
-    tasks = [(units, of, method) for method, (of, budgets, *_) in METHODS.items() for units in budgets
-             if branch in (None, of)]
+    tasks = [(units, branch, method)
+             for method, (branch, budgets, *_) in METHODS.items() for units in budgets]
     tasks.sort(key=lambda task: task[:2])                                       # then in the order of METHODS
     def teacher_scores(branch, seed): return scores(teacher(branch, seed), 5000, (16, 1))
-    for units, of, method in tasks[first:] + tasks[:first]:
-        share({TEACHER_KEY.format(of, seed): functools.partial(teacher_scores, of, seed)
+    for units, branch, method in tasks[first:] + tasks[:first]:
+        share({TEACHER_KEY.format(branch, seed): functools.partial(teacher_scores, branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
         run_seeds(method, method, units, tune(method, UNTUNED.get((method, units), units)))
-    if "plain ECT" in METHODS and branch != "mf":
-        run_seeds(BEST_TRIAL.format("plain ECT"), "plain ECT", 1, BEST_SETTING)
+    if "plain ECT" in METHODS: run_seeds(BEST_TRIAL.format("plain ECT"), "plain ECT", 1, BEST_SETTING)
 
 
 def results(found, method, seeds=SEEDS):
@@ -453,6 +451,7 @@ def picture(seed=1):
 
 
 def main():
+    global METHODS
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture", "limits"],
                    default="all", help="work: in one process; report: tables and curves; picture: samples; "
@@ -470,7 +469,9 @@ def main():
     if not (FOLDER / "train.npz").exists(): write_training_half()
     torch.set_num_threads(1)
     model.setup(None)                                      # TF32 off
-    if args.what == "work": return work(args.first, args.branch)
+    if args.what == "work":
+        METHODS = {name: row for name, row in METHODS.items() if args.branch in (None, row[0])}
+        return work(args.first)
     if args.what == "picture": return picture()
     if args.what == "limits": return limits()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}

@@ -8,7 +8,7 @@ import torch
 
 import fid, midtrain, model, posttrain_cm, posttrain_mf, pretrain, sample, solve
 from tools import feature_networks
-from conftest import ROOT, refused, vectors, write_npz
+from conftest import ROOT, latents_npz, refused, vectors, write_npz
 from test_runs import SMALL, STAGES
 
 
@@ -604,3 +604,18 @@ def test_mid_training_names_what_cannot_work(run, chain, tmp_path, monkeypatch):
     refused(run("midtrain", *flags, "--teacher", tmp_path), "is a folder")
     done = run("midtrain", *flags, "--nfe", 1)
     assert done.code == 0 and "a trajectory of one step" in done.out, done.err
+
+
+def test_latents_and_images_of_one_shape_are_told_apart(run, tmp_path):
+    g = np.random.default_rng(0)
+    scale = {"mean": [0.0] * 3, "scale": [1.0] * 3, "pixel_range": [-1, 1]}
+    lat = latents_npz(tmp_path / "lat.npz", g.standard_normal((8, 3, 8, 8)).astype(np.float32), scale, np.arange(8) % 4)
+    rgb = write_npz(tmp_path / "rgb.npz", classes=4)
+    flags = "--steps", 1, "--batch", 8, "--no-preview"
+    for data, other in (lat, rgb), (rgb, lat):
+        teacher = str(tmp_path / "teacher.safetensors")
+        made = run("pretrain", *flags, "--data", data, "--out", teacher)
+        assert made.code == 0, made.err
+        refused(run("posttrain_cm", *flags, "--data", other, "--init", teacher, "--out", tmp_path / "a.safetensors"),
+                "(3, 8, 8) latents", "(3, 8, 8) images", "agree")
+        for file in tmp_path.glob("teacher*"): file.unlink()

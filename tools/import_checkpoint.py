@@ -377,7 +377,8 @@ def main():
     net, header = import_checkpoint(args.file, args.time)
     shape, network = model.image_shape(header), header["network"]
     if config := model.DATASETS.get(row):
-        model.check_fit(args.file, header, f"--data {args.data}", config["shape"], config["classes"])
+        model.check_fit(args.file, header, f"--data {args.data}", config["shape"], config["classes"],
+                        config.get("latents"))
     out = args.out or f"runs/{name}/{header['stage']}.safetensors"
     if Path(out).exists(): raise model.UserError(f"{out} exists; delete it or give another --out.")
     header |= {"data": name, "step": 0, "steps": 0, "data_path": path,

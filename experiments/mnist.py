@@ -470,7 +470,7 @@ def main():
     torch.set_num_threads(1)
     model.setup(None)                                      # TF32 off
     if args.what == "work":
-        METHODS = {name: row for name, row in METHODS.items() if args.branch in (None, row[0])}
+        METHODS = {name: (of, *rest) for name, (of, *rest) in METHODS.items() if args.branch in (None, of)}
         return work(args.first)
     if args.what == "picture": return picture()
     if args.what == "limits": return limits()

@@ -17,7 +17,7 @@ example FID-10k, because FID is biased upwards for few samples.
 `--features pixels` compares raw images in [-1, 1] of at most 3,072 values. The result is called FD-pixels; it
 is not FID. It is for images that are too small for Inception.
 """
-import argparse, hashlib, json, os
+import argparse, hashlib, json, os, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def pixels(images):
     return x
 
 
-def read(path, rank, world):
+def read_images(path, rank, world):
     """Yield this rank's share of the images of an .npz, folder or .zip as they are, uint8 (n,H,W,C)."""
     if path.endswith(".npz"):
         data = model.Data(path)
@@ -95,8 +95,13 @@ def is_images(path):
     return path.endswith((".npz", ".zip")) or os.path.isdir(path)
 
 
+def has_images(path):
+    """Does this .npz hold images? ADM's reference batches hold images and statistics."""
+    return zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
+
+
 def over_ranks(n, total, outer, device):
-    """This rank's sums -> number, mean and covariance over all ranks"""
+    """Add up the sums of all ranks. -> number, mean, covariance"""
     if dist.is_initialized():
         size = torch.tensor([0 if n == 0 else len(total)], device=device)
         dist.all_reduce(size, dist.ReduceOp.MAX)           # a rank may have had no images
@@ -110,7 +115,7 @@ def over_ranks(n, total, outer, device):
 
 def read_statistics(path):
     """mu and sigma of an .npz in EDM's or ADM's layout, or of EDM2's .pkl -> mean (d,), covariance (d,d),
-    both float64; None if it has none. Raises UserError if sigma is no covariance."""
+    both float64; None if the .npz has neither. Raises UserError if sigma is no covariance."""
     try:
         if path.endswith(".pkl"):
             from tools import prepare_data
@@ -164,9 +169,9 @@ def reference(args, header, features, rank, world, device):
         key = hashlib.sha256(f"{identity} {network}".encode()).hexdigest()[:16]
         cache = Path(f"runs/reference/{key}.npz")
     is_cached = [cache and sample.is_whole_npz(cache)]
-    if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # as rank 0 sees it
+    if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # rank 0 decides
     if not is_cached[0]:
-        n, mu, cov = over_ranks(*sums(features(x) for x in read(path, rank, world)), device)
+        n, mu, cov = over_ranks(*sums(features(x) for x in read_images(path, rank, world)), device)
         if cache and rank == 0:
             try: save_statistics(cache, n, mu, cov)        # also over a damaged file
             except model.UserError as e: model.say(f"{path}: its statistics are not cached ({e})")
@@ -198,8 +203,9 @@ def main():
         raise model.UserError(f"{args.save_stats} exists and holds no statistics; choose another "
                               "--save-stats.")
     if args.features == "pixels": model.reject_if_typed("--inception", because="--features is pixels")
-    args.files = [f"data/{file}.npz" if not is_images(file) and not os.path.exists(sample.path_of(file))
-                  and os.path.exists(f"data/{file}.npz") else file for file in args.files]       # a NAME
+    for i, file in enumerate(args.files):                  # the NAME of prepared data
+        is_path = is_images(file) or os.path.exists(sample.path_of(file))
+        if not is_path and os.path.exists(f"data/{file}.npz"): args.files[i] = f"data/{file}.npz"
     if args.save_stats and args.ref and os.path.realpath(args.save_stats) == os.path.realpath(args.ref):
         raise model.UserError(f"--save-stats {args.save_stats} is the file that is read for --ref.")
     if all(is_images(file) for file in args.files):
@@ -220,9 +226,9 @@ def evaluate(file, args, features, rank, world, device):
     """Prints a line on FILE[:STEPS], and one of JSON."""
     header = None
     if is_images(file):
-        if file.endswith(".npz") and os.path.isfile(file) and read_statistics(file):
+        if file.endswith(".npz") and os.path.isfile(file) and not has_images(file) and read_statistics(file):
             raise model.UserError(f"{file} holds statistics, not images; give it as --ref.")
-        batches, details = read(file, rank, world), {"file": file}
+        batches, details = read_images(file, rank, world), {"file": file}
         if not args.ref and not args.save_stats:
             raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")
     else:
@@ -254,7 +260,7 @@ def evaluate(file, args, features, rank, world, device):
         if not ref_statistics: return
     ref, n_ref, mu_ref, cov_ref = ref_statistics
     if mu.shape != mu_ref.shape:
-        raise model.UserError(f"{ref} is of {len(mu_ref):,} features, {file} of {len(mu):,}; the reference "
+        raise model.UserError(f"{ref} has {len(mu_ref):,} features, {file} has {len(mu):,}; the reference "
                               "has to be of the same features and, for pixels, of the same size.")
     distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
     key, name = ("fid", f"FID-{n / 1000:g}k") if args.features == "inception" else ("fd", "FD-pixels")

@@ -2,23 +2,23 @@
 
   reads   runs/NAME/pretrain.safetensors       the teacher, and the initial weights of the student. No images
                                                are needed
-          runs/NAME/pretrain_flow.safetensors  instead, with --target mf
+          runs/NAME/pretrain_flow.safetensors  instead, with --branch mf
   writes  runs/NAME/midtrain_cm.safetensors    EMA weights of a one- or two-step sampler, for posttrain_cm.py
-          runs/NAME/midtrain_mf.safetensors    with --target mf: EMA weights of an any-step sampler
+          runs/NAME/midtrain_mf.safetensors    with --branch mf: EMA weights of an any-step sampler
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
-          python midtrain.py --target mf                               # four minutes
+          python midtrain.py --branch mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
-  cost    per pair: one forward of the teacher (Heun: 1.9), a forward and a backward of the student
+  cost    per pair: one forward of the teacher (1.9 with Heun), one forward and one backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
-          with --target mf, a squared distance, from about 2.5 to about 0.35
+          with --branch mf, a squared distance, from about 2.5 to about 0.35
 
---target cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
---target mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states.
+--branch cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
+--branch mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states.
 
 Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
 Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
 time, in which a state is (1 - t) x_0 + t eps. A denoiser predicts x_0, not a velocity, so its weights cannot
-initialise the student: with --target mf pass --teacher runs/digits/pretrain.safetensors --init none.
+initialise the student: with --branch mf pass --teacher runs/digits/pretrain.safetensors --init none.
 
 The teacher is frozen, so the student never learns from its own predictions. All pairs have the same weight.
 """
@@ -30,9 +30,9 @@ import torch
 import model, sample, solve
 from tools import dry_run, feature_networks
 
-# batch     pairs (state, target) in one step, over all GPUs
-# nfe       function evaluations of a trajectory, at most
-# solver    None: the teacher's default
+# batch     pairs of states in one step, over all GPUs
+# nfe       function evaluations of the teacher for one trajectory, at most
+# solver    of the teacher's ODE; None: the teacher's default
 # warmup    pairs over which the learning rate rises linearly
 # decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
@@ -46,8 +46,8 @@ CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, n
           solver="dpm3", network={}, mid_t=0.7757)                                                # code
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
                      network=dict(dropout=0.2))                                                   # code
-# Adam, because the first five steps of RAdam are those of SGD: on MNIST the loss grew from 42 to 1e7. Digits
-# have small gradients, so RAdam works there.
+# Adam, because the first five steps of RAdam are those of SGD. This loss is a sum of squares, and on MNIST
+# such steps raised it from 42 to 1e7. On digits its gradients are small, and RAdam works.
 MF = dict(optimizer="Adam", beta2=0.999,                                                          # MeanFlow
           decay="linear", warmup=0, solver=None, nfe=16, network={},                              # ours
           distance="l2")                                                                          # paper
@@ -91,9 +91,9 @@ PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # default teacher an
 # === the method =============================================================================================
 
 def cmt_loss(f, x, t, x_end, y, distance):
-    """Consistency mid-training (2509.24526), one number per pair. The times are t_0 = 80 > ... > t_N = 0.002.
-    x (B,C,H,W) states of solved trajectories, t (B,) their times, x_end (B,C,H,W) their endpoints,
-    y (B,) the labels of the trajectories, distance(a, b) -> (B,).  -> (B,)"""
+    """Consistency mid-training (2509.24526), one number per pair. A trajectory has the times
+    t_0 = 80 > ... > t_N = 0.002. x (B,C,H,W) states of trajectories, t (B,) their times, x_end (B,C,H,W) the
+    endpoints, y (B,) the labels of the trajectories, distance(a, b) -> (B,).  -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
     return distance(f(x, t, y), x_end)
 
@@ -119,14 +119,14 @@ def huber(a, b):
     return e / ((e + c ** 2).sqrt() + c)           # the same value, without the cancellation when e is small
 
 
-def pair_table(N, target, pairing="cmt"):
-    """The M pairs of times t_i > t_j of a trajectory with N steps. target "cm": every state with the
-    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd", as in knowledge distillation: only
-    the start with the endpoint, M = 1; "cmt" and "slow": all. -> i, j (M,)"""
-    if target not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
-        raise ValueError(f"target is {target}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
+def pair_table(N, branch, pairing="cmt"):
+    """The M pairs of times t_i > t_j of a trajectory with N steps. branch "cm": every state with the
+    endpoint, M = N; "mf": every two states, M = N (N+1) / 2. pairing "kd" (knowledge distillation): only the
+    start with the endpoint, M = 1; "cmt" and "slow": all of them. -> i, j (M,)"""
+    if branch not in ("cm", "mf") or pairing not in ("cmt", "kd", "slow"):
+        raise ValueError(f"branch is {branch}, not cm or mf, or pairing is {pairing}, not cmt, kd or slow")
     if pairing == "kd": return torch.tensor([0]), torch.tensor([N])
-    if target == "cm":  return torch.arange(N), torch.full((N,), N)
+    if branch == "cm":  return torch.arange(N), torch.full((N,), N)
     return torch.triu_indices(N + 1, N + 1, offset=1).unbind()
 
 
@@ -162,27 +162,27 @@ def load_distance(args, header, device):
 
 def flags():
     """The command line -> args. args.command_for: {input file: how to make it}"""
-    target = model.peek_flag("--target", "cm", RECIPES)
-    p = model.parser(__doc__, RECIPES[target], PREDECESSOR[target], writes=f"midtrain_{target}")
-    p.add_argument("--target", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
+    branch = model.peek_flag("--branch", "cm", RECIPES)
+    p = model.parser(__doc__, RECIPES[branch], PREDECESSOR[branch], writes=f"midtrain_{branch}")
+    p.add_argument("--branch", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
                    help="model whose trajectories are the targets; also the default of --init")
     if p.get_default("init") != "none":                    # the student starts from the teacher's weights
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
-    p.add_argument("--nfe", type=model.positive, help="function evaluations of a trajectory, at most")
+    p.add_argument("--nfe", type=model.positive, help="teacher evaluations per trajectory, at most")
     p.add_argument("--solver", choices=solve.SOLVERS,
                    help="dpm1, dpm2, dpm3: DPM-Solver++ (dpm3 as the authors released it, of order 2); jump: "
                         "steps of a Mean Flow teacher")
     p.add_argument("--distance", choices=[*DISTANCES, "lpips", "elatentlpips"],
-                   help="of the loss; with --target mf only l2")
+                   help="of the loss; with --branch mf only l2")
     p.add_argument("--lpips", nargs=2, metavar=("VGG.pth", "LIN.pth"), help="weights for --distance lpips")
     p.add_argument("--pairing", choices=["cmt", "kd", "slow"], default="cmt",
                    help="the paper's ablation. kd: only noise and endpoint; slow: a trajectory for each pair")
     p.add_argument("--trajectories", metavar="FILE", help="read solve.py's file instead of solving")
     solve.guidance_flags(p)
     args = p.parse_args()
-    if target == "mf" and args.distance != "l2":
-        raise model.UserError(f"--distance {args.distance} is for --target cm; the mean-flow loss is l2.")
+    if branch == "mf" and args.distance != "l2":
+        raise model.UserError(f"--distance {args.distance} is for --branch cm; the mean-flow loss is l2.")
     if args.distance == "lpips" and not args.lpips: raise model.UserError(feature_networks.LPIPS_FILES)
     if args.distance != "lpips": model.reject_if_typed("--lpips", because="the distance is not lpips")
     if args.trajectories:
@@ -191,7 +191,7 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    command = (solve.teacher_command(args.recipe_name, args.data) if target == "cm" else
+    command = (solve.teacher_command(args.recipe_name, args.data) if branch == "cm" else
                f"python pretrain.py --data {shlex.quote(args.data)} --objective flow")
     args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
@@ -201,20 +201,20 @@ def flags():
         args.command_for[args.trajectories] = solving
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
-    if target == "mf":            # u also takes r: `interval` adds an embedding of t - r, zero at first
+    if branch == "mf":            # u also takes r: `interval` adds an embedding of t - r, zero at first
         args.network = args.network | {"interval": True}
     return args
 
 
 def pool_size(local_batch, pairs_per_trajectory, at_least=128):
-    """Number of trajectories in a pool: at least 128, and so many that their pairs fill whole batches."""
+    """Number of trajectories in a pool: 128, rounded up so that their pairs fill whole batches."""
     multiple = math.lcm(local_batch, pairs_per_trajectory) // pairs_per_trajectory
     return math.ceil(at_least / multiple) * multiple
 
 
-def to_student_time(states, times, teacher_header, target):
-    """Trajectories in the student's time: those of a denoiser are converted to flow time for --target mf."""
-    if target == "mf" and teacher_header["kind"] == "Denoiser": return solve.edm_to_flow(states, times)
+def to_student_time(states, times, teacher_header, branch):
+    """Trajectories in the student's time: those of a denoiser are converted to flow time for --branch mf."""
+    if branch == "mf" and teacher_header["kind"] == "Denoiser": return solve.edm_to_flow(states, times)
     return states, times
 
 
@@ -224,7 +224,7 @@ def solve_pool(teacher, teacher_header, P, args, device):
     -> states (N+1,P,C,H,W), times (N+1,), y (P,), in the student's time"""
     x, y = solve.noise_and_labels(teacher_header, P, device)
     states, times = solve.solve_teacher(teacher, teacher_header, x, y, args.nfe, args.solver)
-    return *to_student_time(states, times.to(device), teacher_header, args.target), y
+    return *to_student_time(states, times.to(device), teacher_header, args.branch), y
 
 
 def adopt_trajectories(args):
@@ -246,8 +246,8 @@ def batches_from_file(teacher_header, args, step, rank, local_batch, device):
     """Yield this rank's batches of pairs from `step` on, from the file of --trajectories, epoch by epoch."""
     tensors = model.read(args.trajectories)[0]
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
-    states, times = to_student_time(states.transpose(0, 1), times, teacher_header, args.target)
-    i, j = (k.to(device) for k in pair_table(len(times) - 1, args.target, args.pairing))
+    states, times = to_student_time(states.transpose(0, 1), times, teacher_header, args.branch)
+    i, j = (k.to(device) for k in pair_table(len(times) - 1, args.branch, args.pairing))
     while True:
         first = step * args.batch + rank * local_batch
         chosen = model.batch_indices(len(y) * len(i), args.seed, first, local_batch)
@@ -266,7 +266,7 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     N (N+1) / 2; --pairing kd and slow: one). With cmt the NFE per pair are the paper's. A pool is a function
     of (seed, rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have
     one size, so a compiled teacher is compiled once."""
-    i, j = (k.to(device) for k in pair_table(N, args.target, args.pairing))
+    i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
     steps_per_pool = P * pairs_per_trajectory // local_batch
@@ -294,15 +294,15 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
 
 def main():
     args = flags()
-    target, predecessor = args.target, PREDECESSOR[args.target]
+    branch, predecessor = args.branch, PREDECESSOR[args.branch]
     if args.dry_run: return dry_run.midtrain(args, model.KIND[predecessor])
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
-    teacher_stages = solve.ODE_STAGES if target == "mf" else [predecessor]
+    teacher_stages = solve.ODE_STAGES if branch == "mf" else [predecessor]
     dataset = model.DATASETS.get(args.recipe_name)
     if not dataset and Path(args.npz).exists(): dataset = model.open_data(args)[1]
     teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device, dataset)
-    if target == "mf" and teacher_header["kind"] == "Denoiser" and args.init == args.teacher:
+    if branch == "mf" and teacher_header["kind"] == "Denoiser" and args.init == args.teacher:
         raise model.UserError(f"{args.teacher} is a denoiser, so its weights cannot initialise a Mean Flow "
                               "model; give --init none, or a flow-matching model.")
     teacher.backbone_dtype = model.DTYPES[args.precision]
@@ -315,14 +315,14 @@ def main():
     dataset = dataset or model.custom_dataset(shape, classes, teacher_header.get("latents"))
     net, header = model.initial_model(args, model.KIND[predecessor], dataset, device, **args.network)
     distance = load_distance(args, header, device)
-    if target == "mf":                                     # the range of times, in flow time, for sample.py
+    if branch == "mf":                                     # the range of times, in flow time, for sample.py
         ends = {k: teacher_header[k] for k in ("t_min", "t_max")}
         if teacher_header["kind"] == "Denoiser": ends = {k: t / (1 + t) for k, t in ends.items()}
         header |= ends
-    header |= model.run_metadata(args, f"midtrain_{target}", "pairs", world, teacher_header,
+    header |= model.run_metadata(args, f"midtrain_{branch}", "pairs", world, teacher_header,
                                  init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
-    if target == "cm": header["mid_t"] = args.mid_t
+    if branch == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
@@ -332,14 +332,14 @@ def main():
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
-    log, stop, save = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
+    log, stop, save_timer = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    if N == 1: model.say("warning: a trajectory of one step teaches no more than that. Give more --nfe.")
+    if N == 1: model.say("warning: the targets are samples of the teacher in a single step. Give more --nfe.")
     batches = (batches_from_file(teacher_header, args, step, rank, local_batch, device) if args.trajectories
                else batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_batch, device))
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or save.due(step)):
+        if rank == 0 and step > start and (done or save_timer.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
             if args.preview: sample.write_preview(ema, header, args)
         if done: break
@@ -348,9 +348,11 @@ def main():
         model.reseed(args.seed, rank, step)                # a resumed run draws the same dropout masks
         mean_loss = 0
         for x_t, t, x_r, r, y in model.microbatches(wrapped_net, args.microbatch, *pairs):
-            # with --target cm x_r is always the endpoint
-            if target == "cm": loss = cmt_loss(wrapped_net, x_t, t, x_r, y, distance).sum() / local_batch
-            else:              loss = cmt_meanflow_loss(wrapped_net, x_t, t, x_r, r, y).sum() / local_batch
+            if branch == "cm":               # here x_r is always the endpoint of the trajectory
+                losses = cmt_loss(wrapped_net, x_t, t, x_r, y, distance)                   # (microbatch,)
+            else:
+                losses = cmt_meanflow_loss(wrapped_net, x_t, t, x_r, r, y)
+            loss = losses.sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 

@@ -975,7 +975,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     runs/NAME/."""
     recipe_name, name, path = find_data(peek_flag("--data", "digits"))
     if recipe_name not in recipes:
-        other = {"pretrain": "; --objective flow has others", "midtrain_cm": "; --target mf has others"}
+        other = {"pretrain": "; --objective flow has others", "midtrain_cm": "; --branch mf has others"}
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}"
                         f"{other.get(writes, '')}.")
     recipe = {"beta1": 0.9} | recipes[recipe_name]

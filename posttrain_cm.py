@@ -7,17 +7,18 @@
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
   cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one),
           with guidance twice as many
-  expect  digits: a loss of about 3. It need not fall, because its target changes with the network
+  expect  digits: a loss of about 3. In a healthy run it does not fall, because its target changes with the
+          network
 
 --loss ect   f(x_t, t), x_t = x_0 + t eps, is trained to match f(x_r, r): the same image and noise, r < t.
 --loss ecd   x_r is x_t after one step of the teacher's ODE. It depends on x_t alone; ECT's x_r depends on x_0
-             as well. So ECD's target f(x_r, r) has less variance, but it inherits the teacher's error. The
+             as well. So ECD's target f(x_r, r) has less variance, but ECD inherits the teacher's error. The
              flag changes x_r only; the recipe's other settings stay.
 
 After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
 Without mid-training f(x_r, r) is a posterior mean, which is near the endpoint only at small r. So ECT has
-to start with a wide gap: with q = 2, r is 0 for all t below 1.95, and the target is the image itself. The
-gap then narrows every --double steps. This baseline, ECT without mid-training, is run by
+to start with a wide gap: with q = 2, r is 0 at first for all t below 1.95, where the target is the image
+itself. The gap then narrows every --double steps. This baseline, ECT without mid-training, is run by
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 70 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
@@ -32,15 +33,15 @@ import model, sample, solve
 from tools import dry_run
 
 # q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         k grows by 1 every `double` steps, which divides the gap by q. (ECT has q = 2: the divisor
-#                doubles.) 0: k stays 0, as suits a mid-trained model
+# double         k grows by 1 every `double` steps, which divides the gap by q. The name is ECT's: with its
+#                q = 2 the divisor doubles. 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  mean and standard deviation of ln t
 # decay          the learning rate falls linearly to 0 ("linear") or stays "constant"
 # mid_t          time of the second of two sampling steps, stored in the result for sample.py
 # network        constructor arguments that differ from those of --init
-# solver         of the teacher's one step in ECD
+# solver         ODE solver of the teacher's single step in ECD
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), or ours.
 ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0,                   # paper
@@ -63,7 +64,7 @@ RECIPES = {
     "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
                               guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
                               guide="runs/imagenet512/guide.safetensors"),
-    # Adam, because the first five steps of RAdam are those of SGD: on MNIST it was far worse at this rate.
+    # Adam, because the first five steps of RAdam are those of SGD: on MNIST RAdam was far worse at this rate.
     "custom":      ECT | dict(steps=10_000, lr=1e-4, ema=0.999, q=256, optimizer="Adam"),         # ours
 }
 
@@ -78,9 +79,9 @@ PUBLIC_TEACHERS = {
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     """f at the less noisy point x_r is the target for f at x_t, because points of one trajectory share their
     endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r. ECD solves
-    the teacher's ODE for it. ECT makes it from the image and noise of x_t. For a small gap, the mean of this
-    x_r over all images and noises that give x_t equals the ODE's x_r. At r = 0 the target is x_r itself.
-    One loss per sample.
+    the teacher's ODE for it. ECT makes it from the image and noise of x_t. The mean of this x_r over all
+    images and noises that give x_t is one Euler step of the ODE. At r = 0 the target is x_r itself. One loss
+    per sample.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.
@@ -88,16 +89,16 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
     with torch.no_grad(), torch.random.fork_rng(devices):
         target = torch.where(r.reshape(-1, *[1] * (x_r.dim() - 1)) > 0, f(x_r, r, y), x_r)
     # L = w(t, r) (sqrt(e^2 + c^2) - c),   e = || f(x_t, t) - sg f(x_r, r) ||,   sg: stop-gradient
-    # The return statement computes L in a form without cancellation at small e. At e = 0 the gradient of
-    # vector_norm is 0, not NaN.
-    e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)
-    return weight.reshape(e.shape) * (e if c == 0 else e ** 2 / ((e ** 2 + c ** 2).sqrt() + c))
+    e = torch.linalg.vector_norm((f(x_t, t, y) - target).flatten(1), dim=1)        # its gradient at 0 is 0
+    if c > 0: e = e ** 2 / ((e ** 2 + c ** 2).sqrt() + c)  # equal to L / w, without cancellation at small e
+    return weight.reshape(e.shape) * e
 
 
 def ect_loss(f, x0, eps, t, r, y, weight, c):
     """Easy Consistency Tuning: x_t and x_r are a data sample with the same noise at two levels. x0, eps
     (B,C,H,W), the others as in `consistency_loss` -> (B,)"""
-    x_t, x_r = (x0 + s.reshape(-1, *[1] * (x0.dim() - 1)) * eps for s in (t, r))
+    x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
+    x_r = x0 + r.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
 
 
@@ -181,9 +182,10 @@ def main():
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
     net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
-    if not args.double and header.get("stage") not in ("midtrain_cm", "posttrain_cm"):
-        model.say(f"warning: --init {args.init} is not mid-trained, so a narrow gap from the start gives a "
-                  "bad model. Give --q 2 and --double STEPS.")
+    mid_trained = header.get("stage") in ("midtrain_cm", "posttrain_cm")
+    if args.loss == "ect" and not args.double and not mid_trained:
+        model.say(f"warning: --init {args.init} is not mid-trained, so ECT with a narrow gap from the start "
+                  "gives a bad model. Give --q 2 and --double STEPS.")
     files = dict(init=args.init, data=data)
     if args.loss == "ecd":
         teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
@@ -201,12 +203,12 @@ def main():
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
-    log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
+    log, stop, save_timer = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     model.say(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or save.due(step)):
+        if rank == 0 and step > start and (done or save_timer.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
             if args.preview: sample.write_preview(ema, header, args)
         if done: break

@@ -1,8 +1,8 @@
-"""Stage 4, post-training of the Mean Flow branch: real images, and the MeanFlow identity
+"""Stage 4, post-training of the Mean Flow branch: train u on real images with the MeanFlow identity.
 
   z_t = (1 - t) x_0 + t eps,   0 <= r <= t <= 1                           x_0 an image, eps noise
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
-  u = v - (t - r) du/dt                                                   d/dt of both sides
+  u = v - (t - r) du/dt                                                   d/dt of both sides, r fixed
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
   replaces v, in the identity and in du/dt, by eps - x_0, whose mean given z_t is v(z_t, t). The target is
@@ -14,7 +14,7 @@
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance adds two forwards, and --velocity teacher adds one
-  expect  digits (its recipe has p = 0): a loss of about 23, summed over 64 pixels. Most of it is the
+  expect  digits, whose recipe has p = 0: a loss of about 23, summed over 64 pixels. Most of it is the
           variance of eps - x_0 given z_t, which no model can predict. With p = 1 every loss is divided by its
           own value, and stays near 1. Look at samples
 
@@ -24,8 +24,8 @@ and from scratch, with the compute of pre-, mid- and post-training.
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
-On a GPU the backbone runs in bf16, which is precise enough for the JVP, as `make precision` measures on a
-CPU. With --derivative difference it runs in fp32.
+On a GPU the backbone runs in bf16, which is precise enough for the JVP (`make precision`, on a CPU). With
+--derivative difference it runs in fp32.
 """
 import copy, math, shlex
 
@@ -55,7 +55,7 @@ RECIPES = {
     "imagenet256": MF | dict(steps=400_000,                                                       # ours
                              batch=256, lr=1e-4, ema=0.9999, beta2=0.95, decay="constant", c=1e-2,  # MeanFlow
                              omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),                     # MeanFlow
-    # Adam as in MF. The first five steps of RAdam are those of SGD; they broke a model of MNIST (p = 0.25).
+    # The first five steps of RAdam are those of SGD. On MNIST, with p = 0.25, they broke the model.
     "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),         # ours
 }
 
@@ -120,9 +120,9 @@ def drop_labels_where_equal(y, r_equals_t, label_dropout, null):
 
 
 def sample_r_t(n, r_neq_t, mean, std, device):
-    """Two draws of logit t ~ N(mean, std^2), sorted. In every four samples the first 4 * r_neq_t keep r < t,
-    the others get r = t, so every microbatch has the same fraction of each. -> r, t (n,)"""
-    times = (mean + std * torch.randn(2, n, device=device)).sigmoid()
+    """Draw two times with logit ~ N(mean, std^2), and sort them. In every four samples the first 4 * r_neq_t
+    keep r < t, the others get r = t, so every microbatch has the same fraction of each. -> r, t (n,)"""
+    times = (mean + std * torch.randn(2, n, device=device)).sigmoid()                      # (2, n)
     r, t = times.amin(0), times.amax(0)
     return torch.where(torch.arange(n, device=device) % 4 < 4 * r_neq_t, r, t), t
 
@@ -146,7 +146,7 @@ def flags():
     p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
                    help="constant of the adaptive weight")
     p.add_argument("--omega", type=model.finite, help="guidance: weight of v")
-    p.add_argument("--kappa", type=model.finite,
+    p.add_argument("--kappa", type=model.fraction,
                    help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
     p.add_argument("--guide-times", type=model.fraction_or_1, nargs=2, metavar=("LOW", "HIGH"),
                    help="guidance only for t in between")
@@ -160,13 +160,13 @@ def flags():
     if (args.omega, args.kappa) == (1, 0):
         model.reject_if_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")
     if args.guide_times[0] >= args.guide_times[1]:
-        raise model.UserError("--guide-times LOW HIGH: {} is not below {}.".format(*args.guide_times))
+        raise model.UserError(f"--guide-times {args.guide_times[0]} is not below {args.guide_times[1]}.")
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
     data = shlex.quote(args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
-                        args.init: f"python midtrain.py --target mf --data {data}"}
+                        args.init: f"python midtrain.py --branch mf --data {data}"}
     if args.velocity == "teacher":
         args.command_for[args.teacher] = f"python pretrain.py --objective flow --data {data}"
     return args
@@ -202,12 +202,12 @@ def main():
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
-    log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
+    log, stop, save_timer = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     model.say(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or save.due(step)):
+        if rank == 0 and step > start and (done or save_timer.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
             if args.preview: sample.write_preview(ema, header, args)
         if done: break
@@ -226,10 +226,9 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # Only samples with r < t need du/dt. Its dropout masks must be those of u in the loss, and two
-            # forwards draw equal masks only from equal RNG states and batch shapes. So the loss calls u on
-            # these samples alone, and then on the others. DDP has no forward-mode derivative: the JVP is of
-            # `net`.
+            # Only samples with r < t need du/dt. Its forward pass has to draw the dropout masks of u in the
+            # loss, which takes equal RNG states and equal batches. So the loss calls u on these samples
+            # first, and then on the others. The JVP is of `net`, as DDP has no forward-mode derivative.
             k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
             samples_below = [a[:, :k].flatten(0, 1) for a in groups_of_4]
             samples_equal = [a[:, k:].flatten(0, 1) for a in groups_of_4]

@@ -1,7 +1,7 @@
 """Stage 1, pre-training: a diffusion model D(x, t) ~ E[x_0 | x_t], or a flow-matching model, as the teacher.
 
   reads   the images of --data
-  writes  runs/NAME/pretrain.safetensors       EMA weights; midtrain.py solves their ODE and starts from them
+  writes  runs/NAME/pretrain.safetensors       EMA weights of the teacher, from which midtrain.py also starts
           runs/NAME/pretrain_flow.safetensors  with --objective flow: v(z, t) for the Mean Flow branch
   run     python pretrain.py                                           # digits, two minutes on two CPU cores
           python pretrain.py --objective flow
@@ -19,16 +19,17 @@ import model, sample
 from tools import dry_run
 
 # warmup         images over which the learning rate rises
-# decay          "linear" to 0, "constant", or the step from which the learning rate falls as 1/sqrt
+# decay          of the learning rate: "linear" to 0, "constant", or a step K; from K on as sqrt(K / step)
 # P_mean, P_std  mean and standard deviation of ln t (edm) or logit t (flow)
 # network        constructor arguments that differ from model.DATASETS
-# The comment at the end of a line is the source of its values: EDM (2206.00364, table 7; its augmentation is
-# not built), EDM2 (2312.02696), MeanFlow (2505.13447), the CMT paper, or ours.
+# The comment at the end of a line is the source of its values: EDM (2206.00364, table 7), EDM2 (2312.02696),
+# MeanFlow (2505.13447), the CMT paper, or ours. Not implemented are EDM's augmentation, and of EDM2 the loss
+# with a learned uncertainty and the EMA with a power profile.
 ADAM = dict(optimizer="Adam", beta2=0.999, network={})
 OURS = ADAM | dict(decay="linear", P_mean=-1.2, P_std=1.2)                                        # ours
 EDM = ADAM | dict(batch=256, decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2, P_std=1.2) # EDM
-EDM2 = ADAM | dict(batch=2048,                                                                    # EDM2
-                   warmup=10**7, ema=0.9999, beta2=0.99)                                          # ours
+EDM2 = ADAM | dict(batch=2048, warmup=10**7, beta2=0.99,                                          # EDM2
+                   ema=0.9999)                                                                    # ours
 FLOW = ADAM | dict(decay="constant", P_mean=0.0, P_std=1.0)                                       # ours
 RECIPES = {
     "edm": {
@@ -68,7 +69,7 @@ def edm_loss(D, x0, eps, t, y, sigma_data=0.5):
 
 def flow_loss(u, x0, eps, t, y):
     """Flow matching (2210.02747), one number per sample. u(z, t, t, y) is the velocity v(z, t); u takes two
-    times because a Mean Flow model starts from it. x0, eps (B,C,H,W), t (B,), y (B,) -> (B,)"""
+    times because its weights initialise a Mean Flow model. x0, eps (B,C,H,W), t (B,), y (B,) -> (B,)"""
     t_ = t.reshape(-1, *[1] * (x0.dim() - 1))
     z = (1 - t_) * x0 + t_ * eps
     # ||u(z_t, t, t) - (eps - x_0)||^2
@@ -107,12 +108,12 @@ def main():
 
     step = start = model.resume_run(args.out, net, ema, optimizer, header)
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
-    log, stop, save = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
+    log, stop, save_timer = model.Log(args, "images", world, step), model.Stop(world), model.SaveTimer(args)
     model.say(data)
     batches = model.read_batches(data, args, step, rank, local_batch, device)
     while True:
         done = step == args.steps or stop(step)
-        if rank == 0 and step > start and (done or save.due(step)):
+        if rank == 0 and step > start and (done or save_timer.due(step)):
             model.save_run(args, step, net, ema, optimizer, header)
             if args.preview: sample.write_preview(ema, header, args)
         if done: break
@@ -127,8 +128,11 @@ def main():
 
         mean_loss = 0
         for x0, eps, t, y in model.microbatches(wrapped_net, args.microbatch, x0, eps, t, y):
-            if args.objective == "edm": loss = edm_loss(wrapped_net, x0, eps, t, y).sum() / local_batch
-            else:                       loss = flow_loss(wrapped_net, x0, eps, t, y).sum() / local_batch
+            if args.objective == "edm":
+                losses = edm_loss(wrapped_net, x0, eps, t, y, header["sigma_data"])        # (microbatch,)
+            else:
+                losses = flow_loss(wrapped_net, x0, eps, t, y)
+            loss = losses.sum() / local_batch
             loss.backward()
             mean_loss += loss.detach()
 

@@ -1,7 +1,7 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). For a flow-matching
-                                 teacher, Heun uses STEPS - 1 if STEPS is even
+  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). Heun takes one less for a
+                                 flow-matching teacher if STEPS is even
   writes  runs/NAME/samples.npz  of one FILE: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
           runs/NAME/samples.png  one FILE: its first 64 images. Several FILEs: up to 20 images of each, a row
@@ -10,12 +10,12 @@
           python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
-  cost    STEPS NFE per image, with --guidance twice as many
+  cost    STEPS forward passes per image, with --guidance twice as many
 
-Image k, its label and its noise are a function of seed k alone. The last bits of a convolution depend on the
-batch size, so seeds are always sampled in blocks of 64 (block = seed // 64) and cut afterwards. Any number of
-processes gives the same images. Images are written in parts of 1,024; the same command continues an
-interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
+For a given model, image k, its label and its noise are a function of seed k alone. The last bits of a
+convolution depend on the batch size, so seeds are always sampled in blocks of 64 (block = seed // 64) and
+cut afterwards. Any number of processes gives the same images. Images are written in parts of 1,024; the same
+command continues an interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
 
 The best time of the second step depends on the data. On MNIST --mid-t 1.6 gives better samples than the
 default of posttrain_cm.py, 0.821 (docs/mnist.md, on one seed).
@@ -140,14 +140,14 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         raise model.UserError(f"--labels {labels} is neither random, balanced nor one of the {K} classes.")
 
     @torch.no_grad()
-    def of_block(block):
+    def sample_block(block):
         y, eps = draw_block(block, steps if consistency else 1, model.image_shape(header), K)
         if labels == "balanced": y = torch.arange(64 * block, 64 * block + 64) % K
         elif labels != "random": y = torch.full((64,), int(labels))
         x = draw_samples(net, header, eps.to(device), y.to(device), steps, times, solver)
         keep = slice(max(seeds.start - 64 * block, 0), min(seeds.stop - 64 * block, 64))
         return to_images(x[keep], header, vae), y.numpy()[keep]
-    return map(of_block, range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world])
+    return map(sample_block, range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world])
 
 
 # What a row of the picture is called, by the first word of its stage.
@@ -170,7 +170,7 @@ def write_preview(ema, header, args):
 
 
 def progress(batches, total, world=1, size=len, unit="images"):
-    """Pass batches on. Rank 0 prints rate and time left every ten seconds, as if all ranks were equally fast.
+    """Pass batches on. Rank 0 prints rate and time left every ten seconds, extrapolated from its own batches.
     size(batch): how many of `unit` a batch has."""
     started = last = time.time()
     done = 0
@@ -228,8 +228,8 @@ def gather_parts(parts, rank, world):
             try:
                 with np.load(path) as f: content = [f["arr_0"], f["arr_1"]]
             except OSError as e:
-                raise model.UserError(f"{path} is gone ({type(e).__name__}); the same command may be running "
-                                      "twice. Run it again, once.")
+                raise model.UserError(f"{path} is gone ({type(e).__name__}). Is the same command running "
+                                      "elsewhere? Run it again, once.")
             if rank: dist.send_object_list(content, dst=0, device="cpu")
         elif rank == 0:
             dist.recv_object_list(content, src=k % world, device="cpu")
@@ -343,8 +343,8 @@ def real_images(data, labels, header, vae):
     """For each label the next real image of that class; any image if the model has no classes. -> uint8
     (n,H,W,C)"""
     y, K = data.labels, header["network"]["label_dim"]
-    queues = {k: itertools.cycle((y == k).nonzero().flatten().tolist()) for k in range(K) if (y == k).any()}
-    if not K: queues = {0: itertools.cycle(range(len(data)))}
+    indices = {k: (y == k).nonzero().flatten().tolist() for k in range(K)} if K else {0: range(len(data))}
+    queues = {k: itertools.cycle(found) for k, found in indices.items() if len(found)}
     if not set(labels.tolist()) <= queues.keys():
         raise model.UserError("--real: the data have no images of some classes; leave it out, or choose "
                               "--labels.")
@@ -369,7 +369,8 @@ def sampling_flags(p):
     solve.guidance_flags(p)
 
 
-def main():
+def flags():
+    """The command line -> args, with args.seeds a range"""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="checkpoints")
     p.add_argument("--n", type=model.positive, default=64,
@@ -384,60 +385,91 @@ def main():
     args = p.parse_args()
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
     if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
-    single, seeds = len(args.files) == 1, args.seeds or range(args.n)
-    if args.out and single == args.out.endswith((".png", ".PNG", ".jpg", ".jpeg") if single else ".png"):
+    one_file, is_picture = len(args.files) == 1, (args.out or "").lower().endswith((".png", ".jpg", ".jpeg"))
+    if args.out and (is_picture if one_file else not args.out.endswith(".png")):
         raise model.UserError(f"--out {args.out}: the images of one FILE go to X.npz or FOLDER/; of several "
                               "FILEs only a picture is drawn, X.png.")
-    if not single and len(seeds) > 20 and (args.seeds or model.typed("--n")):
-        raise model.UserError(f"{len(seeds):,} images of each FILE: a picture of several has at most 20. "
-                              "Choose a smaller --n, or sample one FILE at a time.")
+    n_is_typed, args.seeds = args.seeds or model.typed("--n"), args.seeds or range(args.n)
+    if not one_file and len(args.seeds) > 20 and n_is_typed:
+        raise model.UserError(f"{len(args.seeds):,} images of each FILE: a picture of several has at most 20."
+                              " Choose a smaller --n, or sample one FILE at a time.")
     if all(path_of(file) != file for file in args.files):
         model.reject_if_typed("--steps", because="each FILE:STEPS says its number of steps")
-    folder = args.out and (args.out.endswith(os.sep) or os.path.isdir(args.out))
+    return args
 
-    rank, world, device, _ = model.setup(0, args.precision)
-    rows, names, headers = [], [], []
-    for text in args.files:
-        net, header, steps, solver = open_model(text, args, device)
-        vae = open_vae(header, args.vae, device)
-        if not headers:
-            out = args.out or f"runs/{header['data']}/samples"
-            out = os.path.normpath(out if folder else out.removesuffix(".npz").removesuffix(".png"))
-            if not model.can_write(Path(out, "0.png") if folder else out):
-                raise model.UserError(f"--out {out} is in a folder that cannot be written.")
-            real, first_vae = args.real and not rank and open_real(args.data, header), vae
-        headers.append(header)
-        result = Path(out if folder else f"{out}.npz")
-        def draw(part):
-            return generate(net, header, part, steps, args.labels, args.mid_t, vae, device, solver=solver)
-        if single:
-            check_overwrites(result, seeds)
-            key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
-            key["sha256"] = [model.sha256(file) for file in (path_of(text), solve.guide_file(args)) if file]
-            parts = draw_parts(draw, seeds, Path(f"{out}.parts"), key, rank, world)
-        if rank and not single: return
-        images, labels = (collect(parts, seeds, result, rank, world) if single else
-                          (np.concatenate(a) for a in zip(*draw(seeds[:20]))))
-        if rank: return
-        nfe = count_nfe(header, steps, solver, args.guidance)
-        names.append(f"{ROW_NAMES[header['stage'].split('_')[0]]}, {nfe} NFE")
-        if single and not real:                            # one FILE: rows of 16, the first is named
-            rows = [images[i:i + 16] for i in range(0, len(images), 16)]
-            names += [""] * (len(rows) - 1)
-        else: rows.append(images[:20])
-        if solver: print(f"{text}: solver {solver}")
-        if len(headers) == 1: first_labels = labels[:20]
-    stages = {path_of(file): header["stage"] for file, header in zip(args.files, headers)}
-    stems = {path: Path(path).stem for path in stages}
-    for i, path in enumerate(map(path_of, args.files)):    # several files of one stage: add their names
-        if [*stages.values()].count(stages[path]) > 1:
-            names[i] += f", {stems[path] if [*stems.values()].count(stems[path]) == 1 else path}"
+
+def sampler(file, args, device):
+    """FILE[:STEPS] -> header, autoencoder or None, name in a picture, function that draws a range of seeds"""
+    net, header, steps, solver = open_model(file, args, device)
+    vae = open_vae(header, args.vae, device)
+    def draw(seeds):
+        return generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, solver=solver)
+    if solver: model.say(f"{file}: solver {solver}")
+    nfe = count_nfe(header, steps, solver, args.guidance)
+    return header, vae, f"{ROW_NAMES[header['stage'].split('_')[0]]}, {nfe} NFE", draw
+
+
+def output_stem(args, header, is_folder=False):
+    """--out without its ending. Raises UserError if it cannot be written."""
+    out = args.out or f"runs/{header['data']}/samples"
+    out = os.path.normpath(out if is_folder else out.removesuffix(".npz").removesuffix(".png"))
+    if not model.can_write(Path(out, "0.png") if is_folder else out):
+        raise model.UserError(f"--out {out} is in a folder that cannot be written.")
+    return out
+
+
+def write_samples(file, args, rank, world, device):
+    """Write all images of one FILE, as an .npz or a folder, and a picture of the first 64."""
+    header, vae, name, draw = sampler(file, args, device)
+    is_folder = bool(args.out) and (args.out.endswith(os.sep) or os.path.isdir(args.out))
+    out = output_stem(args, header, is_folder)
+    result = Path(out if is_folder else f"{out}.npz")
+    real = open_real(args.data, header) if args.real and rank == 0 else None
+    check_overwrites(result, args.seeds)
+    key = {k: v for k, v in vars(args).items() if k not in ("n", "seeds", "real", "data", "out")}
+    key["sha256"] = [model.sha256(f) for f in (path_of(file), solve.guide_file(args)) if f]
+    parts = draw_parts(draw, args.seeds, Path(f"{out}.parts"), key, rank, world)
+    images, labels = collect(parts, args.seeds, result, rank, world)
+    if rank: return
     if real:
-        rows.insert(0, real_images(real, first_labels, headers[0], first_vae))
-        names.insert(0, "real")
+        rows, names = [real_images(real, labels[:20], header, vae), images[:20]], ["real", name]
+    else:                                                  # 16 images per line, only the first has a name
+        rows = [images[i:i + 16] for i in range(0, len(images), 16)]
+        names = [name] + [""] * (len(rows) - 1)
     model.save_grid(f"{out}.png", rows, names)
-    print(f"{', '.join(filter(None, names))}: " + (f"{len(seeds):,} images in {result}, " if single else "")
-          + f"picture {out}.png")
+    print(f"{', '.join(filter(None, names))}: {len(args.seeds):,} images in {result}, picture {out}.png")
+
+
+def write_comparison(args, device):
+    """Draw a picture of several FILEs: up to 20 images of each, with the same seeds."""
+    rows, names, stages, real_rows = [], [], [], []
+    for file in args.files:
+        header, vae, name, draw = sampler(file, args, device)
+        is_first = not rows
+        if is_first:
+            out, data = output_stem(args, header), open_real(args.data, header) if args.real else None
+        images, labels = (np.concatenate(a) for a in zip(*draw(args.seeds[:20])))
+        if is_first and data: real_rows = [real_images(data, labels, header, vae)]
+        rows.append(images)
+        names.append(name)
+        stages.append(header["stage"])
+    paths = [path_of(file) for file in args.files]
+    stage_of = dict(zip(paths, stages))                    # each file once
+    stems = [Path(path).stem for path in stage_of]
+    for i, path in enumerate(paths):                       # several files of one stage: add their names
+        if list(stage_of.values()).count(stages[i]) > 1:
+            stem = Path(path).stem
+            names[i] += f", {stem if stems.count(stem) == 1 else path}"
+    names = ["real"] * len(real_rows) + names
+    model.save_grid(f"{out}.png", real_rows + rows, names)
+    print(f"{', '.join(names)}: picture {out}.png")
+
+
+def main():
+    args = flags()
+    rank, world, device, _ = model.setup(0, args.precision)
+    if len(args.files) == 1: write_samples(args.files[0], args, rank, world, device)
+    elif rank == 0:          write_comparison(args, device)
 
 
 if __name__ == "__main__":

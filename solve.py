@@ -15,6 +15,7 @@ import argparse, functools, math, shlex
 from pathlib import Path
 
 import torch
+from einops import rearrange
 
 import model
 
@@ -22,8 +23,7 @@ import model
 # A solver takes a function f(x, t) with t (B,) (flow_map: u(z, r, t)), a start x (B, ...) at times[0], and
 # N+1 times. It returns
 #     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
-# Losses take times in the dtype of x: convert them with times.to(x). Coefficients are computed in float64 and
-# rounded once, when they multiply x.
+# Call a loss with times.to(x). Coefficients are computed in float64 and rounded once, when they multiply x.
 #   EDM time    x_t = x_0 + t eps               dx/dt = (x - D(x, t)) / t
 #   flow time   z_t = (1 - t) x_0 + t eps       dz/dt = v(z, t)
 
@@ -48,7 +48,7 @@ def uniform_times(n, t_max=1.0, t_min=0.0):
 
 def dpm_solver_pp(denoise, x, times, order=3):
     """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
-    denoise(x, t) per step. A step of order k uses its output and the k - 1 before. With order=3 the steps
+    denoise(x, t) per step. A step of order k uses the newest k outputs. With order=3 the steps
     have orders 1, 2, 3, ..., 3, 2, 1, as in CMT's code, whose formula for 3 outputs is in fact of order 2.
     times > 0, descending; else ValueError.
     -> states (N+1, B, ...), times (N+1,) float64"""
@@ -88,7 +88,7 @@ def euler(velocity, x, times):
 
 def heun(velocity, x, times):
     """An Euler step, then the trapezoidal rule (2206.00364, algorithm 1). Two calls per step. A step into
-    t = 0 stays an Euler step: EDM's velocity does not exist there. (Flow time's does; both are alike here.)
+    t = 0 stays an Euler step: EDM's velocity does not exist there. (Flow time's does; it is treated alike.)
     -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
@@ -116,11 +116,11 @@ def flow_map(u, z, times):
 def guided(teacher, guide, w):
     """guide + w (teacher - guide). This is classifier-free guidance (2207.12598) if the guide is the same
     model with the null label, and autoguidance (2406.02507) if it is a smaller or less trained model. w = 1:
-    no guidance. teacher, guide: functions of (x, t, y) or (z, r, t, y) -> a function of the same"""
-    def both(*inputs):
+    no guidance. teacher, guide: functions of (x, t, y) or (z, r, t, y) -> a function with these arguments"""
+    def guided_model(*inputs):
         guide_output = guide(*inputs)
         return guide_output + w * (teacher(*inputs) - guide_output)
-    return teacher if w == 1 else both
+    return teacher if w == 1 else guided_model
 
 
 def edm_to_flow(x, t):
@@ -130,7 +130,7 @@ def edm_to_flow(x, t):
 
 
 def without_label(teacher, null):
-    """The same model with every label replaced by the null label, a number. -> a function of the same"""
+    """The same model with every label replaced by the null label, a number"""
     return lambda *inputs: teacher(*inputs[:-1], torch.full_like(inputs[-1], null))
 
 
@@ -196,13 +196,13 @@ def solve_teacher(teacher, header, x, y, nfe, solver):
     """Solve the PF-ODE of a model in at most `nfe` function evaluations, on the grid of `solver`. teacher,
     header as from model.load, x (B,C,H,W) at t_max, y (B,).
     -> states (N+1,B,C,H,W), times (N+1,) float64"""
-    needs, solver_function = SOLVERS[solver]
+    argument, solver_function = SOLVERS[solver]
     if header["kind"] == "Denoiser":
-        model_as = {"denoise":  lambda x, t: teacher(x, t, y),
-                    "velocity": lambda x, t: (x - teacher(x, t, y)) / t[:, None, None, None]}
+        functions = {"denoise":  lambda x, t: teacher(x, t, y),
+                     "velocity": lambda x, t: (x - teacher(x, t, y)) / t[:, None, None, None]}
     else:
-        model_as = {"velocity": lambda z, t: teacher(z, t, t, y), "u": lambda z, r, t: teacher(z, r, t, y)}
-    return solver_function(model_as[needs], x, solver_times(header, nfe, solver))
+        functions = {"velocity": lambda z, t: teacher(z, t, t, y), "u": lambda z, r, t: teacher(z, r, t, y)}
+    return solver_function(functions[argument], x, solver_times(header, nfe, solver))
 
 
 def solvers_of(header):
@@ -274,8 +274,8 @@ def guide_teacher(teacher, header, args, path):
 
 def error_table(teacher, header, x, y):
     """Print for each solver, on its grid, and each NFE the root-mean-square error per pixel at the endpoint,
-    against a solution with 256 NFE, and the order observed between the last two columns. For jump the error
-    is mostly that of the model u, which has no order."""
+    against a solution with 256 NFE, and the order observed from 32 to 64 NFE. For jump the error is mostly
+    that of the model u, which has no order."""
     budgets = [4, 8, 16, 32, 64]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
     fine = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
@@ -330,13 +330,12 @@ def main():
                     "sha256 of guide": guide_file(args) and model.sha256(args.guide),
                     "sha256 of teacher": model.sha256(args.teacher)})
         if header["kind"] == "Denoiser":
-            states, _ = edm_to_flow(states, times)                           # noise fades into image
-        picture = Path(args.out).with_suffix(".png")
-        null = header["network"]["label_dim"] or None      # None: without classes there is no null label
-        model.save_grid(picture,
-                        model.to_uint8(states)[:, :16, :3].movedim(2, -1).transpose(0, 1).cpu().numpy(),
-                        ["" if null is None else "null label" if k == null else f"label {k}"
-                         for k in y[:16].tolist()])
+            states, _ = edm_to_flow(states, times)         # keeps the noisy states in the range of a picture
+        picture, classes = Path(args.out).with_suffix(".png"), header["network"]["label_dim"]
+        names = [f"label {k}" if k < classes else "null label" for k in y[:16].tolist()]
+        if not classes: names = [""] * len(names)
+        images = rearrange(model.to_uint8(states)[:, :16, :3], "n b c h w -> b n h w c").cpu().numpy()
+        model.save_grid(picture, images, names)
         print(f"{args.n:,} trajectories in {args.out}, the first of them in {picture}")
         k = min(64, args.n)
         error_table(teacher, header, x[:k], y[:k])

@@ -24,13 +24,13 @@ def points(branch, seed):
     """-> {"with mid-training" | "without": [(compute, distance in one step, in two), ...]}"""
     (pre_steps, mid_steps, post_steps), of_base, base_compute = CASES[branch]
     file = lambda name: f"runs/curves/digits_{branch}_{seed}/{name}.safetensors"
-    flow, target = (["--objective", "flow"], ["--target", "mf"]) if branch == "mf" else ([], [])
+    flow, mid_flags = (["--objective", "flow"], ["--branch", "mf"]) if branch == "mf" else ([], [])
     pre, post, flags = file("pre"), f"posttrain_{branch}", ["--seed", seed]
     command("pretrain", *flow, *flags, "--steps", pre_steps, "--out", pre)
     found = {"with mid-training": [], "without": []}
     for part in (4, 2, 1):
         mid, out = file(f"mid_{part}"), file(f"post_{part}")
-        command("midtrain", *target, *flags, "--teacher", pre, "--steps", mid_steps // part, "--out", mid)
+        command("midtrain", *mid_flags, *flags, "--teacher", pre, "--steps", mid_steps // part, "--out", mid)
         command(post, *flags, "--init", mid, "--out", out, "--steps", post_steps // part)
         total, like = compute(mid) + compute(out), out
         found["with mid-training"].append((total, *scores(out, N)))

@@ -44,7 +44,7 @@ def train_mf(seed, file, scratch):
     """The mean-flow chain and its baselines -> rows as train_cm's."""
     pre, mid, post = file("pretrain_flow"), file("midtrain_mf"), file("posttrain_mf")
     command("pretrain", "--objective", "flow", "--seed", seed, "--out", pre)
-    command("midtrain", "--target", "mf", "--seed", seed, "--teacher", pre, "--out", mid)
+    command("midtrain", "--branch", "mf", "--seed", seed, "--teacher", pre, "--out", mid)
     command("posttrain_mf", "--seed", seed, "--init", mid, "--out", post)
 
     total = compute(mid) + compute(post)

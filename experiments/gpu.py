@@ -32,7 +32,7 @@ import bench, midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
 from tools import dry_run
 
 GiB = 2 ** 30
-STAGES = [("pretrain",), ("pretrain", "--objective", "flow"), ("midtrain",), ("midtrain", "--target", "mf"),
+STAGES = [("pretrain",), ("pretrain", "--objective", "flow"), ("midtrain",), ("midtrain", "--branch", "mf"),
           ("posttrain_cm",), ("posttrain_mf",)]
 
 
@@ -175,7 +175,7 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
         N = len(solve.solver_times(header, args.nfe, args.solver)) - 1
         pairs = next(midtrain.batches_from_teacher(teacher, header, N, args, 0, 0, batch, device))
         def loss(f, x_t, t, x_r, r, y):
-            if args.target == "cm": return midtrain.cmt_loss(f, x_t, t, x_r, y, midtrain.huber)
+            if args.branch == "cm": return midtrain.cmt_loss(f, x_t, t, x_r, y, midtrain.huber)
             return midtrain.cmt_meanflow_loss(f, x_t, t, x_r, r, y)
         return loss, pairs
     if stage == "posttrain_cm":
@@ -250,7 +250,7 @@ def recipe_step(command, data, device, gpus=8):
 def recipes(device):
     for command in STAGES:
         table = importlib.import_module(command[0]).RECIPES
-        table = table.get({"--objective": "flow", "--target": "mf"}.get((*command, "")[1]),
+        table = table.get({"--objective": "flow", "--branch": "mf"}.get((*command, "")[1]),
                           table.get("edm") or table.get("cm") or table)
         for data in table:
             if (data == "digits") != (device.type == "cpu"): continue

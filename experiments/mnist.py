@@ -157,7 +157,7 @@ def train(method, units, rate, value, seed):
     if setting == "share":
         stage = "mid_kd" if method == "KD + ECT" else f"mid_{branch}"
         middle, post_steps = before_post_training(out), steps(f"post_{branch}", 1 - value)
-        command("midtrain", *flags(seed), COMPILE, "--target", branch, "--teacher", start, "--lr", rate,
+        command("midtrain", *flags(seed), COMPILE, "--branch", branch, "--teacher", start, "--lr", rate,
                 "--steps", steps(stage, value), *(["--pairing", "kd"] if stage == "mid_kd" else []),
                 *(["--warmup", 10 * BATCH] if branch == "mf" else []), "--out", middle)
         if value == 1: return middle

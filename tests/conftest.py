@@ -145,7 +145,7 @@ def make_chain(run, folder):
     try:
         for script, *args in [("pretrain",), ("solve", "--n", 8, "--nfe", 8), ("midtrain", "--nfe", 4),
                               ("posttrain_cm",), ("pretrain", "--objective", "flow"),
-                              ("midtrain", "--target", "mf", "--nfe", 4), ("posttrain_mf",)]:
+                              ("midtrain", "--branch", "mf", "--nfe", 4), ("posttrain_mf",)]:
             small = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
             if script == "solve": small = ()
             done = run(script, *small, *args)

@@ -109,8 +109,8 @@ DENOISER = "runs/digits/pretrain.safetensors"
     ("pretrain", *SMALL), ("pretrain", *SMALL, "--objective", "flow", "--microbatch", 3),
     MID, (*MID, "--guidance", 2, "--precision", "bf16"),
     ("midtrain", *SMALL, "--trajectories", "runs/digits/trajectories.safetensors"),
-    (*MID, "--target", "mf"), (*MID, "--target", "mf", "--teacher", DENOISER, "--init", "none"),
-    (*MID, "--target", "mf", "--teacher", "runs/digits/posttrain_mf.safetensors", "--init", "none"),
+    (*MID, "--branch", "mf"), (*MID, "--branch", "mf", "--teacher", DENOISER, "--init", "none"),
+    (*MID, "--branch", "mf", "--teacher", "runs/digits/posttrain_mf.safetensors", "--init", "none"),
     ("posttrain_cm", *SMALL), ECD, (*ECD, "--guidance", 2, "--guide", DENOISER),
     MF, (*MF, "--precision", "bf16", "--omega", 0.5, "--velocity", "teacher"), (*MF, "--derivative", "difference")],
     ids=lambda c: " ".join(map(str, c)))

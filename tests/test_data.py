@@ -315,7 +315,7 @@ def test_latents_are_decoded(run, tmp_path, monkeypatch):
 ROWS = {"pretrain": ["cifar10", "ffhq64", "afhqv2-64", "imagenet64", "imagenet512"],
         "pretrain --objective flow": ["cifar10", "imagenet256"],
         "midtrain": ["cifar10", "ffhq64", "afhqv2-64", "imagenet64", "imagenet512"],
-        "midtrain --target mf": ["cifar10", "imagenet256"],
+        "midtrain --branch mf": ["cifar10", "imagenet256"],
         "posttrain_cm": ["cifar10", "ffhq64", "afhqv2-64", "imagenet64", "imagenet512"],
         "posttrain_mf": ["cifar10", "imagenet256"]}
 

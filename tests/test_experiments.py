@@ -35,7 +35,7 @@ def stages_parse(monkeypatch, tmp_path):
         if script in ("sample", "fid", "solve"): return []
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         args = importlib.import_module(script).flags()
-        stage = {"pretrain": "{0.stage}", "midtrain": "midtrain_{0.target}"}.get(script, script).format(args)
+        stage = {"pretrain": "{0.stage}", "midtrain": "midtrain_{0.branch}"}.get(script, script).format(args)
         for path in [args.npz, *args.command_for]: assert path == "none" or Path(path).exists(), (path, ran[-1])
         dataset = model.open_data(args)[1]
         header = model.fresh_header(dataset, model.KIND[stage], **args.network)

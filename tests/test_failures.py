@@ -101,7 +101,7 @@ def test_every_hyperparameter_is_a_flag(run, here, tmp_path):
     assert {k: header["settings"][k] for k in changes} == changes and header["network"]["dropout"] == 0.3
     for stage, (script, *rest) in STAGES.items():
         table = importlib.import_module(script).RECIPES
-        table = table.get({"--objective": "flow", "--target": "mf"}.get((*rest, "")[0]),
+        table = table.get({"--objective": "flow", "--branch": "mf"}.get((*rest, "")[0]),
                           table.get("edm") or table.get("cm") or table)
         for data, recipe in table.items():
             done = run(script, *rest, "--data", data if data != "custom" else "mine", "--help")
@@ -548,7 +548,7 @@ def test_more_refusals(run, here, tmp_path, command, words):
 
 def test_the_documented_dry_run_of_a_denoiser_as_mean_flow_teacher(run, here):
     teacher = "--teacher", "runs/digits/pretrain.safetensors"
-    done = run("midtrain", "--target", "mf", *teacher, "--init", "none", "--dry-run")
+    done = run("midtrain", "--branch", "mf", *teacher, "--init", "none", "--dry-run")
     assert done.code == 0 and "GiB" in done.out, done.err
 
 
@@ -583,7 +583,8 @@ def test_ect_without_mid_training_needs_a_wide_gap(run, tmp_path):
     flags = "--steps", 1, "--batch", 8, "--no-preview"
     teacher, out = ROOT / "data/digits_teacher.safetensors", tmp_path / "a.safetensors"
     for init, more, warned in (teacher, (), True), ("none", (), True), \
-            (teacher, ("--q", 2, "--double", 9), False), (ROOT / "data/digits_cmt.safetensors", (), False):
+            (teacher, ("--q", 2, "--double", 9), False), (ROOT / "data/digits_cmt.safetensors", (), False), \
+            (teacher, ("--loss", "ecd", "--teacher", teacher), False):
         done = run("posttrain_cm", *flags, "--init", init, *more, "--out", out)
         assert done.code == 0 and ("is not mid-trained" in done.out) == warned, done.out + done.err
         for file in tmp_path.iterdir(): file.unlink()
@@ -592,10 +593,10 @@ def test_ect_without_mid_training_needs_a_wide_gap(run, tmp_path):
 def test_mid_training_names_what_cannot_work(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     flags = "--steps", 1, "--batch", 8, "--no-preview", "--out", tmp_path / "a.safetensors"
-    refused(run("midtrain", *flags, "--target", "mf", "--teacher", "runs/digits/pretrain.safetensors"),
+    refused(run("midtrain", *flags, "--branch", "mf", "--teacher", "runs/digits/pretrain.safetensors"),
             "is a denoiser", "--init none")
     refused(run("midtrain", *flags, "--trajectories", tmp_path / "none"), "does not exist", "python solve.py")
-    refused(run("midtrain", *flags, "--data", "imagenet256"), "--target mf")
+    refused(run("midtrain", *flags, "--data", "imagenet256"), "--branch mf")
     rgb = write_npz(tmp_path / "rgb.npz", classes=10)
     refused(run("midtrain", *flags, "--data", rgb, "--teacher", "runs/digits/pretrain.safetensors"),
             "pretrain.safetensors is for (1, 8, 8) images", "rgb.npz for (3, 8, 8)")
@@ -603,7 +604,7 @@ def test_mid_training_names_what_cannot_work(run, chain, tmp_path, monkeypatch):
     refused(run("midtrain", *flags, "--teacher", tmp_path / "edm.pkl"), "tools/import_checkpoint.py")
     refused(run("midtrain", *flags, "--teacher", tmp_path), "is a folder")
     done = run("midtrain", *flags, "--nfe", 1)
-    assert done.code == 0 and "a trajectory of one step" in done.out, done.err
+    assert done.code == 0 and "in a single step" in done.out, done.err
 
 
 def test_latents_and_images_of_one_shape_are_told_apart(run, tmp_path):

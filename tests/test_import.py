@@ -312,7 +312,7 @@ def test_next_command_after_a_velocity_model(run, tmp_path, monkeypatch):
     ("cifar10", {}, "mine", "midtrain.py --data mine --teacher 'a b.safetensors'"),
     ("afhqv2-64", {}, "afhqv2-64", "midtrain.py --data afhqv2-64"),
     ("imagenet256", dict(kind="MeanVelocity", stage="pretrain_flow"), None, "--data imagenet256 "
-     "--teacher 'a b.safetensors' --target mf --init 'a b.safetensors' --solver heun --nfe 16"),
+     "--teacher 'a b.safetensors' --branch mf --init 'a b.safetensors' --solver heun --nfe 16"),
     ("imagenet512", dict(kind="MeanVelocity", stage="pretrain_flow"), "imagenet512", "--data a "),
     ("imagenet512", dict(stage="posttrain_cm"), None, "sample.py 'a b.safetensors':2 --vae"),
     ("imagenet256", dict(kind="MeanVelocity", stage="posttrain_mf"), None,

@@ -61,7 +61,8 @@ def test_the_chain_of_the_readme_is_there():
 
 
 def snippets():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "docs/reuse.md"))
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_functions_shown_are_those_of_the_source():
@@ -92,7 +93,7 @@ def test_a_checkpoint_makes_images_as_shown(chain, monkeypatch):
 
 @pytest.mark.parametrize("script, recipes, flags", [
     ("pretrain", "edm", []), ("pretrain", "flow", ["--objective", "flow"]), ("midtrain", "cm", []),
-    ("midtrain", "mf", ["--target", "mf"]), ("posttrain_cm", None, []), ("posttrain_mf", None, [])])
+    ("midtrain", "mf", ["--branch", "mf"]), ("posttrain_cm", None, []), ("posttrain_mf", None, [])])
 def test_help_prints_the_defaults_of_that_data_set(run, script, recipes, flags):
     table = importlib.import_module(script).RECIPES
     recipes = table[recipes] if recipes else table

@@ -13,7 +13,7 @@ from conftest import ROOT, free_port, one_process_a_gpu, refused, relerr, write_
 SMALL = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
 # what each stage's file is called, and its command line
 STAGES = {"pretrain": ["pretrain"], "midtrain_cm": ["midtrain"], "posttrain_cm": ["posttrain_cm"],
-          "pretrain_flow": ["pretrain", "--objective", "flow"], "midtrain_mf": ["midtrain", "--target", "mf"],
+          "pretrain_flow": ["pretrain", "--objective", "flow"], "midtrain_mf": ["midtrain", "--branch", "mf"],
           "posttrain_mf": ["posttrain_mf"]}
 
 
@@ -159,7 +159,7 @@ def test_missing_teacher_names_the_public_file(run, tmp_path, monkeypatch):
     for script in "solve", "midtrain":
         refused(run(script, "--data", "cifar10"),
                 "tools/import_checkpoint.py edm-cifar10-32x32-uncond-vp.pkl --data cifar10")
-    refused(run("midtrain", "--data", "imagenet256", "--target", "mf"), "posttrain_mf.py", "teacher_mf")
+    refused(run("midtrain", "--data", "imagenet256", "--branch", "mf"), "posttrain_mf.py", "teacher_mf")
 
 
 def test_missing_mid_training_names_its_command(run, chain, tmp_path, monkeypatch):
@@ -226,9 +226,9 @@ def test_solver_and_teacher_have_to_match(run, chain, monkeypatch):
     flow, mf = "runs/digits/pretrain_flow.safetensors", "runs/digits/midtrain_mf.safetensors"
     refused(run("solve", "--solver", "jump"), "does not fit", "dpm3")
     refused(run("solve", "--teacher", flow, "--solver", "jump"), "t - r", "heun")
-    mid = "midtrain", "--target", "mf"
+    mid = "midtrain", "--branch", "mf"
     refused(run(*mid, "--teacher", mf, "--solver", "dpm2"), "does not fit", "jump")
-    refused(run(*mid, "--distance", "huber"), "--target cm")
+    refused(run(*mid, "--distance", "huber"), "--branch cm")
     refused(run(*mid, "--teacher", "runs/digits/midtrain_cm.safetensors"), "midtrain_cm")
     refused(run(*mid, "--init", "runs/digits/pretrain.safetensors"), "stage pretrain,", "pretrain_flow or")
     refused(run("midtrain", "--teacher", flow), "pretrain_flow", "has to be a pretrain file")
@@ -242,7 +242,7 @@ def test_any_trajectory_teaches_a_mean_flow_model(run, chain, tmp_path, monkeypa
     edm, mf = "runs/digits/pretrain.safetensors", "runs/digits/posttrain_mf.safetensors"
     def mid(name, *flags):
         out = tmp_path / f"{name}.safetensors"
-        done = run("midtrain", "--target", "mf", "--init", "none", *SMALL, "--out", out, *flags)
+        done = run("midtrain", "--branch", "mf", "--init", "none", *SMALL, "--out", out, *flags)
         assert done.code == 0, done.err
         return out, model.read(out)[1]
     out, header = mid("edm", "--teacher", edm)
@@ -316,7 +316,7 @@ def test_pairing_of_the_papers_ablation(run, chain, tmp_path, monkeypatch):
             solved.clear()
             monkeypatch.setattr(midtrain, "pool_size", lambda batch, pairs: trajectories)
             nfe = 8 if target == "cm" else 16                                      # Heun: two calls a step
-            done = run("midtrain", "--target", target, "--pairing", pairing, "--nfe", nfe, *SMALL,
+            done = run("midtrain", "--branch", target, "--pairing", pairing, "--nfe", nfe, *SMALL,
                        "--out", tmp_path / f"{target}-{pairing}.safetensors")
             assert done.code == 0 and sum(solved) == trajectories, (done.err, solved)
     refused(run("midtrain", "--pairing", "slow", "--trajectories", "x"), "--pairing slow")

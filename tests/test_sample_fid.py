@@ -186,6 +186,11 @@ def test_fid_of_every_kind_of_reference(run, here, tmp_path, inception):
     assert found[0]["name"] == "FID-0.008k" and found[0]["n_ref"] == 8 and found[3]["n_ref"] is None
     assert all(abs(f["fid"] / found[0]["fid"] - 1) < 1e-6 for f in found) and found[0]["fid"] > 1
     assert all(word in done.out for word in ("labels random", "nfe 1", "seeds 0-7", "TF1 bilinear"))
+    # as FILE, ADM's reference batch is its images
+    done = run("fid", tmp_path / "adm.npz", "--inception", inception, "--ref", tmp_path / "a.npz")
+    assert done.code == 0 and json.loads(done.out.splitlines()[-1])["fid"] < 1e-6, done.err
+    refused(run("fid", tmp_path / "stats.npz", "--inception", inception, "--ref", tmp_path / "a.npz"),
+            "holds statistics")
 
 
 @one_process_a_gpu

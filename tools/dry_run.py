@@ -15,7 +15,7 @@ def pretrain(args):
 
 def midtrain(args, kind):
     header = expected_header(args.init, args, [kind], **args.network)
-    kinds = ["MeanVelocity", "Denoiser"] if args.target == "mf" else [kind]
+    kinds = ["MeanVelocity", "Denoiser"] if args.branch == "mf" else [kind]
     teacher = expected_header(args.teacher, args, kinds, **args.recipe.get("teacher_network", {}))
     nfe = 0
     if teacher:

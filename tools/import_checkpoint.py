@@ -352,12 +352,12 @@ def next_commands(header, out, data):
     file, vae = shlex.quote(out), " --vae FOLDER" if "latents" in header else ""
     if header["stage"] == "posttrain_cm": return [f"python sample.py {file}:2{vae}"]
     if header["stage"] == "posttrain_mf": return [f"python sample.py {file}:1{vae}"]
-    target, flags = "cm", ""
+    branch, flags = "cm", ""
     if header["stage"] == "pretrain_flow":
-        target, flags = "mf", f" --target mf --init {file} --solver heun --nfe 16"
+        branch, flags = "mf", f" --branch mf --init {file} --solver heun --nfe 16"
     this = model.image_shape(header), header["network"]["label_dim"]
     fits = [k for k, config in model.DATASETS.items()
-            if (config["shape"], config["classes"]) == this and k in midtrain.RECIPES[target]]
+            if (config["shape"], config["classes"]) == this and k in midtrain.RECIPES[branch]]
     if data and (data in fits or data not in model.DATASETS): fits = [data]
     fits = fits or [header["data"]]
     return [f"python midtrain.py --data {shlex.quote(k)} --teacher {file}{flags}" for k in fits]

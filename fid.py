@@ -213,7 +213,7 @@ def main():
                               "--guide", "--solver", "--precision",
                               because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
-    rank, world, device, _ = model.setup(0, args.precision)
+    rank, world, device, _ = model.setup(precision=args.precision)
     features = pixels
     if args.features == "inception":
         net = feature_networks.load_inception(args.inception).to(device)

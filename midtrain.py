@@ -319,9 +319,10 @@ def main():
         ends = {k: teacher_header[k] for k in ("t_min", "t_max")}
         if teacher_header["kind"] == "Denoiser": ends = {k: t / (1 + t) for k, t in ends.items()}
         header |= ends
-    header |= model.run_metadata(args, f"midtrain_{branch}", "pairs", world, teacher_header,
-                                 init=args.init, teacher=args.teacher, trajectories=args.trajectories,
-                                 guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
+    files = dict(init=args.init, teacher=args.teacher, trajectories=args.trajectories,
+                 guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
+    header |= model.run_metadata(args, f"midtrain_{branch}", "pairs", world,
+                                 teacher_header.get("data_identity"), **files)
     if branch == "cm": header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()

@@ -266,7 +266,8 @@ class MPConv(nn.Module):
     (eq. 66)."""
     def __init__(self, c_in, c_out, kernel=0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(c_out, c_in, *(kernel, kernel) * (kernel > 0)))
+        shape = (c_out, c_in, kernel, kernel) if kernel else (c_out, c_in)
+        self.weight = nn.Parameter(torch.randn(shape))
 
     def forward(self, x, gain=1.0):
         w = self.weight.to(torch.promote_types(x.dtype, torch.float32))
@@ -276,10 +277,10 @@ class MPConv(nn.Module):
 
 @torch.no_grad()
 def normalise_weights(net):
-    """Forced weight normalisation (EDM2, 2312.02696, eq. 66): store the weights of each output channel of
-    every MPConv with magnitude 1, which keeps the effective learning rate constant. Call it once before the
-    first step and after every optimizer step. It is not idempotent: a second call moves weights by about
-    1e-5, so a resumed run does not begin with it. Other networks have no MPConv and stay unchanged."""
+    """Forced weight normalisation (EDM2, 2312.02696, eq. 66): give the weights of each output channel of
+    every MPConv magnitude 1, before the first step and after every optimizer step. This keeps the effective
+    learning rate constant. It is not idempotent (a second call moves weights by about 1e-5), so a resumed run
+    does not begin with it. Other networks stay unchanged."""
     for layer in net.modules():
         if isinstance(layer, MPConv):
             layer.weight.copy_(normalise(layer.weight, tuple(range(1, layer.weight.dim()))))
@@ -617,10 +618,10 @@ class Data:
         except Exception as e:                             # a damaged file can raise any exception
             raise UserError(f"{path} is damaged, or not made by tools/prepare_data.py ({type(e).__name__}: "
                             f"{e}); `{command}` makes such a file.")
-        fits = x.ndim == 4 and len(x) > 0 and (
-            x.dtype in (np.float16, np.float32) and x.shape[1] in (C, 2 * C) if self.latents else
-            x.dtype == np.uint8 and C in (1, 3))
-        if not fits:
+        if x.ndim != 4:    fits = False
+        elif self.latents: fits = x.dtype in (np.float16, np.float32) and x.shape[1] in (C, 2 * C)
+        else:              fits = x.dtype == np.uint8 and C in (1, 3)
+        if not fits or len(x) == 0:
             raise UserError(f"{path}: arr_0 is {x.dtype} {x.shape}; it has to be uint8 (N,H,W,C) with 1 or 3 "
                             "channels, or latents, float16 or float32 (N,C,H,W), with their scale in `info`; "
                             f"`{command}` makes such a file.")
@@ -643,9 +644,12 @@ class Data:
         return x, torch.zeros(len(x), dtype=torch.int64) if self.labels is None else self.labels[indices]
 
     def __str__(self):
-        pixels = f" from pixels in {self.latents.get('pixel_range')}" if self.latents else ""
-        return (f"{self.path}: {len(self):,} {'latents' if self.latents else 'images'} of "
-                f"{'x'.join(map(str, self.shape))}{pixels}, {self.classes} classes")
+        return f"{self.path}: {len(self):,} {describe(self.shape, self.latents)}, {self.classes} classes"
+
+
+def describe(shape, latents):
+    pixels = f" from pixels in {latents.get('pixel_range')}" if latents else ""
+    return f"{'latents' if latents else 'images'} of {'x'.join(map(str, shape))}{pixels}"
 
 
 def open_data(args):
@@ -660,15 +664,11 @@ def open_data(args):
             raise UserError(f"{data.path} has images of {data.shape[2]}x{data.shape[1]} pixels; they have to "
                             "be square with a side divisible by 4; prepare them with --size N.")
         return data, custom_dataset(data.shape, data.classes, data.latents)
-    shape, classes, latents = tuple(dataset["shape"]), dataset["classes"], dataset.get("latents")
-    if (data.shape != shape or bool(data.latents) != bool(latents)
-            or classes and not 0 < data.classes <= classes
-            or data.latents and data.latents.get("pixel_range") != latents["pixel_range"]):
-        pixels = f" from pixels in {latents['pixel_range']}" if latents else ""
-        raise UserError(f"{data} do not fit the recipe {args.recipe_name}, which is for "
-                        f"{'latents' if latents else 'images'} of {'x'.join(map(str, shape))}{pixels}, "
-                        f"{classes} classes; prepare such data with `{command}`, or give the file another "
-                        "name to train on it as a custom dataset.")
+    wanted = describe(dataset["shape"], dataset.get("latents"))
+    if describe(data.shape, data.latents) != wanted or classes and not 0 < data.classes <= classes:
+        raise UserError(f"{data} do not fit the recipe {args.recipe_name}, which is for {wanted}, {classes} "
+                        f"classes; prepare such data with `{command}`, or give the file another name to "
+                        "train on it as a custom dataset.")
     if not classes: data.labels = None                     # an unconditional recipe ignores labels
     return data, dataset
 
@@ -678,9 +678,8 @@ def open_data(args):
 
 @contextlib.contextmanager
 def atomic_write(path, unique=False):
-    """`with atomic_write(path) as part:` writes to the file `part`, then renames it to `path`, so that `path`
-    is either complete or unchanged. unique: each process has a `part` of its own, as several may write.
-    Raises UserError if the file cannot be written."""
+    """`with atomic_write(path) as part:` writes to `part`, then renames it to `path`, so that `path` is
+    complete or unchanged. unique: each process has its own `part`, as several may write. Raises UserError."""
     path = Path(os.path.realpath(path))                    # a link stays a link
     part = path.with_name(f"{path.name}.{os.getpid()}.part" if unique else f"{path.name}.part")
     try:
@@ -848,9 +847,12 @@ def epoch_order(n, seed, epoch):
 def batch_indices(n, seed, start, count):
     """Indices start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..."
     -> (count,) int64. A function of its arguments alone, so a resumed run sees the same images."""
-    stream = torch.arange(start, start + count)
-    return torch.cat([epoch_order(n, seed, e)[stream[stream // n == e] % n]
-                      for e in range(start // n, (start + count - 1) // n + 1)])
+    parts = []
+    while count > 0:
+        epoch, first = divmod(start, n)
+        parts.append(epoch_order(n, seed, epoch)[first:first + count])
+        start, count = start + len(parts[-1]), count - len(parts[-1])
+    return torch.cat(parts)
 
 
 def read_batches(data, args, step, rank, batch, device):
@@ -939,7 +941,7 @@ HYPERPARAMETERS = {
     "batch":     dict(type=positive, help="samples in one optimizer step, over all processes"),
     "lr":        dict(type=number(float, 0, 1e12, "a number in [0, 1e12)"), help="peak learning rate"),
     "ema":       dict(type=fraction, help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k"),
-    "optimizer": dict(choices=["Adam", "AdamW", "RAdam"], help="with eps 1e-8 and no weight decay"),
+    "optimizer": dict(choices=["Adam", "RAdam"], help="with eps 1e-8 and no weight decay"),
     "beta1":     dict(type=fraction, help="of the optimizer"),
     "beta2":     dict(type=fraction, help="of the optimizer"),
     "decay":     dict(type=decay, help="learning rate: constant, linear, or the step where 1/sqrt starts"),
@@ -970,16 +972,15 @@ def reject_if_typed(*flags, because):
 
 
 def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
-    """The flags that all training stages share. --data picks the entry of `recipes` that holds the defaults,
-    also those that --help prints. `predecessor` (None for the first stage) and `writes` name files in
-    runs/NAME/."""
+    """The flags that all training stages share. --data picks the entry of `recipes` that holds the defaults.
+    `predecessor` (None for the first stage) and `writes` name files in runs/NAME/."""
     recipe_name, name, path = find_data(peek_flag("--data", "digits"))
     if recipe_name not in recipes:
         other = {"pretrain": "; --objective flow has others", "midtrain_cm": "; --branch mf has others"}
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}"
                         f"{other.get(writes, '')}.")
     recipe = {"beta1": 0.9} | recipes[recipe_name]
-    gpu = torch.cuda.is_available() or "--dry-run" in sys.argv and recipe_name not in ("digits", "custom")
+    gpu = torch.cuda.is_available() or ("--dry-run" in sys.argv and recipe_name not in ("digits", "custom"))
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     add = p.add_argument
     add("--data", default="digits", metavar="NAME|PATH.npz",
@@ -1024,18 +1025,18 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     return p
 
 
-def setup(batch, precision="fp32"):
+def setup(batch=0, precision="fp32", one_process=False):
     """Read torchrun's variables, choose the device, and start a process group if there are several processes.
-    Plain `python` is one process. batch: the global batch; 0: there is none; None: the script runs in one
-    process only. -> rank, world, device, this rank's share of the batch"""
+    Plain `python` is one process. batch: the global batch, if there is one. one_process: raise UserError if
+    there are several. -> rank, world, device, this rank's share of the batch"""
     rank, local, world = (int(os.environ.get(k) or d)
                           for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if rank >= world:
         raise UserError(f"RANK is {rank}, but WORLD_SIZE {world}; start the processes with torchrun, or "
                         "unset both for one process.")
-    if batch is None and world > 1:
+    if one_process and world > 1:
         raise UserError("this script runs in one process; start it with plain python.")
-    if batch and batch % world:
+    if batch % world:
         raise UserError(f"--batch {batch} for {world} processes has to be a multiple of {world}.")
     # Both switches, because torch's defaults differ: TF32 is on for convolutions and off for matrix products.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -1053,7 +1054,7 @@ def setup(batch, precision="fp32"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(minutes=30),
                                 device_id=device if cuda else None)
-    return rank, world, device, batch and batch // world
+    return rank, world, device, batch // world
 
 
 def store_of_this_start(store, rank, world):
@@ -1185,7 +1186,8 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
     if its_data and os.path.exists(args.npz) and its_data != data_identity(args.npz):
         text = f"{path} was trained on other data than {args.npz} ({its_data})"
         # A default path is probably the file of another dataset with this name; a typed one is fine-tuning.
-        if not any(path in (word, word.partition("=")[2]) for word in sys.argv[1:]):
+        is_teacher = path == getattr(args, "teacher", None)            # midtrain.py's --init by default
+        if not (typed(f"--{flag}") or is_teacher and typed("--teacher")):
             raise UserError(f"{text}. Give --{flag} {path} if that is meant, or prepare the data under "
                             "another name.")
         say(f"warning: {text}.")
@@ -1222,19 +1224,18 @@ NOT_COMPARED = {"kind", "stage", "command_for", "name", "out", "save_every", "ke
 HARDWARE = {"microbatch", "world", "precision", "compile", "device"}
 
 
-def run_metadata(args, stage, unit, world, data=None, **files):
+def run_metadata(args, stage, unit, world, data_identity=None, **files):
     """What a stage adds to the header: its name, and the settings that a continued run has to share. Among
-    these are the files that it reads, by sha256, and the data, by identity. unit: what the batch counts,
-    "images" or "pairs"; data: an open `Data`, or the header of the teacher, whose data the stage inherits."""
+    these are the files that it reads, by sha256, and the data, by identity (midtrain.py has that of the
+    teacher). unit: what the batch counts, "images" or "pairs"."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED}
     settings |= {"world": world, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     settings |= {f"sha256 of {k}": sha256(v) if v and v != "none" else None for k, v in files.items()}
     for flag, file in files.items():
         if file and os.path.realpath(file) == os.path.realpath(args.out):
             raise UserError(f"--out {args.out} is the file that is read for --{flag}; choose another --out.")
-    identity = data.identity if isinstance(data, Data) else (data or {}).get("data_identity")
-    if isinstance(data, Data): settings["data_identity"] = identity
-    return {"stage": stage, "data": args.name, "data_path": args.npz, "data_identity": identity,
+    settings["data_identity"] = data_identity
+    return {"stage": stage, "data": args.name, "data_path": args.npz, "data_identity": data_identity,
             "steps": args.steps, "unit": unit, "settings": json.loads(json.dumps(settings)), "argv": sys.argv,
             "torch": torch.__version__, "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
@@ -1363,6 +1364,7 @@ def resume_run(out, net, ema, opt, header):
         start_run(out, net, header)
         hold(out, new=True)
         return 0
+    hold(out)                                              # first: another run may be about to end
     try: state, old = read(path)
     except UserError:
         raise UserError(f"{path} is damaged; delete it to start over. {out} keeps the model saved last.")
@@ -1370,7 +1372,6 @@ def resume_run(out, net, ema, opt, header):
         raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
                         "choose another --out.")
     check_settings(path, old, header)
-    hold(out)
     current = old
     if is_rank_0():
         try: current = read(out)[1]
@@ -1394,10 +1395,9 @@ def resume_run(out, net, ema, opt, header):
 
 class Stop:
     """stop(step): has any rank been asked to end, by SIGTERM (preemption), SIGINT (Ctrl-C) or SIGHUP (a
-    closed terminal)? The loop then saves and ends. All ranks get the same answer. It is asked after every
-    step, because torchrun kills 30 s after its SIGTERM; a step and save that take longer are lost. In a
-    single process a second Ctrl-C ends the run at once. Under torchrun one Ctrl-C arrives twice, from the
-    terminal and from torchrun, so there the second is ignored."""
+    closed terminal)? All ranks get the same answer. It is asked after every step, because torchrun kills 30 s
+    after its SIGTERM. A second Ctrl-C ends a single process at once. Under torchrun one Ctrl-C arrives twice,
+    from the terminal and from torchrun, so there the second is ignored."""
     def __init__(self, world):
         self.world, self.signalled = world, False
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
@@ -1425,9 +1425,9 @@ def peak_memory():
 
 
 class Log:
-    """Rank 0: one line per --log-every steps and the same as JSON in NAME.jsonl beside the checkpoint: mean
-    loss since the last line over all ranks, its parts, gradient norm, learning rate, speed, time left, peak
-    memory. A resumed run appends, so of two lines with the same step the last one counts. Warns if the loss
+    """Rank 0 prints a line per --log-every steps, and writes it as JSON to NAME.jsonl beside the checkpoint:
+    the mean loss over all ranks since the last line, its parts, gradient norm, learning rate, speed, time
+    left, peak memory. A resumed run appends, so of two lines with one step the last counts. Warns if the loss
     has grown a hundredfold. Raises Diverged after 10 skipped steps in a row."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world = args, unit, world
@@ -1471,10 +1471,8 @@ class Log:
             say(f"warning: the loss was {self.first_loss:.3g} and is {line['loss']:.3g} now; the run has "
                 "probably diverged. Try a smaller --lr or a --warmup, with another --out.")
         line = {k: v if math.isfinite(v) else None for k, v in line.items()}           # JSON has no NaN
-        file = Path(beside(self.args.out, ".jsonl"))
-        with contextlib.suppress(OSError):                 # if the disk is full, the next save says so
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with open(file, "a") as f: f.write(json.dumps(line) + "\n")
+        with contextlib.suppress(OSError), open(beside(self.args.out, ".jsonl"), "a") as f:
+            f.write(json.dumps(line) + "\n")               # if the disk is full, the next save says so
 
 
 def run(main):

@@ -186,13 +186,13 @@ def main():
     if args.loss == "ect" and not args.double and not mid_trained:
         model.say(f"warning: --init {args.init} is not mid-trained, so ECT with a narrow gap from the start "
                   "gives a bad model. Give --q 2 and --double STEPS.")
-    files = dict(init=args.init, data=data)
+    files = dict(init=args.init)
     if args.loss == "ecd":
         teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
         teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
         teacher = model.compiled(teacher, args.compile)
         files |= dict(teacher=args.teacher, guide=solve.guide_file(args))
-    header |= model.run_metadata(args, "posttrain_cm", "images", world, **files)
+    header |= model.run_metadata(args, "posttrain_cm", "images", world, data.identity, **files)
     header["mid_t"] = args.mid_t
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()

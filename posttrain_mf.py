@@ -185,11 +185,11 @@ def main():
     # interval: the network also takes r. To a flow-matching model this adds an embedding of t - r, whose
     # output is zero at first.
     net, header = model.initial_model(args, "MeanVelocity", dataset, device, interval=True, **args.network)
-    teacher, files = None, dict(init=args.init, data=data)
+    teacher, files = None, dict(init=args.init)
     if args.velocity == "teacher":
         teacher, _ = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
         teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
-    header |= model.run_metadata(args, "posttrain_mf", "images", world, **files)
+    header |= model.run_metadata(args, "posttrain_mf", "images", world, data.identity, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]

@@ -99,7 +99,7 @@ def main():
     model.reseed(args.seed)
     header = model.fresh_header(dataset, args.kind, **args.network)
     net = model.build(header).to(device).train()
-    header |= model.run_metadata(args, args.stage, "images", world, data=data)
+    header |= model.run_metadata(args, args.stage, "images", world, data.identity)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
     # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used

@@ -467,7 +467,7 @@ def write_comparison(args, device):
 
 def main():
     args = flags()
-    rank, world, device, _ = model.setup(0, args.precision)
+    rank, world, device, _ = model.setup(precision=args.precision)
     if len(args.files) == 1: write_samples(args.files[0], args, rank, world, device)
     elif rank == 0:          write_comparison(args, device)
 

@@ -310,7 +310,7 @@ def main():
     args = p.parse_args()
 
     model.check_replaceable(args.out, "solve", name)
-    device = model.setup(None)[2]
+    device = model.setup(one_process=True)[2]
     args.npz, args.command_for = path, {args.teacher: teacher_command(recipe, args.data)}
     teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)
     solver = args.solver or default_solver(header)

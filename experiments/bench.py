@@ -366,7 +366,7 @@ def flops(device):
 
 
 def main():
-    device = model.setup(None)[2]
+    device = model.setup(one_process=True)[2]
     cuda, wanted = device.type == "cuda", sys.argv[1:]
     print(f"{torch.cuda.get_device_name() if cuda else f'CPU, {torch.get_num_threads()} threads'}, "
           f"torch {torch.__version__}, fp32, TF32 off")

@@ -91,7 +91,7 @@ def gradient_error(net, functions, inputs):
 def small_network(name, kind, device, **shorter):
     """A shallow network, none of whose weights is zero -> network, header, inputs for it"""
     header = model.fresh_header(model.DATASETS[name], kind, **shorter)
-    model.setup(None, "fp32")                              # TF32 off
+    model.setup()                                          # TF32 off
     torch.manual_seed(0)
     net = model.build(header).to(device).train()
     for p in net.parameters(): p.data += 0.02 * torch.randn_like(p)
@@ -207,7 +207,7 @@ def recipe_step(command, data, device, gpus=8):
     kind, batch = model.KIND[writes], args.batch // gpus
     network = args.network | ({"interval": True} if kind == "MeanVelocity" and stage != "pretrain" else {})
     header = model.fresh_header(model.DATASETS[data], kind, **network)
-    model.setup(0, args.precision)
+    model.setup(precision=args.precision)
     torch.manual_seed(0)
     with torch.device(device): net = model.build(header).train()
     net.backbone_dtype = model.DTYPES[args.precision]
@@ -279,7 +279,7 @@ def launches(device):
             ("MNIST, width 32", model.custom_dataset((1, 28, 28), 10), 256,
              {"model_channels": 32, "num_blocks": 1})]:
         header = model.fresh_header(dataset, **network)
-        model.setup(None, "bf16")
+        model.setup(precision="bf16")
         net = model.build(header).to(device).train()
         net.backbone_dtype = torch.bfloat16
         ema = copy.deepcopy(net).requires_grad_(False)

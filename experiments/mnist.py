@@ -468,7 +468,7 @@ def main():
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not (FOLDER / "train.npz").exists(): write_training_half()
     torch.set_num_threads(1)
-    model.setup(None)                                      # TF32 off
+    model.setup(one_process=True)                          # TF32 off
     if args.what == "work":
         METHODS = {name: (of, *rest) for name, (of, *rest) in METHODS.items() if args.branch in (None, of)}
         return work(args.first)

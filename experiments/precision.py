@@ -127,7 +127,7 @@ def tf32(net):
 
 
 def main():
-    device = model.setup(None)[2]
+    device = model.setup(one_process=True)[2]
     data = model.Data(Path(__file__).parent.parent / "data/digits.npz")
     digits = model.to_float(data.batch(range(len(data)))[0]), data.labels
     rgb = model.custom_dataset((3, 32, 32), 0)

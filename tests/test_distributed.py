@@ -273,7 +273,7 @@ def test_a_part_that_disappeared_is_explained(run, chain, tmp_path, monkeypatch)
         return parts
     monkeypatch.setattr(sample, "draw_parts", and_lose_one)
     done = run("sample", "runs/digits/midtrain_cm.safetensors:1", "--n", 8, "--out", tmp_path / "a.npz")
-    refused(done, "may be running twice")
+    refused(done, "running elsewhere")
 
 
 # --- docs/train.slurm ---------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_the_header_says_how_the_trajectories_were_made(run, here, tmp_path):
 
 def test_every_hyperparameter_is_a_flag(run, here, tmp_path):
     out = tmp_path / "a.safetensors"
-    changes = dict(optimizer="AdamW", beta1=0.8, beta2=0.95, decay="constant", warmup=100, P_mean=-0.5, P_std=0.9,
+    changes = dict(optimizer="RAdam", beta1=0.8, beta2=0.95, decay="constant", warmup=100, P_mean=-0.5, P_std=0.9,
                    lr=1e-4, ema=0.9)
     flags = [word for k, v in changes.items() for word in (f"--{k.replace('_', '-')}", v)]
     assert run("pretrain", *flags, "--dropout", 0.3, *SMALL, "--out", out).code == 0

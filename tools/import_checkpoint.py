@@ -372,7 +372,7 @@ def main():
                    help="time t of the data, for a SiT velocity model whose file does not say it")
     p.add_argument("--out", metavar="FILE", type=model.output_path, help="result (default: in runs/)")
     args = p.parse_args()
-    model.setup(None)
+    model.setup(one_process=True)
     row, name, path = model.find_data(args.data) if args.data else (None, Path(args.file).stem, "")
     net, header = import_checkpoint(args.file, args.time)
     shape, network = model.image_shape(header), header["network"]

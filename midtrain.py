@@ -227,19 +227,19 @@ def solve_pool(teacher, teacher_header, P, args, device):
     return *to_student_time(states, times.to(device), teacher_header, args.branch), y
 
 
-def adopt_trajectories(args):
+def use_trajectory_file(args):
     """Check that solve.py's file comes from the same teacher and guidance. Its solver and NFE replace those
     in args, so that the student's header records them."""
-    how = args.command_for[args.trajectories]
+    command = args.command_for[args.trajectories]
     if not Path(args.trajectories).exists():
-        raise model.UserError(f"{args.trajectories} does not exist; `{how}` makes it.")
-    made = model.read(args.trajectories, tensors=False)[1]
+        raise model.UserError(f"{args.trajectories} does not exist; `{command}` makes it.")
+    header = model.read(args.trajectories, tensors=False)[1]
     guide = solve.guide_file(args) and model.sha256(args.guide)
     expected = model.sha256(args.teacher), args.guidance, guide
-    if tuple(made.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
+    if tuple(header.get(k) for k in ("sha256 of teacher", "guidance", "sha256 of guide")) != expected:
         raise model.UserError(f"{args.trajectories} holds no trajectories of {args.teacher} with this "
-                              f"guidance; `{how}` makes them.")
-    args.nfe, args.solver = made["nfe"], made["solver"]
+                              f"guidance; `{command}` makes them.")
+    args.nfe, args.solver = header["nfe"], header["solver"]
 
 
 def batches_from_file(teacher_header, args, step, rank, local_batch, device):
@@ -271,11 +271,11 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
     steps_per_pool = P * pairs_per_trajectory // local_batch
     while True:
-        pool, used = divmod(step, steps_per_pool)
+        pool, batches_used = divmod(step, steps_per_pool)
         model.reseed(args.seed, rank, "pool", pool)
         states, times, y = solve_pool(teacher, teacher_header, P, args, device)
         indices = draw_pairs(P, pairs_per_trajectory, len(i), device)
-        for chosen in indices.split(local_batch)[used:]:
+        for chosen in indices.split(local_batch)[batches_used:]:
             yield gather_pairs(states, times, y, chosen, i, j)
         step = (pool + 1) * steps_per_pool
 
@@ -307,7 +307,7 @@ def main():
                               "model; give --init none, or a flow-matching model.")
     teacher.backbone_dtype = model.DTYPES[args.precision]
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
-    if args.trajectories: adopt_trajectories(args)
+    if args.trajectories: use_trajectory_file(args)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
@@ -316,9 +316,9 @@ def main():
     net, header = model.initial_model(args, model.KIND[predecessor], dataset, device, **args.network)
     distance = load_distance(args, header, device)
     if branch == "mf":                                     # the range of times, in flow time, for sample.py
-        ends = {k: teacher_header[k] for k in ("t_min", "t_max")}
-        if teacher_header["kind"] == "Denoiser": ends = {k: t / (1 + t) for k, t in ends.items()}
-        header |= ends
+        times = {k: teacher_header[k] for k in ("t_min", "t_max")}
+        if teacher_header["kind"] == "Denoiser": times = {k: t / (1 + t) for k, t in times.items()}
+        header |= times
     files = dict(init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
     header |= model.run_metadata(args, f"midtrain_{branch}", "pairs", world,

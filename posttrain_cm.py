@@ -186,6 +186,9 @@ def main():
     if args.loss == "ect" and not args.double and not mid_trained:
         model.say(f"warning: --init {args.init} is not mid-trained, so ECT with a narrow gap from the start "
                   "gives a bad model. Give --q 2 and --double STEPS.")
+    if args.precision == "bf16":
+        model.say("warning: for a narrow gap f(x_t) - f(x_r) is lost in the rounding error of bf16 "
+                  "(docs/precision.md). Leave out --precision.")
     files = dict(init=args.init)
     if args.loss == "ecd":
         teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)

@@ -229,9 +229,9 @@ def main():
             # Only samples with r < t need du/dt. Its forward pass has to draw the dropout masks of u in the
             # loss, which takes equal RNG states and equal batches. So the loss calls u on these samples
             # first, and then on the others. The JVP is of `net`, as DDP has no forward-mode derivative.
-            k, groups_of_4 = round(4 * args.r_neq_t), [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)]
-            samples_below = [a[:, :k].flatten(0, 1) for a in groups_of_4]
-            samples_equal = [a[:, k:].flatten(0, 1) for a in groups_of_4]
+            groups_of_4, n_below = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)], round(4 * args.r_neq_t)
+            samples_below = [a[:, :n_below].flatten(0, 1) for a in groups_of_4]
+            samples_equal = [a[:, n_below:].flatten(0, 1) for a in groups_of_4]
             dudt = derivative(net, *samples_below)
             loss_below = meanflow_loss(wrapped_net, *samples_below, dudt, args.p, args.c)
             loss_equal = meanflow_loss(wrapped_net, *samples_equal, 0, args.p, args.c)

@@ -587,7 +587,10 @@ def test_ect_without_mid_training_needs_a_wide_gap(run, tmp_path):
             (teacher, ("--loss", "ecd", "--teacher", teacher), False):
         done = run("posttrain_cm", *flags, "--init", init, *more, "--out", out)
         assert done.code == 0 and ("is not mid-trained" in done.out) == warned, done.out + done.err
+        assert "rounding error" not in done.out
         for file in tmp_path.iterdir(): file.unlink()
+    done = run("posttrain_cm", *flags, "--init", init, *more, "--out", out, "--precision", "bf16")
+    assert done.code == 0 and "rounding error" in done.out, done.err
 
 
 def test_mid_training_names_what_cannot_work(run, chain, tmp_path, monkeypatch):

@@ -295,7 +295,7 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
 def main():
     args = flags()
     branch, predecessor = args.branch, PREDECESSOR[args.branch]
-    if args.dry_run: return dry_run.midtrain(args, model.KIND[predecessor])
+    if args.dry_run: return dry_run.midtrain(args)
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
     teacher_stages = solve.ODE_STAGES if branch == "mf" else [predecessor]

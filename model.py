@@ -782,6 +782,10 @@ KIND = {"pretrain": "Denoiser", "midtrain_cm": "Denoiser", "posttrain_cm": "Deno
         "pretrain_flow": "MeanVelocity", "midtrain_mf": "MeanVelocity", "posttrain_mf": "MeanVelocity"}
 
 
+def stages_of(kind):
+    return [stage for stage, k in KIND.items() if k == kind]
+
+
 def image_shape(header):
     """-> (C, H, W)"""
     network = header["network"]
@@ -1176,12 +1180,7 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
         raise UserError(f"{path} does not exist; `{args.command_for[path]}` makes such a file"
                         + ("; --init none starts from random weights." if flag == "init" else "."))
     model, header = load(path, device, **network)
-    if header["stage"] not in stages:
-        raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
-                        f"{' or '.join(stages)} file; `{args.command_for[path]}` makes one.")
-    if dataset:
-        check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"],
-                  dataset.get("latents"))
+    check_predecessor(args, flag, header, stages, dataset)
     its_data = header.get("data_identity")
     if its_data and os.path.exists(args.npz) and its_data != data_identity(args.npz):
         text = f"{path} was trained on other data than {args.npz} ({its_data})"
@@ -1194,12 +1193,22 @@ def load_predecessor(args, flag, stages, device, dataset=None, **network):
     return model, header
 
 
+def check_predecessor(args, flag, header, stages, dataset=None):
+    """Raise UserError unless the file of --init or --teacher is of one of `stages`, and fits the dataset."""
+    path = getattr(args, flag)
+    if header["stage"] not in stages:
+        raise UserError(f"--{flag} {path} was written by stage {header['stage']}, this has to be a "
+                        f"{' or '.join(stages)} file; `{args.command_for[path]}` makes one.")
+    if dataset:
+        check_fit(path, header, f"--data {args.data}", dataset["shape"], dataset["classes"],
+                  dataset.get("latents"))
+
+
 def initial_model(args, kind, dataset, device, **network):
     """--init FILE|none -> (model, header): the file's, or a new network of `kind` for the dataset config.
     `network`: constructor arguments that replace either's."""
     if args.init != "none":
-        stages = [stage for stage, k in KIND.items() if k == kind]
-        return load_predecessor(args, "init", stages, device, dataset, **network)
+        return load_predecessor(args, "init", stages_of(kind), device, dataset, **network)
     header = fresh_header(dataset, kind, **network)
     return build(header).to(device), header
 

@@ -493,6 +493,8 @@ def test_a_dry_run_lists_every_missing_file(run, here, command, words):
 @pytest.mark.parametrize("command", [
     ("posttrain_mf", "--batch", 6), ("pretrain", "--data", "a.npz", "--width", 48), ("midtrain", "--distance", "lpips"),
     ("midtrain", "--solver", "jump"), ("midtrain", "--init", "runs/digits/trajectories.safetensors"),
+    ("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"),
+    ("posttrain_cm", "--data", "cifar10", "--init", "runs/digits/midtrain_cm.safetensors"),
     ("posttrain_mf", "--init", "runs/digits/pretrain.safetensors")], ids=lambda c: " ".join(map(str, c)))
 def test_a_dry_run_refuses_what_the_run_refuses(run, here, command):
     for flags in (), ("--dry-run",):

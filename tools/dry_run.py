@@ -10,13 +10,14 @@ import model, solve
 
 
 def pretrain(args):
-    report(args, "images", expected_header(None, args, [args.kind], **args.network))
+    report(args, "images", expected_header(args, None, [args.stage], **args.network))
 
 
-def midtrain(args, kind):
-    header = expected_header(args.init, args, [kind], **args.network)
-    kinds = ["MeanVelocity", "Denoiser"] if args.branch == "mf" else [kind]
-    teacher = expected_header(args.teacher, args, kinds, **args.recipe.get("teacher_network", {}))
+def midtrain(args):
+    kind = "MeanVelocity" if args.branch == "mf" else "Denoiser"
+    header = expected_header(args, "init", model.stages_of(kind), **args.network)
+    stages = [*model.stages_of("MeanVelocity"), "pretrain"] if args.branch == "mf" else ["pretrain"]
+    teacher = expected_header(args, "teacher", stages, **args.recipe.get("teacher_network", {}))
     nfe = 0
     if teacher:
         solver = args.solver or solve.default_solver(teacher)
@@ -34,32 +35,31 @@ def nfe_per_pair(header, nfe, solver, pairing, guidance):
 
 
 def posttrain_cm(args):
-    header, teacher, nfe = expected_header(args.init, args, ["Denoiser"], **args.network), None, 0
+    header, teacher, nfe = expected_header(args, "init", model.stages_of("Denoiser"), **args.network), None, 0
     if args.loss == "ecd":
-        teacher = expected_header(args.teacher, args, ["Denoiser"])
+        teacher = expected_header(args, "teacher", ["pretrain"])
         nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
     report(args, "images", header, 1, teacher, nfe)
 
 
 def posttrain_mf(args):
-    header = expected_header(args.init, args, ["MeanVelocity"], **args.network, interval=True)
-    teacher = expected_header(args.teacher, args, ["MeanVelocity"]) if args.velocity == "teacher" else None
+    header = expected_header(args, "init", model.stages_of("MeanVelocity"), **args.network, interval=True)
+    teacher = expected_header(args, "teacher", ["pretrain_flow"]) if args.velocity == "teacher" else None
     guided = (args.omega, args.kappa) != (1, 0)
     report(args, "images", header, 2 * args.r_neq_t + 2 * guided, teacher, 1)
 
 
-def expected_header(path, args, kinds, **network):
-    """The header that a run would read from `path`, or that of a new network of the first of `kinds`; None
-    where nothing at hand says what that would be."""
+def expected_header(args, flag, stages, **network):
+    """The header that a run would read from the file of --`flag`, or that of a new network of the first of
+    `stages`; None where nothing at hand says what that would be. Raises UserError where the run would refuse
+    the file."""
+    dataset, path = model.DATASETS.get(args.recipe_name), getattr(args, flag) if flag else None
+    if not dataset and os.path.exists(args.npz): dataset = model.open_data(args)[1]
     if path and os.path.isfile(path):
         header = model.read(path, tensors=False)[1]
-        if header.get("kind") not in kinds:
-            found = header.get("kind", "no network")
-            raise model.UserError(f"{path} holds {found}, and a {kinds[0]} is needed.")
+        model.check_predecessor(args, flag, header, stages, dataset)
         return header | {"network": header["network"] | network}
-    if args.recipe_name == "custom" and not os.path.exists(args.npz): return None
-    dataset = model.DATASETS.get(args.recipe_name) or model.open_data(args)[1]
-    return model.fresh_header(dataset, kinds[0], **network)
+    return model.fresh_header(dataset, model.KIND[stages[0]], **network) if dataset else None
 
 
 def cost(header, precision, samples):

@@ -17,7 +17,7 @@ example FID-10k, because FID is biased upwards for few samples.
 `--features pixels` compares raw images in [-1, 1] of at most 3,072 values. The result is called FD-pixels; it
 is not FID. It is for images that are too small for Inception.
 """
-import argparse, hashlib, json, os, zipfile
+import argparse, hashlib, json, os
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +93,6 @@ def read_images(path, rank, world):
 
 def is_images(path):
     return path.endswith((".npz", ".zip")) or os.path.isdir(path)
-
-
-def has_images(path):
-    """Does this .npz hold images? ADM's reference batches hold images and statistics."""
-    return zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
 
 
 def over_ranks(n, total, outer, device):
@@ -226,7 +221,8 @@ def evaluate(file, args, features, rank, world, device):
     """Prints a line on FILE[:STEPS], and one of JSON."""
     header = None
     if is_images(file):
-        if file.endswith(".npz") and os.path.isfile(file) and not has_images(file) and read_statistics(file):
+        has_images = "arr_0.npy" in sample.zip_members(file)          # ADM's batches hold statistics as well
+        if file.endswith(".npz") and os.path.isfile(file) and not has_images and read_statistics(file):
             raise model.UserError(f"{file} holds statistics, not images; give it as --ref.")
         batches, details = read_images(file, rank, world), {"file": file}
         if not args.ref and not args.save_stats:

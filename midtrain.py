@@ -85,7 +85,8 @@ RECIPES = {
         "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),     # ours
     },
 }
-PREDECESSOR = {"cm": "pretrain", "mf": "pretrain_flow"}     # default teacher and initial student
+# Stages whose model can be the teacher. The first is the default teacher and initial student.
+TEACHER_STAGES = {"cm": ["pretrain"], "mf": [*model.stages_of("MeanVelocity"), "pretrain"]}
 
 
 # === the method =============================================================================================
@@ -163,7 +164,7 @@ def load_distance(args, header, device):
 def flags():
     """The command line -> args. args.command_for: {input file: how to make it}"""
     branch = model.peek_flag("--branch", "cm", RECIPES)
-    p = model.parser(__doc__, RECIPES[branch], PREDECESSOR[branch], writes=f"midtrain_{branch}")
+    p = model.parser(__doc__, RECIPES[branch], TEACHER_STAGES[branch][0], writes=f"midtrain_{branch}")
     p.add_argument("--branch", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
                    help="model whose trajectories are the targets; also the default of --init")
@@ -294,13 +295,11 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
 
 def main():
     args = flags()
-    branch, predecessor = args.branch, PREDECESSOR[args.branch]
-    if args.dry_run: return dry_run.midtrain(args)
+    branch, teacher_stages = args.branch, TEACHER_STAGES[args.branch]
+    if args.dry_run: return dry_run.midtrain(args, teacher_stages)
     rank, world, device, local_batch = model.setup(args.batch, args.precision)
 
-    teacher_stages = solve.ODE_STAGES if branch == "mf" else [predecessor]
-    dataset = model.DATASETS.get(args.recipe_name)
-    if not dataset and Path(args.npz).exists(): dataset = model.open_data(args)[1]
+    dataset = model.dataset_at_hand(args)
     teacher, teacher_header = model.load_predecessor(args, "teacher", teacher_stages, device, dataset)
     if branch == "mf" and teacher_header["kind"] == "Denoiser" and args.init == args.teacher:
         raise model.UserError(f"{args.teacher} is a denoiser, so its weights cannot initialise a Mean Flow "
@@ -313,7 +312,7 @@ def main():
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
     dataset = dataset or model.custom_dataset(shape, classes, teacher_header.get("latents"))
-    net, header = model.initial_model(args, model.KIND[predecessor], dataset, device, **args.network)
+    net, header = model.initial_model(args, model.KIND[teacher_stages[0]], dataset, device, **args.network)
     distance = load_distance(args, header, device)
     if branch == "mf":                                     # the range of times, in flow time, for sample.py
         times = {k: teacher_header[k] for k in ("t_min", "t_max")}

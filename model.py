@@ -648,6 +648,7 @@ class Data:
 
 
 def describe(shape, latents):
+    """A few words on a dataset: shape (C,H,W), latents as in DATASETS or None"""
     pixels = f" from pixels in {latents.get('pixel_range')}" if latents else ""
     return f"{'latents' if latents else 'images'} of {'x'.join(map(str, shape))}{pixels}"
 
@@ -671,6 +672,12 @@ def open_data(args):
                         "train on it as a custom dataset.")
     if not classes: data.labels = None                     # an unconditional recipe ignores labels
     return data, dataset
+
+
+def dataset_at_hand(args):
+    """The dataset's config, of a custom dataset as `open_data` finds it; None if its file is missing."""
+    if args.recipe_name in DATASETS or not os.path.exists(args.npz): return DATASETS.get(args.recipe_name)
+    return open_data(args)[1]
 
 
 # === 4. checkpoints =========================================================================================
@@ -783,6 +790,7 @@ KIND = {"pretrain": "Denoiser", "midtrain_cm": "Denoiser", "posttrain_cm": "Deno
 
 
 def stages_of(kind):
+    """-> the stages whose files hold a model of this kind"""
     return [stage for stage, k in KIND.items() if k == kind]
 
 
@@ -983,7 +991,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
         other = {"pretrain": "; --objective flow has others", "midtrain_cm": "; --branch mf has others"}
         raise UserError(f"--data {name}: there is no recipe for {writes}, only for {', '.join(recipes)}"
                         f"{other.get(writes, '')}.")
-    recipe = {"beta1": 0.9} | recipes[recipe_name]
+    recipe = {"beta1": 0.9, "vae": None} | recipes[recipe_name]
     gpu = torch.cuda.is_available() or ("--dry-run" in sys.argv and recipe_name not in ("digits", "custom"))
     p = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
     add = p.add_argument
@@ -1024,8 +1032,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--world", type=positive, metavar="GPUS",
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
     if "--dry-run" not in sys.argv: reject_if_typed("--world", because="it belongs to --dry-run")
-    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, npz=path, recipe=recipes[recipe_name],
-                   vae=None)
+    p.set_defaults(**recipe, recipe_name=recipe_name, name=name, npz=path, recipe=recipes[recipe_name])
     return p
 
 

@@ -226,8 +226,8 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # Only samples with r < t need du/dt. Its forward pass has to draw the dropout masks of u in the
-            # loss, which takes equal RNG states and equal batches. So the loss calls u on these samples
+            # Only samples with r < t need du/dt. There du/dt and the u of the loss have to draw equal dropout
+            # masks, which takes equal RNG states and equal batches. So the loss calls u on these samples
             # first, and then on the others. The JVP is of `net`, as DDP has no forward-mode derivative.
             groups_of_4, n_below = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)], round(4 * args.r_neq_t)
             samples_below = [a[:, :n_below].flatten(0, 1) for a in groups_of_4]

@@ -19,7 +19,8 @@ import model, sample
 from tools import dry_run
 
 # warmup         images over which the learning rate rises
-# decay          of the learning rate: "linear" to 0, "constant", or a step K; from K on as sqrt(K / step)
+# decay          of the learning rate: "linear" to 0, "constant", or a step K from which it falls as
+#                sqrt(K / step)
 # P_mean, P_std  mean and standard deviation of ln t (edm) or logit t (flow)
 # network        constructor arguments that differ from model.DATASETS
 # The comment at the end of a line is the source of its values: EDM (2206.00364, table 7), EDM2 (2312.02696),

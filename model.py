@@ -924,7 +924,7 @@ fraction = number(float, 0, 1, "a number in [0, 1)")
 fraction_or_1 = number(float, 0, math.nextafter(1, 2), "a number in [0, 1]")
 
 
-def decay(text):
+def lr_decay(text):
     return text if text in ("constant", "linear") else positive(text)
 
 
@@ -956,7 +956,7 @@ HYPERPARAMETERS = {
     "optimizer": dict(choices=["Adam", "RAdam"], help="with eps 1e-8 and no weight decay"),
     "beta1":     dict(type=fraction, help="of the optimizer"),
     "beta2":     dict(type=fraction, help="of the optimizer"),
-    "decay":     dict(type=decay, help="learning rate: constant, linear, or the step where 1/sqrt starts"),
+    "lr_decay":  dict(type=lr_decay, help="constant, linear, or the step from which it falls as 1/sqrt"),
     "warmup":    dict(type=not_negative_int, help="samples over which the learning rate rises linearly"),
     "P_mean":    dict(type=finite, help="mean of ln t, or of logit t in flow time"),
     "P_std":     dict(type=positive_float, help="standard deviation of ln t, or of logit t in flow time"),
@@ -1157,11 +1157,11 @@ def microbatches(ddp, size, *tensors):
 
 
 def learning_rate(args, step):
-    """--lr, after a linear warm-up over args.warmup images. args.decay: "constant"; "linear", to 0 at the
+    """--lr, after a linear warm-up over args.warmup images. args.lr_decay: "constant"; "linear", to 0 at the
     end; or a number T: the rate falls as sqrt(T / step) from step T on (EDM2, 2312.02696, eq. 67)."""
     lr = args.lr * min(1, (step + 1) * args.batch / max(args.warmup, 1))
-    if args.decay == "linear": return lr * (1 - step / args.steps)
-    return lr if args.decay == "constant" else lr / max(step / args.decay, 1) ** 0.5
+    if args.lr_decay == "linear": return lr * (1 - step / args.steps)
+    return lr if args.lr_decay == "constant" else lr / max(step / args.lr_decay, 1) ** 0.5
 
 
 def gradient_norm(net):
@@ -1354,7 +1354,7 @@ def check_settings(path, old, header):
     """Raise UserError unless a run with `header` continues the run whose state is in `path`."""
     was = old["settings"] | old["network"]
     now = header["settings"] | json.loads(json.dumps(header["network"]))           # JSON has no tuples
-    may_differ = {"steps"} if was.get("decay") == now.get("decay") == "constant" else set()
+    may_differ = {"steps"} if was.get("lr_decay") == now.get("lr_decay") == "constant" else set()
     # Shared keys only: a file from before a flag was added lacks the flag.
     different = {k for k in was.keys() & now.keys() - may_differ if was[k] != now[k]}
     if changed := [f"the {k[10:]} file is another" if k.startswith("sha256 of ") else
@@ -1495,9 +1495,9 @@ class Log:
 
 def run(main):
     """Call a script's main. A UserError becomes one sentence on stderr and exit code 2 (3: diverged). A
-    training run that was asked to end early exits with 128 + the signal, as shells do, so that `pretrain.py &&
-    midtrain.py` ends, too. With several processes any exception ends this one at once, without waiting for the
-    others: torchrun then ends them."""
+    training run that was asked to end early exits with 128 + the signal, as shells do, so that
+    `pretrain.py && midtrain.py` ends, too. With several processes any exception ends this one at once,
+    without waiting for the others: torchrun then ends them."""
     name, Stop.ended_by = Path(sys.argv[0]).name, 0
     for stream in (sys.stdout, sys.stderr):                # a terminal may know ASCII only
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")

@@ -38,20 +38,20 @@ from tools import dry_run
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  mean and standard deviation of ln t
-# decay          the learning rate falls linearly to 0 ("linear") or stays "constant"
+# lr_decay       the learning rate falls linearly to 0 ("linear") or stays "constant"
 # mid_t          time of the second of two sampling steps, stored in the result for sample.py
 # network        constructor arguments that differ from those of --init
 # solver         ODE solver of the teacher's single step in ECD
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), or ours.
-ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, decay="linear", warmup=0,                   # paper
+ECT = dict(optimizer="RAdam", beta2=0.999, batch=128, lr_decay="linear", warmup=0,                # paper
            double=0, weight="gap", loss="ect",                                                    # paper
            P_mean=-1.1, P_std=2.0, c=0.0,                                                         # ECT
            mid_t=0.821, network={}, solver="heun")                                                # code
 ECT_PAPER = ECT | dict(steps=100_000, lr=1e-4, ema=0.9999,                                        # paper
                        network=dict(dropout=0.2))                                                 # code
-ECD = ECT | dict(steps=125_000, lr=1e-6, decay="constant", optimizer="Adam", beta2=0.99, ema=0.9999,  # paper
-                 q=1024, loss="ecd", c=0.06, weight="denoising", P_mean=-0.8, P_std=1.6,          # paper
+ECD = ECT | dict(steps=125_000, lr=1e-6, lr_decay="constant", optimizer="Adam", beta2=0.99,       # paper
+                 ema=0.9999, q=1024, loss="ecd", c=0.06, weight="denoising", P_mean=-0.8, P_std=1.6, # paper
                  mid_t=1.526)                                                                     # code
 RECIPES = {
     "digits":      ECT | dict(steps=300, batch=64, lr=1e-4, ema=0.99, q=256),                     # ours

@@ -44,17 +44,17 @@ from tools import dry_run
 # does not state its settings for this stage.
 MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, r_neq_t=0.25, p=1.0, c=1e-3,     # MeanFlow
           omega=1.0, kappa=0.0, guide_times=(0.0, 1.0),                                           # MeanFlow
-          decay="linear", warmup=0, network={})                                                   # ours
+          lr_decay="linear", warmup=0, network={})                                                # ours
 RECIPES = {
     # p = 1 gave better one-step and worse two-step samples of digits than p = 0 (one seed).
     "digits":      MF | dict(steps=1200, batch=64, lr=2e-4, ema=0.99, p=0.0, optimizer="RAdam"),  # ours
     "cifar10":     MF | dict(steps=200_000,                                                       # ours
-                             batch=1024, lr=6e-4, ema=0.99995, p=0.75, decay="constant",          # MeanFlow
+                             batch=1024, lr=6e-4, ema=0.99995, p=0.75, lr_decay="constant",       # MeanFlow
                              warmup=10**7, P_mean=-2.0, P_std=2.0, r_neq_t=0.75,                  # MeanFlow
                              network=dict(dropout=0.2)),                                          # MeanFlow
     "imagenet256": MF | dict(steps=400_000,                                                       # ours
-                             batch=256, lr=1e-4, ema=0.9999, beta2=0.95, decay="constant", c=1e-2,  # MeanFlow
-                             omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),                     # MeanFlow
+                             batch=256, lr=1e-4, ema=0.9999, beta2=0.95, lr_decay="constant",     # MeanFlow
+                             c=1e-2, omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),             # MeanFlow
     # The first five steps of RAdam are those of SGD. On MNIST, with p = 0.25, they broke the model.
     "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),         # ours
 }

@@ -19,7 +19,7 @@ import model, sample
 from tools import dry_run
 
 # warmup         images over which the learning rate rises
-# decay          of the learning rate: "linear" to 0, "constant", or a step K from which it falls as
+# lr_decay       of the learning rate: "linear" to 0, "constant", or a step K from which it falls as
 #                sqrt(K / step)
 # P_mean, P_std  mean and standard deviation of ln t (edm) or logit t (flow)
 # network        constructor arguments that differ from model.DATASETS
@@ -27,32 +27,34 @@ from tools import dry_run
 # MeanFlow (2505.13447), the CMT paper, or ours. Not implemented are EDM's augmentation, and of EDM2 the loss
 # with a learned uncertainty and the EMA with a power profile.
 ADAM = dict(optimizer="Adam", beta2=0.999, network={})
-OURS = ADAM | dict(decay="linear", P_mean=-1.2, P_std=1.2)                                        # ours
-EDM = ADAM | dict(batch=256, decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2, P_std=1.2) # EDM
+OURS = ADAM | dict(lr_decay="linear", P_mean=-1.2, P_std=1.2)                                     # ours
+EDM = ADAM | dict(batch=256, lr_decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2,         # EDM
+                  P_std=1.2)                                                                      # EDM
 EDM2 = ADAM | dict(batch=2048, warmup=10**7, beta2=0.99,                                          # EDM2
                    ema=0.9999)                                                                    # ours
-FLOW = ADAM | dict(decay="constant", P_mean=0.0, P_std=1.0)                                       # ours
+FLOW = ADAM | dict(lr_decay="constant", P_mean=0.0, P_std=1.0)                                    # ours
 RECIPES = {
     "edm": {
         "digits":      OURS | dict(steps=1600, batch=64, lr=2e-3, warmup=0, ema=0.99),            # ours
         "cifar10":     EDM | dict(steps=390_625, batch=512, lr=1e-3, ema=0.99929),                # EDM
         "ffhq64":      EDM | dict(steps=781_250, lr=2e-4),                                        # EDM
         "afhqv2-64":   EDM | dict(steps=781_250, lr=2e-4),                                        # EDM
-        "imagenet64":  EDM2 | dict(steps=524_288, lr=1e-2, decay=35_000, P_mean=-0.8, P_std=1.6), # EDM2
-        "imagenet512": EDM2 | dict(steps=458_752, lr=6.5e-3, decay=70_000, P_mean=-0.4, P_std=1.0),  # EDM2
+        "imagenet64":  EDM2 | dict(steps=524_288, lr=1e-2, lr_decay=35_000, P_mean=-0.8, P_std=1.6),    # EDM2
+        "imagenet512": EDM2 | dict(steps=458_752, lr=6.5e-3, lr_decay=70_000, P_mean=-0.4, P_std=1.0),  # EDM2
         "custom":      OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),   # ours
     },
     # In the CMT paper the teacher of a Mean Flow model is a small Mean Flow model, not one of these.
     "flow": {
-        "digits":      FLOW | dict(steps=1600, batch=64, lr=2e-3, decay="linear", warmup=0, ema=0.99),  # ours
+        "digits":      FLOW | dict(steps=1600, batch=64, lr=2e-3, lr_decay="linear", warmup=0,    # ours
+                                   ema=0.99),                                                     # ours
         "cifar10":     FLOW | dict(steps=200_000,                                                 # ours
                                    batch=1024, lr=6e-4, warmup=10**7, ema=0.99995),               # MeanFlow
         "imagenet256": FLOW | dict(steps=400_000,                                                 # ours
                                    batch=256, lr=1e-4, warmup=0, ema=0.9999,                      # MeanFlow
                                    network={"patch_size": 4, "hidden_size": 768, "depth": 12,     # paper
                                             "num_heads": 12}),
-        "custom":      FLOW | dict(steps=20_000, batch=128, lr=1e-3, decay="linear", warmup=12_800,  # ours
-                                   ema=0.999),
+        "custom":      FLOW | dict(steps=20_000, batch=128, lr=1e-3, lr_decay="linear",           # ours
+                                   warmup=12_800, ema=0.999),                                     # ours
     },
 }
 

@@ -211,7 +211,7 @@ def test_a_run_is_not_continued_with_another_network(run, tmp_path, monkeypatch)
     """Without a GPU the default network of custom data is smaller, so a run may have been begun with another."""
     monkeypatch.chdir(tmp_path)
     write_npz("a.npz", size=20)
-    command = "pretrain", "--data", "a.npz", "--steps", 4, "--batch", 8, "--decay", "constant"
+    command = "pretrain", "--data", "a.npz", "--steps", 4, "--batch", 8, "--lr-decay", "constant"
     assert run(*command).code == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     dataset = model.custom_dataset((3, 20, 20), 4)
@@ -271,12 +271,12 @@ def test_microbatches_add_up_to_the_batch(run, chain, tmp_path, monkeypatch, sta
 
 def test_learning_rates():
     def rate(step, **flags):
-        args = dict(lr=2.0, batch=10, steps=100, warmup=0, decay="constant") | flags
+        args = dict(lr=2.0, batch=10, steps=100, warmup=0, lr_decay="constant") | flags
         return model.learning_rate(SimpleNamespace(**args), step)
     assert rate(0) == rate(99) == 2.0
     assert rate(0, warmup=100) == 0.2 and rate(9, warmup=100) == rate(50, warmup=100) == 2.0
-    assert rate(0, decay="linear") == 2.0 and rate(75, decay="linear") == 0.5
-    assert rate(25, decay=25) == 2.0 and rate(100, decay=25) == 1.0
+    assert rate(0, lr_decay="linear") == 2.0 and rate(75, lr_decay="linear") == 0.5
+    assert rate(25, lr_decay=25) == 2.0 and rate(100, lr_decay=25) == 1.0
 
 
 # --- latents become images ----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_the_header_says_how_the_trajectories_were_made(run, here, tmp_path):
 
 def test_every_hyperparameter_is_a_flag(run, here, tmp_path):
     out = tmp_path / "a.safetensors"
-    changes = dict(optimizer="RAdam", beta1=0.8, beta2=0.95, decay="constant", warmup=100, P_mean=-0.5, P_std=0.9,
+    changes = dict(optimizer="RAdam", beta1=0.8, beta2=0.95, lr_decay="constant", warmup=100, P_mean=-0.5, P_std=0.9,
                    lr=1e-4, ema=0.9)
     flags = [word for k, v in changes.items() for word in (f"--{k.replace('_', '-')}", v)]
     assert run("pretrain", *flags, "--dropout", 0.3, *SMALL, "--out", out).code == 0
@@ -285,7 +285,7 @@ def test_recipes():
     assert pretrain.RECIPES["edm"]["imagenet512"]["steps"] * 2048 == 896 * 2 ** 20
     small, large = (posttrain_cm.RECIPES[k] for k in ("imagenet64", "imagenet512"))
     assert small["loss"] == "ecd" and small["double"] == 0
-    assert all(small[k] == large[k] for k in ("q", "lr", "decay", "c", "weight", "P_mean", "P_std", "steps", "ema"))
+    assert all(small[k] == large[k] for k in ("q", "lr", "lr_decay", "c", "weight", "P_mean", "P_std", "steps", "ema"))
     assert posttrain_mf.RECIPES["imagenet256"]["c"] == 1e-2 and posttrain_mf.RECIPES["cifar10"]["c"] == 1e-3
 
 

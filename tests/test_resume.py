@@ -218,7 +218,7 @@ def test_more_steps_only_at_a_constant_rate(run, chain, tmp_path, monkeypatch):
     small = "pretrain", "--batch", 8, *out, "--steps"
     assert run(*small, 2).code == 0
     refused(run(*small, 4), "steps was 2, is 4")
-    monkeypatch.setitem(pretrain.RECIPES["edm"]["digits"], "decay", "constant")
+    monkeypatch.setitem(pretrain.RECIPES["edm"]["digits"], "lr_decay", "constant")
     (tmp_path / "a.resume.safetensors").unlink()
     assert run(*small, 2).code == 0
     done = run(*small, 4)

@@ -31,12 +31,12 @@ import model, sample, solve
 from tools import dry_run, feature_networks
 
 # batch     pairs of states in one step, over all GPUs
-# nfe       function evaluations of the teacher for one trajectory, at most
+# nfe       function evaluations of the teacher for one trajectory. Heun takes one less if time ends at 0
 # solver    of the teacher's ODE; None: the teacher's default
 # warmup    pairs over which the learning rate rises linearly
 # lr_decay  of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments of the student. They override those of the --init file; with --init none,
+# network   constructor arguments of the student that override those of the --init file, or with --init none
 #           those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
@@ -46,8 +46,8 @@ CM = dict(optimizer="RAdam", beta2=0.999, batch=128, lr_decay="linear", warmup=0
           solver="dpm3", network={}, mid_t=0.7757)                                                # code
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
                      network=dict(dropout=0.2))                                                   # code
-# Adam, because the first five steps of RAdam are those of SGD. This loss is a sum of squares, and on MNIST
-# such steps raised it from 42 to 1e7. On digits its gradients are small, and RAdam works.
+# Adam, because the first five steps of RAdam are those of SGD: they are proportional to the gradient, which
+# is large for a sum of squares. On MNIST they raised the loss from 42 to 1e7. On digits RAdam works.
 MF = dict(optimizer="Adam", beta2=0.999,                                                          # MeanFlow
           lr_decay="linear", warmup=0, solver=None, nfe=16, network={},                           # ours
           distance="l2")                                                                          # paper
@@ -137,9 +137,9 @@ def gather_pairs(states, times, y, indices, i, j):
     P trajectories, times (N+1,), y (P,), i, j (M,) from `pair_table`
     -> x_t (B,C,H,W), t (B,), x_r (B,C,H,W), r (B,), y (B,)"""
     trajectory, pair = indices // len(i), indices % len(i)
-    i, j = i[pair], j[pair]
-    t, r = times[i].to(states), times[j].to(states)
-    return states[i, trajectory], t, states[j, trajectory], r, y[trajectory]
+    first, last = i[pair], j[pair]                         # positions of the two states in their trajectory
+    t, r = times[first].to(states), times[last].to(states)
+    return states[first, trajectory], t, states[last, trajectory], r, y[trajectory]
 
 
 def draw_pairs(P, pairs_per_trajectory, M, device):
@@ -252,9 +252,9 @@ def batches_from_file(teacher_header, args, step, rank, local_batch, device):
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.branch, args.pairing))
     while True:
         first = step * args.batch + rank * local_batch
-        chosen = model.batch_indices(len(y) * len(i), args.seed, first, local_batch)
-        if device.type == "cuda": chosen = chosen.pin_memory()         # unpinned, .to would wait for the GPU
-        yield gather_pairs(states, times, y, chosen.to(device, non_blocking=True), i, j)
+        indices = model.batch_indices(len(y) * len(i), args.seed, first, local_batch)
+        if device.type == "cuda": indices = indices.pin_memory()       # unpinned, .to would wait for the GPU
+        yield gather_pairs(states, times, y, indices.to(device, non_blocking=True), i, j)
         step += 1
 
 
@@ -265,21 +265,21 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
     GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
     N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
-    N (N+1) / 2; --pairing kd and slow: one). With cmt the NFE per pair are the paper's. A pool is a function
-    of (seed, rank, its number): a resumed run solves its pool again, and nothing is stored. All pools have
-    one size, so a compiled teacher is compiled once."""
+    N (N+1) / 2; --pairing kd and slow: one). With --pairing cmt the NFE per pair are the paper's. A pool is a
+    function of (seed, rank, its index): a resumed run solves its pool again, and nothing is stored. All pools
+    have one size, so a compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
     steps_per_pool = P * pairs_per_trajectory // local_batch
     while True:
-        pool, batches_used = divmod(step, steps_per_pool)
-        model.reseed(args.seed, rank, "pool", pool)
+        pool_index, batches_used = divmod(step, steps_per_pool)
+        model.reseed(args.seed, rank, "pool", pool_index)
         states, times, y = solve_pool(teacher, teacher_header, P, args, device)
-        indices = draw_pairs(P, pairs_per_trajectory, len(i), device)
-        for chosen in indices.split(local_batch)[batches_used:]:
-            yield gather_pairs(states, times, y, chosen, i, j)
-        step = (pool + 1) * steps_per_pool
+        pool = draw_pairs(P, pairs_per_trajectory, len(i), device)
+        for indices in pool.split(local_batch)[batches_used:]:
+            yield gather_pairs(states, times, y, indices, i, j)
+        step = (pool_index + 1) * steps_per_pool
 
 
 # The loop of main, in pseudocode:

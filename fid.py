@@ -79,13 +79,15 @@ def pixels(images):
 
 
 def read_images(path, rank, world):
-    """Yield this rank's share of the images of an .npz, folder or .zip as they are, uint8 (n,H,W,C)."""
+    """Yield this rank's share of the images of an .npz, folder or .zip as they are, uint8 (n,H,W,C). Mirrored
+    copies, which prepare_data.py --flip adds after each image, are left out."""
     if path.endswith(".npz"):
         data = model.Data(path)
         if data.latents:
             raise model.UserError(f"{path} holds latents; a Frechet distance compares images or their "
                                   "statistics.")
-        for indices in torch.arange(len(data)).split(64)[rank::world]: yield data.array[indices.numpy()]
+        originals = torch.arange(0, len(data), 2 if model.read_info(path)[1].get("flip") else 1)
+        for indices in originals.split(64)[rank::world]: yield data.array[indices.numpy()]
     else:
         from tools import prepare_data
         yield from prepare_data.image_batches(prepare_data.open_source(path, classes="none"), 64, rank, world)

@@ -8,7 +8,7 @@
   run     python midtrain.py                                           # digits, two minutes on two CPU cores
           python midtrain.py --branch mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
-  cost    per pair: one forward of the teacher (1.9 with Heun), one forward and one backward of the student
+  cost    per pair: one forward of the teacher (with Heun two), one forward and one backward of the student
   expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
           with --branch mf, a squared distance, from about 2.5 to about 0.35
 
@@ -59,7 +59,7 @@ RECIPES = {
         "afhqv2-64":   CM_PAPER,
         "imagenet64":  CM | dict(steps=100_000,                                                   # ours
                                  lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99,               # ECT
-                                 lr_decay=2000,                                                   # ECT
+                                 lr_decay=2000, batch=128,                                        # ECT
                                  network=dict(dropout=0.4, dropout_resolutions=(16, 8)),          # ECT
                                  mid_t=1.526),                                                    # code
         "imagenet512": CM_PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0),  # paper
@@ -73,11 +73,12 @@ RECIPES = {
                                  network=dict(dropout=0.2)),                                      # MeanFlow
         "imagenet256": MF | dict(steps=400_000,                                                   # ours
                                  batch=256, lr=1e-4, beta2=0.95, ema=0.9999,                      # MeanFlow
-                                 # The teacher is a Mean Flow SiT-B/4 in 8 steps.                 # paper
-                                 solver="jump", nfe=8, init="none",
+                                 # The paper's teacher: a Mean Flow SiT-B/4 in 8 steps. MeanFlow trains it
+                                 # from scratch, with this guidance; the command pre-trains it (ours).
+                                 solver="jump", nfe=8, init="none",                               # paper
                                  teacher="runs/imagenet256/teacher_mf.safetensors",
-                                 teacher_network=dict(patch_size=4, hidden_size=768, depth=12, num_heads=12,
-                                                      interval=True),
+                                 teacher_network=dict(patch_size=4, hidden_size=768, depth=12,    # paper
+                                                      num_heads=12, interval=True),
                                  teacher_command="python pretrain.py --data imagenet256 --objective flow && "
                                      "python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
                                      "--guide-times 0 1 "
@@ -263,11 +264,12 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     yield them batch by batch, solve the next pool.
 
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
-    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
-    N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of the
-    N (N+1) / 2; --pairing kd and slow: one). With --pairing cmt the NFE per pair are the paper's. A pool is a
-    function of (seed, rank, its index): a resumed run solves its pool again, and nothing is stored. All pools
-    have one size, so a compiled teacher is compiled once."""
+    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories
+    of N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of
+    the N (N+1) / 2; --pairing kd and slow: one). With --pairing cmt and a solver of one NFE per step, the
+    NFE per pair are the paper's. A pool is a function of (seed, rank, its index): a resumed run solves
+    its pool again, and nothing is stored. All pools have one size, so a compiled teacher is compiled
+    once."""
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
@@ -312,13 +314,15 @@ def main():
     solve.check_solver(args.solver, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
-    dataset = dataset or model.custom_dataset(shape, classes, teacher_header.get("latents"))
+    dataset = dataset or model.custom_dataset(shape, classes)
+    dataset = dataset | {"latents": teacher_header.get("latents")}         # scaled as in its trajectories
     net, header = model.initial_model(args, model.KIND[teacher_stages[0]], dataset, device, **args.network)
+    model.check_scale(args.init, header, args.teacher, teacher_header)
     distance = load_distance(args, header, device)
-    if branch == "mf":                                     # the range of times, in flow time, for sample.py
-        times = {k: teacher_header[k] for k in ("t_min", "t_max")}
-        if teacher_header["kind"] == "Denoiser": times = {k: t / (1 + t) for k, t in times.items()}
-        header |= times
+    times = {k: teacher_header[k] for k in ("t_min", "t_max")}             # those of the trajectories
+    if branch == "mf" and teacher_header["kind"] == "Denoiser":
+        times = {k: t / (1 + t) for k, t in times.items()}                 # flow time
+    header |= times
     files = dict(init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
     header |= model.run_metadata(args, f"midtrain_{branch}", "pairs", world,

@@ -478,12 +478,13 @@ class MeanVelocity(nn.Module):
 
 
 # === 3. datasets ============================================================================================
-# network: the architecture that a stage builds without an --init file, the paper's (digits: ours), with the
-# dropout of pre-training. public: a checkpoint for tools/import_checkpoint.py. label_dropout: probability of
-# the null label. noise_scale: multiplies ln(t)/4; 4 is ours, for small networks (digits: a little better than
-# 1, one seed). time_scale: multiplies flow time; 1 is SiT's, 16 is ours, for U-Nets (digits: better than 4).
-# latents: networks see (z - mean) * scale, per channel, where z is the autoencoder's output. pixel_range: the
-# pixels that the autoencoder encodes. EDM2 uses [0, 1], SiT and MeanFlow [-1, 1].
+# network: the architecture that a stage builds without an --init file, with the dropout of pre-training. It
+# is the paper's; digits' is ours, and for imagenet64 the paper's size is unknown. public: a checkpoint for
+# tools/import_checkpoint.py. label_dropout: probability of the null label. noise_scale: multiplies ln(t)/4; 4
+# is ours, for small networks (digits: a little better than 1, one seed). time_scale: multiplies flow time; 1
+# is SiT's, 16 is ours, for U-Nets (digits: better than 4). latents: networks see (z - mean) * scale, per
+# channel, where z is the autoencoder's output. pixel_range: the pixels that the autoencoder encodes. EDM2
+# uses [0, 1], SiT and MeanFlow [-1, 1].
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENTS = {
@@ -1119,9 +1120,9 @@ def compiled(function, wanted):
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")        # --precision tf32 uses them
     from torch._inductor import async_compile, config
     if hasattr(signal, "pthread_sigmask"):                                  # not on Windows
-        # Ctrl-C and SLURM's SIGTERM reach every process of a job. Without its compiler processes the run
-        # would hang, so they inherit both signals blocked.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        # Ctrl-C, SLURM's SIGTERM and a closed terminal's SIGHUP reach every process of a job. Without its
+        # compiler processes the run would hang, so they inherit these signals blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
         async_compile.AsyncCompile.warm_pool()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
@@ -1223,11 +1224,19 @@ def initial_model(args, kind, dataset, device, **network):
 def check_fit(path, header, source, shape, classes, latents):
     """The weights in `path` have to be for the images, or latents, and classes of `source`, data or a
     teacher."""
-    def text(shape, latents): return f"{tuple(shape)} {'latents' if latents else 'images'}"
-    its, other = text(image_shape(header), header.get("latents")), text(shape, latents)
+    its, other = describe(image_shape(header), header.get("latents")), describe(shape, latents)
     if (its, header["network"]["label_dim"]) != (other, classes):
         raise UserError(f"{path} is for {its} and {header['network']['label_dim']} classes, {source} for "
                         f"{other} and {classes}; they have to agree.")
+
+
+def check_scale(path, header, teacher, teacher_header):
+    """Two networks of latents, of which one sees what the other makes, have to scale them alike."""
+    a, b = ({k: v for k, v in (h.get("latents") or {}).items() if k != "vae"}
+            for h in (header, teacher_header))
+    if a != b:
+        raise UserError(f"{path} and {teacher} scale latents differently ({a}, {b}); give two files that "
+                        "agree.")
 
 
 # Settings that a continued run need not share: they do not change the result, or are compared by content (as
@@ -1372,10 +1381,14 @@ def resume_run(out, net, ema, opt, header):
     """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
     path = resume_file(out)
     if dist.is_initialized():
-        seen = [None] * dist.get_world_size()
-        dist.all_gather_object(seen, os.path.exists(path))
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (os.path.exists(path), header["settings"]))
+        seen, settings = zip(*found)
         if len(set(seen)) > 1:
             raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
+        if different := [k for k in settings[0] if any(s[k] != settings[0][k] for s in settings)]:
+            raise UserError(f"the processes differ in {', '.join(different)}; start all nodes with the same "
+                            "command and files.")
     if not os.path.exists(path):
         start_run(out, net, header)
         hold(out, new=True)
@@ -1413,8 +1426,9 @@ class Stop:
     """stop(step): has any rank been asked to end, by SIGTERM (preemption), SIGINT (Ctrl-C) or SIGHUP (a
     closed terminal)? All ranks get the same answer. It is asked after every step, because torchrun kills 30 s
     after its SIGTERM. A second Ctrl-C ends a single process at once. Under torchrun one Ctrl-C arrives twice,
-    from the terminal and from torchrun, so there the second is ignored. `run` exits with 128 + the signal."""
-    ended_by = 0                                           # this signal
+    from the terminal and from torchrun, so there the second is ignored. `run` exits with 128 + the signal;
+    under torchrun with 0, because torchrun would restart what exits with another code."""
+    ended_by = 0                                           # the signal
     def __init__(self, world):
         self.world, self.signalled = world, 0
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
@@ -1429,7 +1443,7 @@ class Stop:
         # Only the handler writes `signalled`: a signal during the exchange counts at the next step.
         sign = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
         if self.world > 1: dist.all_reduce(sign, dist.ReduceOp.MAX)
-        Stop.ended_by = sign.item()
+        if "TORCHELASTIC_RUN_ID" not in os.environ: Stop.ended_by = sign.item()
         if sign: say(f"asked to stop: saves and ends after step {step:,}; the same command continues.")
         return bool(sign)
 

@@ -58,8 +58,9 @@ RECIPES = {
     "cifar10":     ECT_PAPER | dict(q=4096),                                                      # paper
     "ffhq64":      ECT_PAPER | dict(q=512),                                                       # paper
     "afhqv2-64":   ECT_PAPER | dict(q=1024),                                                      # paper
-    # The paper reports ECD here, but not its settings. We take imagenet512's, without its guidance and
-    # TF32, and add the dropout of ECT's own ImageNet 64x64 recipe.
+    # The paper reports ECD and ECT here, but not their settings. We take ECD with imagenet512's, without
+    # its guidance and TF32, and add the dropout of ECT's own ImageNet 64x64 recipe. That recipe, for
+    # diffusion weights, is --loss ect --q 4 --double 25000 --lr 1e-3 --lr-decay 2000.
     "imagenet64":  ECD | dict(network=dict(dropout=0.4, dropout_resolutions=(16, 8))),            # ours
     "imagenet512": ECD | dict(network=dict(dropout=0.0), precision="tf32",                        # code
                               guidance=2.05, teacher="runs/imagenet512/guided.safetensors",       # code
@@ -192,6 +193,7 @@ def main():
     files = dict(init=args.init)
     if args.loss == "ecd":
         teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
+        model.check_scale(args.init, header, args.teacher, teacher_header)
         teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
         teacher = model.compiled(teacher, args.compile)
         files |= dict(teacher=args.teacher, guide=solve.guide_file(args))

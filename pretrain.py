@@ -26,9 +26,9 @@ from tools import dry_run
 # The comment at the end of a line is the source of its values: EDM (2206.00364, table 7), EDM2 (2312.02696),
 # MeanFlow (2505.13447), the CMT paper, or ours. Not implemented are EDM's augmentation, and of EDM2 the loss
 # with a learned uncertainty and the EMA with a power profile.
-ADAM = dict(optimizer="Adam", beta2=0.999, network={})
+ADAM = dict(optimizer="Adam", beta2=0.999, network={})                                            # EDM
 OURS = ADAM | dict(lr_decay="linear", P_mean=-1.2, P_std=1.2)                                     # ours
-EDM = ADAM | dict(batch=256, lr_decay="constant", warmup=10**7, ema=0.99964, P_mean=-1.2,         # EDM
+EDM = ADAM | dict(batch=256, lr_decay="constant", warmup=10**7, ema=0.999645, P_mean=-1.2,        # EDM
                   P_std=1.2)                                                                      # EDM
 EDM2 = ADAM | dict(batch=2048, warmup=10**7, beta2=0.99,                                          # EDM2
                    ema=0.9999)                                                                    # ours
@@ -50,7 +50,7 @@ RECIPES = {
         "cifar10":     FLOW | dict(steps=200_000,                                                 # ours
                                    batch=1024, lr=6e-4, warmup=10**7, ema=0.99995),               # MeanFlow
         "imagenet256": FLOW | dict(steps=400_000,                                                 # ours
-                                   batch=256, lr=1e-4, warmup=0, ema=0.9999,                      # MeanFlow
+                                   batch=256, lr=1e-4, beta2=0.95, warmup=0, ema=0.9999,          # MeanFlow
                                    network={"patch_size": 4, "hidden_size": 768, "depth": 12,     # paper
                                             "num_heads": 12}),
         "custom":      FLOW | dict(steps=20_000, batch=128, lr=1e-3, lr_decay="linear",           # ours

@@ -93,9 +93,7 @@ def to_images(x, header, vae):
     autoencoder's range. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
     pixel_range = [-1, 1]
     if vae:
-        default = [0, 1] if header["network"]["class"] == "EDM2UNet" else [-1, 1]   # older headers lack it
-        pixel_range = header["latents"].get("pixel_range") or default
-        latents = model.to_latents(x, header)
+        pixel_range, latents = header["latents"]["pixel_range"], model.to_latents(x, header)
         x = torch.cat([vae.decode(z[None]).sample for z in latents])                # one by one: memory
     if not x.isfinite().all():
         raise model.Diverged("the model's samples are not finite: its training diverged, the file is of "
@@ -262,6 +260,7 @@ def write_folder(arriving, seeds, folder):
     """Write every image as `folder`/SEED.png. -> the first 64 images, all labels"""
     from PIL import Image
     folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds: (folder / f"{seed:06d}.png").unlink(missing_ok=True)    # of another model, maybe
     labels, first, names = [], None, (folder / f"{seed:06d}.png" for seed in seeds)
     for images, y in arriving:
         if first is None: first = images[:64]

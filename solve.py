@@ -260,6 +260,7 @@ def guide_teacher(teacher, header, args, path):
         guide, guide_header = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, guide_header, path, model.image_shape(header), classes,
                         header.get("latents"))
+        model.check_scale(args.guide, guide_header, path, header)
         if guide_header["stage"] not in ODE_STAGES or guide_header["kind"] != header["kind"]:
             raise model.UserError(f"{args.guide}, a {guide_header['kind']} of stage {guide_header['stage']}, "
                                   f"cannot guide {path}; give a smaller or less trained {header['kind']}, no "

@@ -1,11 +1,12 @@
 """`make precision`: how much of each stage's loss and gradient survives a backbone in bf16 or TF32.
 
 Prints the cosine similarity and the ratio of norms between a backbone of reduced precision and an fp32 one,
-for the residual (what the loss measures: output minus target) and for the gradient of the loss. The networks
-are that of digits and a 32x32 RGB DDPM++ with 64 channels, both pre-trained here for 300 steps. The default
-of --precision follows from this table. TF32 is emulated: the inputs of every matrix product and convolution,
-in the forward and in the backward pass, are rounded to 10 bits of mantissa, and sums stay in fp32, as on
-tensor cores.
+for the residual (what the loss measures: output minus target) and for the gradient of the loss. Then the
+error of the endpoints, the targets of mid-training, if the teacher has reduced precision (`precision.py
+endpoints` prints this table alone). The networks are that of digits and a 32x32 RGB DDPM++ with 64 channels,
+both pre-trained here for 300 steps. The default of --precision follows from these tables. TF32 is emulated:
+the inputs of every matrix product and convolution, in the forward and in the backward pass, are rounded to 10
+bits of mantissa, and sums stay in fp32, as on tensor cores.
 """
 import contextlib, copy, sys
 from pathlib import Path
@@ -90,6 +91,21 @@ def compare(net, f, reduce):
             (torch.cosine_similarity(full.double(), less.double(), 0), less.norm() / full.norm())]
 
 
+@torch.no_grad()
+def endpoint_errors(D, x0, y):
+    """-> root mean square differences of endpoints, pixels in [-1, 1]: a backbone in bf16 against fp32, one
+    in TF32 against fp32, both with 16 NFE, and in fp32 16 NFE against 128"""
+    torch.manual_seed(2)
+    noise = 80 * torch.randn_like(x0)
+    def endpoint(reduce, nfe=16):
+        net = copy.deepcopy(D)
+        with reduce(net):
+            return solve.dpm_solver_pp(lambda x, t: net(x, t, y), noise, solve.log_uniform_times(nfe))[0][-1]
+    exact = endpoint(lambda net: contextlib.nullcontext())
+    return [(found - exact).square().mean().sqrt().item() for found in
+            (endpoint(bf16), endpoint(tf32), endpoint(lambda net: contextlib.nullcontext(), 128))]
+
+
 def bf16(net):
     net.backbone_dtype = torch.bfloat16
     return contextlib.nullcontext()
@@ -127,26 +143,34 @@ def tf32(net):
 
 
 def main():
-    device = model.setup(one_process=True)[2]
+    device, only_endpoints = model.setup(one_process=True)[2], "endpoints" in sys.argv
     data = model.Data(Path(__file__).parent.parent / "data/digits.npz")
     digits = model.to_float(data.batch(range(len(data)))[0]), data.labels
     rgb = model.custom_dataset((3, 32, 32), 0)
     rgb["network"] = rgb["network"] | {"model_channels": 64, "num_blocks": 2}
     print(f"{STEPS} steps of pre-training, {device.type}, torch {torch.__version__}\n")
-    print("| network, batch | loss | backbone | residual: cosine | norm | gradient: cosine | norm |")
-    print("|---|---|---|---|---|---|---|")
+    if not only_endpoints:
+        print("| network, batch | loss | backbone | residual: cosine | norm | gradient: cosine | norm |")
+        print("|---|---|---|---|---|---|---|")
+    endpoints = []
     made_up = shapes(512), torch.zeros(512, dtype=torch.int64)
     for name, row, (images, labels), batch in [("digits", model.DATASETS["digits"], digits, 64),
                                                ("32x32 RGB", rgb, made_up, 8)]:
         D = trained(model.fresh_header(row), images, labels, batch, pretrain.edm_loss, device)
+        x0, y = images[:batch].to(device), labels[:batch].to(device)
+        errors = endpoint_errors(D.eval(), x0, y)
+        endpoints.append(f"| {name} | " + " | ".join(f"{e:.4f}" for e in errors) + " |")
+        if only_endpoints: continue
         flow = model.fresh_header(row, "MeanVelocity", interval=True)
         u = trained(flow, images, labels, batch, pretrain.flow_loss, device)
-        D, u, x0, y = D.eval(), u.eval(), images[:batch].to(device), labels[:batch].to(device)
-        with torch.no_grad(): table = losses(D, u, x0, y, device)
+        with torch.no_grad(): table = losses(D, u.eval(), x0, y, device)
         for loss, (net, f) in table.items():
             for body, reduce in [("bf16", bf16)] + [("tf32", tf32)] * (net is D):
                 numbers = " | ".join(f"{x:.4f}" for x in compare(net, f, reduce))
                 print(f"| {name}, {batch} | {loss} | {body} | {numbers} |", flush=True)
+    print("\n| error of the endpoint | teacher in bf16 | in TF32 | 16 instead of 128 NFE |")
+    print("|---|---|---|---|")
+    print("\n".join(endpoints))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 import model
-from conftest import ROOT, free_port, refused
+from conftest import ROOT, free_port, one_process_a_gpu, refused
 
 # Runs a stage's main on one rank, with a change named by its first argument.
 WRAPPER = """
@@ -120,13 +120,14 @@ def test_a_signal_during_the_exchange_counts_at_the_next_step(handlers, monkeypa
     assert [stop(1), stop(2), stop(3)] == [False, True, True] and arrived == [0, signal.SIGTERM, signal.SIGTERM]
 
 
-def test_a_signal_to_all_processes_leaves_the_compiler_alive():
-    """torch's compiler processes belong to the run's process group. If SIGTERM ended them, the run would wait
-    for them forever."""
-    code = ("import model, os, signal; signal.signal(signal.SIGTERM, lambda *_: print('asked to stop'))\n"
+@pytest.mark.parametrize("sign", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_all_processes_leaves_the_compiler_alive(sign):
+    """torch's compiler processes belong to the run's process group. If a signal ended them, the run would wait for
+    them forever."""
+    code = (f"import model, os, signal; signal.signal(signal.{sign}, lambda *_: print('asked to stop'))\n"
             "model.compiled(len, True); from torch._inductor.async_compile import AsyncCompile\n"
             "submit = AsyncCompile.process_pool().submit; before = submit(os.getpid).result(60)\n"
-            "os.killpg(0, signal.SIGTERM); print(before, submit(os.getpid).result(60), os.getpid())")
+            f"os.killpg(0, signal.{sign}); print(before, submit(os.getpid).result(60), os.getpid())")
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True,
                           capture_output=True, text=True)
@@ -230,18 +231,33 @@ def test_every_rank_has_its_own_gpu(monkeypatch, gpus):
 
 # --- sampling without a common disk -------------------------------------------------------------------------
 
-def two_ranks_on_two_disks(folder, script, *args):
-    """Run a script on two ranks whose working directories share nothing -> stdout of rank 0"""
+def start_two_ranks(folders, commands):
+    """Run a command in a folder for each of two ranks -> exit codes, (stdout, stderr) of both"""
     port, processes = free_port(), []
-    for rank in 0, 1:
+    for rank, (folder, (script, *args)) in enumerate(zip(folders, commands)):
         env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(subprocess.Popen(
-            [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)], cwd=folder / str(rank), env=env,
+            [sys.executable, str(ROOT / f"{script}.py"), *map(str, args)], cwd=folder, env=env,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outputs = [process.communicate(timeout=120) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
+    return [process.returncode for process in processes], outputs
+
+
+def two_ranks_on_two_disks(folder, *command):
+    """Run a script on two ranks whose working directories share nothing -> stdout of rank 0"""
+    codes, outputs = start_two_ranks((folder / "0", folder / "1"), (command, command))
+    assert codes == [0, 0], outputs
     return outputs[0][0]
+
+
+@one_process_a_gpu
+def test_two_nodes_with_different_commands_do_not_start(chain, tmp_path):
+    """DDP averages their gradients, and each applies its own learning rate."""
+    command = "midtrain", "--steps", 4, "--batch", 8, "--nfe", 4, "--out", tmp_path / "a.safetensors"
+    codes, outputs = start_two_ranks((chain, chain), (command, (*command, "--lr", 1e-4)))
+    assert codes == [2, 2] and all("the processes differ in lr;" in err for _, err in outputs), outputs
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_ranks_without_a_common_disk_sample_and_evaluate_together(run, chain, tmp_path, monkeypatch):
@@ -279,13 +295,16 @@ def test_a_part_that_disappeared_is_explained(run, chain, tmp_path, monkeypatch)
 # --- docs/train.slurm ---------------------------------------------------------------------------------------
 
 def test_the_slurm_script_saves_and_is_queued_again(chain, tmp_path):
-    """SLURM's commands are stubs. The script gets SIGTERM, as two minutes before the time limit: the stage saves,
-    the job is queued again, and the second run of the script finishes the stage."""
+    """SLURM's commands are stubs. The script gets SIGUSR1, as three minutes before the time limit: the stage saves,
+    the job is queued again, and the second run of the script finishes the stage. srun kills what it has started
+    when it gets SIGTERM."""
     (tmp_path / "runs").symlink_to(chain / "runs")
     (tmp_path / "bin").mkdir()
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").touch()
-    stubs = {"srun": 'exec "$@"', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    stubs = {"srun": '"$@" & echo $! > step; trap "kill -KILL $!" TERM; wait $!',
+             "scancel": 'if [ "$1 $2" = "--signal=TERM $SLURM_JOB_ID" ]; then kill -TERM $(cat step); fi',
+             "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
              "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> requeued; fi'}
     for name, line in stubs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
@@ -297,7 +316,7 @@ def test_the_slurm_script_saves_and_is_queued_again(chain, tmp_path):
     job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     for line in job.stdout:
         if line.startswith("step      20/"): break
-    job.terminate()
+    job.send_signal(signal.SIGUSR1)
     assert "ends after step" in job.stdout.read() and job.wait(60) != 0
     assert (tmp_path / "requeued").read_text() == f"requeue {env['SLURM_JOB_ID']}\n"
     assert 20 <= model.read(tmp_path / "a.safetensors")[1]["step"] < 300

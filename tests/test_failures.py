@@ -604,7 +604,7 @@ def test_mid_training_names_what_cannot_work(run, chain, tmp_path, monkeypatch):
     refused(run("midtrain", *flags, "--data", "imagenet256"), "--branch mf")
     rgb = write_npz(tmp_path / "rgb.npz", classes=10)
     refused(run("midtrain", *flags, "--data", rgb, "--teacher", "runs/digits/pretrain.safetensors"),
-            "pretrain.safetensors is for (1, 8, 8) images", "rgb.npz for (3, 8, 8)")
+            "pretrain.safetensors is for images of 1x8x8", "rgb.npz for images of 3x8x8")
     (tmp_path / "edm.pkl").write_text("a pickle")
     refused(run("midtrain", *flags, "--teacher", tmp_path / "edm.pkl"), "tools/import_checkpoint.py")
     refused(run("midtrain", *flags, "--teacher", tmp_path), "is a folder")
@@ -623,5 +623,27 @@ def test_latents_and_images_of_one_shape_are_told_apart(run, tmp_path):
         made = run("pretrain", *flags, "--data", data, "--out", teacher)
         assert made.code == 0, made.err
         refused(run("posttrain_cm", *flags, "--data", other, "--init", teacher, "--out", tmp_path / "a.safetensors"),
-                "(3, 8, 8) latents", "(3, 8, 8) images", "agree")
+                "latents of 3x8x8", "images of 3x8x8", "agree")
         for file in tmp_path.glob("teacher*"): file.unlink()
+
+
+def test_latents_of_another_scale_or_pixel_range(run, tmp_path):
+    """Sampling would decode them by the wrong map. An imported teacher keeps the scale it was trained with."""
+    g, files = np.random.default_rng(0), {}
+    for name, scale, pixel_range in [("a", 1.0, [0, 1]), ("b", 0.5, [0, 1]), ("c", 1.0, [-1, 1])]:
+        latents = {"mean": [0.0] * 3, "scale": [scale] * 3, "pixel_range": pixel_range}
+        z = g.standard_normal((8, 3, 8, 8)).astype(np.float32)
+        files[name] = latents_npz(tmp_path / f"{name}.npz", z, latents)
+    flags, out = ("--steps", 1, "--batch", 8, "--no-preview"), tmp_path / "out.safetensors"
+    teacher, other = tmp_path / "teacher.safetensors", tmp_path / "other.safetensors"
+    assert run("pretrain", *flags, "--data", files["a"], "--out", teacher).code == 0
+    assert run("pretrain", *flags, "--data", files["b"], "--out", other).code == 0
+    mid = "midtrain", *flags, "--nfe", 2, "--out", out, "--data"
+    refused(run(*mid, files["c"], "--teacher", teacher), "pixels in [0, 1]", "pixels in [-1, 1]", "agree")
+    refused(run("posttrain_cm", *flags, "--out", out, "--data", files["c"], "--init", teacher), "pixels in [-1, 1]")
+    refused(run(*mid, files["a"], "--teacher", teacher, "--init", other), "scale latents differently")
+    refused(run("posttrain_cm", *flags, "--out", out, "--data", files["a"], "--init", other, "--loss", "ecd", "--teacher",
+                teacher), "scale latents differently")
+    done = run(*mid, files["b"], "--branch", "mf", "--teacher", teacher, "--init", "none")
+    assert done.code == 0, done.err
+    assert model.read(out)[1]["latents"]["scale"] == [1.0] * 3         # the teacher's, not the data's

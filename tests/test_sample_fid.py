@@ -334,6 +334,28 @@ def test_images_as_files_named_by_seed(run, here, tmp_path):
     assert a == pytest.approx(b, rel=1e-9)
 
 
+def test_an_interrupted_replacement_does_not_mix_two_models(run, here, tmp_path, monkeypatch):
+    out, n = tmp_path / "images", ("--n", 70, "--out", f"{tmp_path}/images/")
+    assert run("sample", "runs/digits/midtrain_cm.safetensors:1", *n).code == 0
+    save, saved = Image.Image.save, []
+    def stops(self, *args):
+        saved.append(save(self, *args))
+        if len(saved) == 5: raise KeyboardInterrupt
+    monkeypatch.setattr(Image.Image, "save", stops)
+    assert run("sample", "runs/digits/posttrain_cm.safetensors:1", *n).code == 130
+    assert sorted(os.listdir(out)) == [f"{k:06d}.png" for k in range(5)]
+
+
+def test_mirrored_copies_are_no_reference(run, here, tmp_path):
+    with np.load("data/digits.npz") as f: images = f["arr_0"][:100]
+    both = np.stack([images, images[:, :, ::-1]], 1).reshape(200, 8, 8, 1)         # as prepare_data.py --flip
+    np.savez(tmp_path / "flip.npz", arr_0=both, info=np.array(json.dumps({"flip": True})))
+    np.savez(tmp_path / "plain.npz", arr_0=images)
+    done = run("fid", tmp_path / "flip.npz", "--ref", tmp_path / "plain.npz", "--features", "pixels")
+    found = json.loads(done.out.splitlines()[-1])
+    assert (found["n"], found["n_ref"]) == (100, 100) and found["fd"] < 1e-9
+
+
 def test_every_save_of_a_stage_shows_samples(run, here, tmp_path):
     rows = {"pretrain": 1, "pretrain_flow": 1, "midtrain_cm": 2, "midtrain_mf": 2, "posttrain_cm": 2,
             "posttrain_mf": 2}
@@ -422,7 +444,7 @@ def test_two_files_of_one_stage_are_told_apart(run, here, tmp_path):
 
 
 def test_an_autoencoder_that_diverges_is_noticed():
-    header = {"network": {"class": "SiT"}, "latents": {"mean": [0.0] * 4, "scale": [1.0] * 4}}
+    header = {"latents": {"mean": [0.0] * 4, "scale": [1.0] * 4, "pixel_range": [-1, 1]}}
     class Vae:
         def decode(self, z):
             self.sample = torch.full((1, 3, 16, 16), torch.nan)

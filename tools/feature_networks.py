@@ -189,14 +189,18 @@ def load_lpips(files, header):
 
 
 def load_elatentlpips(header, device):
-    """--distance elatentlpips -> E-LatentLPIPS (2405.05967), the paper's distance of latents, for latents
-    scaled as the header says. The package downloads its weights, for the latents of Stable Diffusion 1.5,
-    into ckpt/. Not tried with these weights yet. Raises UserError."""
+    """--distance elatentlpips -> E-LatentLPIPS (2405.05967) for latents scaled as the header says. The
+    package downloads its weights, for the latents of Stable Diffusion 1.5 (pixels in [-1, 1]), into ckpt/.
+    The paper has the same kind of distance, with a network that its authors trained on EDM2's latents. Not
+    tried with these weights yet. Raises UserError."""
     if "latents" not in header:
         raise model.UserError("--distance elatentlpips is for latents; images have --distance lpips.")
     try: from elatentlpips import ELatentLPIPS
     except ImportError as e:
         raise model.UserError(f"--distance elatentlpips needs `pip install elatentlpips` ({e}).")
+    if header["latents"]["pixel_range"] != [-1, 1]:
+        print("warning: E-LatentLPIPS was trained for latents of pixels in [-1, 1], not in "
+              f"{header['latents']['pixel_range']}.")
     net = ELatentLPIPS(encoder="sd15", augment="bg", verbose=False).to(device).requires_grad_(False)
     def distance(a, b):
         a, b = model.to_latents(a, header), model.to_latents(b, header)

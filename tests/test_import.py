@@ -291,7 +291,7 @@ def test_import_command_and_what_follows(run, tmp_path, monkeypatch):
     done = run("midtrain", *next_stage, *small, "--out", tmp_path / "m2.safetensors")
     assert done.code == 0 and "warning" not in done.out, done.err
     wrong = run("import_checkpoint", "--data", "digits", VECTORS / "edm_uncond.pkl")
-    assert wrong.code == 2 and "(3, 8, 8)" in wrong.err
+    assert wrong.code == 2 and "3x8x8" in wrong.err
     missing = run("import_checkpoint", "nowhere.pkl")
     assert missing.code == 2 and "download" in missing.err
 

@@ -47,7 +47,7 @@ def scores(path, n, ref="digits", calls=(1, 2)):
 
 def forwards_per_sample(header):
     """Network forwards that training on one image or pair takes, including the teacher's. A backward counts
-    as two forwards, a JVP as two (`make bench` measures them)."""
+    as two forwards, and a JVP as two, by convention: measured on a CPU (`make bench`), it takes more."""
     s, stage = header["settings"], header["stage"]
     if stage.startswith("midtrain"):                                 # student forward 1, backward 2
         return 3 + dry_run.nfe_per_pair(header, s["nfe"], s["solver"], s["pairing"], s.get("guidance", 1))

@@ -50,21 +50,21 @@ Report    every number, in docs/mnist.json; two steps as prominently as one; als
           help.
 
 Scale 10  `--scale 10`, for a GPU, writes docs/mnist_x10.json. It was fixed before its first run; then, with
-          no results but the teachers', the trials were halved and all but MeanFlow was compiled. (The first
-          teachers had 2.21M parameters by mistake: on a GPU the default network has twice the blocks. They
-          were discarded.) A unit has 10 times the forwards (1.25 million), and the network 4 times the
-          parameters (width 32, 1.56M). The batch is 256, and the teacher trains for 3,000 steps of it. The
-          5,000 training images are the same. ECT is in TF32. The tuning is the same, with 1/16 and 1/8 of the
-          budget. The methods are the two chains at 1 unit, and the baselines that were better at scale 1 (ECT
-          by Adam, MeanFlow by RAdam) at 1 and 2.
+          no results but the teachers' and one trial, the trials were halved and all but MeanFlow was
+          compiled. (The first teachers had 2.21M parameters by mistake: on a GPU the default network has
+          twice the blocks. They were discarded.) A unit has 10 times the forwards (1.25 million), and the
+          network 4 times the parameters (width 32, 1.56M). The batch is 256, and the teacher trains for 3,000
+          steps of it. The 5,000 training images are the same. ECT is in TF32. The tuning is the same, with
+          1/16 and 1/8 of the budget. The methods are the two chains at 1 unit, and the baselines that were
+          better at scale 1 (ECT by Adam, MeanFlow by RAdam) at 1 and 2.
 
 Two processes of one thread share the trainings; on a GPU start 12 (`--workers 12`; `--branch cm` leaves out
 Mean Flow). All continue where they were interrupted; finished numbers are in docs/mnist.json, so another
 machine continues too. `python experiments/mnist.py report` prints the table and draws the curves from
 that file alone; `picture` draws samples of the checkpoints of seed 1; `limits` stores a few numbers that
-could explain the results in two steps.
+could explain the results in two steps; `checks` tries settings of the baselines that are not tuned.
 """
-import argparse, fcntl, functools, itertools, json, math, os, shutil, statistics, subprocess, sys, time
+import argparse, fcntl, functools, itertools, json, math, os, re, shutil, statistics, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +107,9 @@ METHODS = {
 UNTUNED = {("CMT + ECT", 4): 2}                             # takes the settings for 2 units
 AT_SCALE_10 = {"CMT + ECT": (1,), "plain ECT by Adam": (1, 2), "CMT + MeanFlow": (1,), "MeanFlow": (1, 2)}
 # network forwards per sample of a stage (common.py)
-FORWARDS = {"mid_cm": 4, "mid_kd": 3 + 16, "post_cm": 4, "mid_mf": 3 + 15 / 8, "post_mf": 3.5}
+FORWARDS = {"mid_cm": 4, "mid_kd": 3 + 16, "post_cm": 4, "mid_mf": 3 + 15 / 8, "post_mf": 3.5,
+            "post_mf_0.75": 4.5}
+BASELINE_INTERVAL = 1 / 16                                 # chosen for plain ECT by Adam with one unit
 
 
 def use_scale_10():
@@ -148,23 +150,27 @@ def before_post_training(path):
     return path.with_name(f"{path.stem}_mid.safetensors")
 
 
+def steps(stage, units):
+    """-> the number of steps of a stage that take this compute"""
+    return max(1, round(units * UNIT / FORWARDS[stage] / BATCH))
+
+
 def train(method, units, rate, value, seed):
     """Train a method with a budget -> the file of its model"""
     branch, _, setting, *_ = METHODS[method]
     start = teacher(branch, seed)
     out = FOLDER / f"seed{seed}" / f"{method.replace(' ', '')}_{units:g}_{rate:g}_{value:g}.safetensors"
-    def steps(stage, share): return max(1, round(share * units * UNIT / FORWARDS[stage] / BATCH))
     if setting == "share":
         stage = "mid_kd" if method == "KD + ECT" else f"mid_{branch}"
-        middle, post_steps = before_post_training(out), steps(f"post_{branch}", 1 - value)
+        middle, post_steps = before_post_training(out), steps(f"post_{branch}", (1 - value) * units)
         command("midtrain", *flags(seed), COMPILE, "--branch", branch, "--teacher", start, "--lr", rate,
-                "--steps", steps(stage, value), *(["--pairing", "kd"] if stage == "mid_kd" else []),
+                "--steps", steps(stage, value * units), *(["--pairing", "kd"] if stage == "mid_kd" else []),
                 *(["--warmup", 10 * BATCH] if branch == "mf" else []), "--out", middle)
         if value == 1: return middle
         post = ["--init", middle, "--lr", tied_rate(branch, rate)]
         post += ["--optimizer", "Adam"] if branch == "cm" else ["--optimizer", "RAdam", "--warmup", 0]
     else:
-        post_steps, by_adam = steps(f"post_{branch}", 1), method.endswith("by Adam")
+        post_steps, by_adam = steps(f"post_{branch}", units), method.endswith("by Adam")
         post = ["--init", start, "--lr", rate, "--optimizer", "Adam" if by_adam else "RAdam"]
         if branch == "cm": post += ["--q", 2, "--double", max(1, round(value * post_steps))]
         else:              post += ["--p", value, "--warmup", 10 * BATCH if by_adam else 0]
@@ -334,6 +340,32 @@ def limits():
     share(jobs)
 
 
+def baseline_checks():
+    """Store trials with half a unit, on the tuning seed, of settings of the baselines that the tuning leaves
+    out, next to controls from the same teachers: ECT from the diffusion weights with a fixed gap; MeanFlow
+    with r < t for three quarters of the samples, and with the times of its CIFAR-10 recipe as well."""
+    jobs, fixed = {}, [(f"q {q}", ["--q", q]) for q in (16, 64, 256)]
+    halved = [("gap halved", ["--q", 2, "--double", round(BASELINE_INTERVAL * steps("post_cm", 0.5))])]
+    for (name, extra), rate in itertools.product(halved + fixed, (1e-4, 3e-4)):
+        jobs[f"plain ECT by Adam, {name}, lr {rate:g}"] = (
+            "cm", "post_cm", [*extra, "--lr", rate, "--optimizer", "Adam", COMPILE])
+    times = {"r < t 0.25": ("post_mf", []), "r < t 0.75": ("post_mf_0.75", ["--r-neq-t", 0.75]),
+             "r < t 0.75, P -2 2": ("post_mf_0.75", ["--r-neq-t", 0.75, "--P-mean", -2, "--P-std", 2])}
+    for (name, (stage, extra)), (optimizer, rate, p) in itertools.product(
+            times.items(), (("RAdam", 0.01, 0.75), ("Adam", 0.001, 0.5))):
+        warmup = 10 * BATCH if optimizer == "Adam" else 0
+        jobs[f"MeanFlow by {optimizer}, {name}"] = ("mf", stage, [
+            *extra, "--lr", rate, "--optimizer", optimizer, "--p", p, "--warmup", warmup])
+    def run(name, branch, stage, extra):
+        out = FOLDER / f"seed{TUNING_SEED}" / f"check_{re.sub('[^A-Za-z0-9.]+', '_', name)}.safetensors"
+        precision = ECT_PRECISION if branch == "cm" else "bf16"
+        command(f"posttrain_{branch}", *flags(TUNING_SEED, precision), *extra,
+                "--init", teacher(branch, TUNING_SEED), "--steps", steps(stage, 0.5), "--out", out)
+        found = scores(out, 2000)
+        return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
+    share({f"check: {name}": functools.partial(run, name, *job) for name, job in jobs.items()})
+
+
 def teachers(found, branch):
     """-> the scores of the teachers that are finished"""
     return [found[key] for seed in SEEDS if (key := TEACHER_KEY.format(branch, seed)) in found]
@@ -376,7 +408,7 @@ def report():
             print(f"| {method} | {units:g} | {len(tried)} | {tried[best]:.1f} | {best} |")
     print()
     for key in found:
-        if key.startswith(("after the fact", "limits")): print(key, found[key])
+        if key.startswith(("after the fact", "limits", "check")): print(key, found[key])
     print_ratios(found)
     draw(found)
 
@@ -453,9 +485,10 @@ def picture(seed=1):
 def main():
     global METHODS
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture", "limits"],
+    p.add_argument("what", nargs="?", choices=["all", "work", "report", "picture", "limits", "checks"],
                    default="all", help="work: in one process; report: tables and curves; picture: samples; "
-                                       "limits: other times of the second step, the teacher with 32 NFE")
+                                       "limits: other times of the second step, the teacher with 32 NFE; "
+                                       "checks: settings of the baselines that are not tuned")
     tasks = sum(len(budgets) for _, budgets, *_ in METHODS.values())
     p.add_argument("--first", type=int, default=0, choices=range(tasks), metavar=f"0-{tasks - 1}",
                    help=f"for work: the task to begin with, of {tasks}")
@@ -474,6 +507,7 @@ def main():
         return work(args.first)
     if args.what == "picture": return picture()
     if args.what == "limits": return limits()
+    if args.what == "checks": return baseline_checks()
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     worker = [sys.executable, __file__, "work", "--scale", str(args.scale)]
     if args.branch: worker += ["--branch", args.branch]

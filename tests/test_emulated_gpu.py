@@ -53,7 +53,7 @@ REFUSED_BY_CUDA = [
      "torch.arange(size, dtype=torch.float32)", "inception"),
 ]
 ALLOWED_BY_CUDA = [                                        # CPU indices; a 0-dim CPU tensor as a number
-    ("midtrain.py", "chosen.to(device, non_blocking=True), i, j)", "chosen, i, j)", "trajectories"),
+    ("midtrain.py", "indices.to(device, non_blocking=True), i, j)", "indices, i, j)", "trajectories"),
     ("midtrain.py", "chosen[torch.randperm(len(chosen), device=device)]", "chosen[torch.randperm(len(chosen))]",
      "midtrain"),
     ("posttrain_cm.py", "return 1 / (t - r)", "return torch.tensor(1.0) / (t - r)", "posttrain_cm"),

@@ -207,7 +207,7 @@ def test_images_that_do_not_fit_the_weights(run, chain, tmp_path, monkeypatch):
     monkeypatch.chdir(chain)
     rgb = write_npz(tmp_path / "rgb.npz")
     refused(run("posttrain_cm", "--data", rgb, "--init", "runs/digits/midtrain_cm.safetensors", *SMALL),
-            "(1, 8, 8)", "(3, 8, 8)")
+            "1x8x8", "3x8x8")
 
 
 def test_indivisible_batch(run, chain, tmp_path, monkeypatch):
@@ -339,7 +339,7 @@ def test_teacher_and_student_have_to_agree(run, chain, tmp_path, monkeypatch):
     out = "--out", tmp_path / "a.safetensors"
     rgb = write_npz(tmp_path / "rgb.npz")
     assert run("pretrain", "--data", rgb, *SMALL, "--out", tmp_path / "rgb.safetensors").code == 0
-    for flags, words in [(("--init", tmp_path / "rgb.safetensors"), ["(3, 8, 8)", "(1, 8, 8)", "agree"]),
+    for flags, words in [(("--init", tmp_path / "rgb.safetensors"), ["3x8x8", "1x8x8", "agree"]),
                          (("--trajectories", "nowhere.safetensors"), ["nowhere.safetensors", "not exist"])]:
         refused(run("midtrain", *flags, *SMALL, *out), *words)
 

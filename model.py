@@ -1377,18 +1377,23 @@ def check_settings(path, old, header):
             "of an uninterrupted run.")
 
 
+def check_ranks(path, header):
+    """Raise UserError unless all processes have the same settings (files by sha256), and see one state."""
+    if not dist.is_initialized(): return
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (os.path.exists(path), header["settings"]))
+    seen, settings = zip(*found)
+    if len(set(seen)) > 1:
+        raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
+    if different := [k for k in settings[0] if any(s[k] != settings[0][k] for s in settings)]:
+        raise UserError(f"the processes differ in {', '.join(different)}; start all nodes with the same "
+                        "command and files.")
+
+
 def resume_run(out, net, ema, opt, header):
     """Continue an interrupted run: load its state into net, ema and opt -> the step it reached, 0 if new."""
     path = resume_file(out)
-    if dist.is_initialized():
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, (os.path.exists(path), header["settings"]))
-        seen, settings = zip(*found)
-        if len(set(seen)) > 1:
-            raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
-        if different := [k for k in settings[0] if any(s[k] != settings[0][k] for s in settings)]:
-            raise UserError(f"the processes differ in {', '.join(different)}; start all nodes with the same "
-                            "command and files.")
+    check_ranks(path, header)
     if not os.path.exists(path):
         start_run(out, net, header)
         hold(out, new=True)

@@ -260,13 +260,14 @@ def write_folder(arriving, seeds, folder):
     """Write every image as `folder`/SEED.png. -> the first 64 images, all labels"""
     from PIL import Image
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in seeds: (folder / f"{seed:06d}.png").unlink(missing_ok=True)    # of another model, maybe
-    labels, first, names = [], None, (folder / f"{seed:06d}.png" for seed in seeds)
+    files = [folder / f"{seed:06d}.png" for seed in seeds]
+    for file in files: file.unlink(missing_ok=True)        # it may be of another model
+    labels, first, remaining = [], None, iter(files)
     for images, y in arriving:
         if first is None: first = images[:64]
         labels.append(y)
         for image in images:
-            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(next(names))
+            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(next(remaining))
     return first, np.concatenate(labels)
 
 

@@ -17,9 +17,10 @@ This protocol was committed before the first run. It was changed six times since
      the budget of 4; the tuning for one unit, with trials of half a unit, chose other settings.
   4. To save time, at 4 units plain ECT runs by Adam only. With 2 units both optimizers are equal within the
      spread.
-  5. After plain ECT had its results at 4 units, CMT + ECT was added there, to save time with the settings for
-     2 (kept as "settings for two units"). Later the tuning for 4 began. Its best share so far, 0.5, is the
-     smallest of those tried, so 0.25 is still to be tried; the seeds with 0.5 are "tuning unfinished".
+  5. After plain ECT had its results at 4 units, CMT + ECT was added there. To save time it took the settings
+     for 2; these results are kept as "settings for two units". Later the tuning for 4 began. Its best share
+     so far, 0.5, is the smallest of those tried, so 0.25 has to follow. The seeds with 0.5 are kept as
+     "tuning unfinished".
   6. After CMT + MeanFlow had chosen a share of 0.97 for mid-training, the end of its ladder, the share 1 was
      added: mid-training alone. (KD + ECT chose 0.05, the other end. In a trial with a quarter of a unit that
      is one step, so there is no smaller one.)
@@ -253,15 +254,20 @@ def share(jobs, wait=True):
     return [stored()[key] for key in jobs]
 
 
-def trial(method, *settings):
-    """-> the geometric mean of the distances in one and two steps; 1e9 for a run that diverged"""
-    teacher(METHODS[method][0], TUNING_SEED)               # if the teacher diverges, that is an error
-    try: found = scores(train(method, *settings, TUNING_SEED), 2000)
+def score(train_model):
+    """-> the geometric mean of the distances in one and two steps of the file that train_model() returns; 1e9
+    for a run that diverged"""
+    try: found = scores(train_model(), 2000)
     except model.Diverged: return 1e9                      # samples that are not finite
     except SystemExit as e:
         if e.code != 3: raise                              # 3: ten successive gradients were not finite
         return 1e9
     return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
+
+
+def trial(method, *settings):
+    teacher(METHODS[method][0], TUNING_SEED)               # if the teacher diverges, that is an error
+    return score(lambda: train(method, *settings, TUNING_SEED))
 
 
 def trials(method, units, settings):
@@ -358,13 +364,15 @@ def baseline_checks():
         warmup = 10 * BATCH if optimizer == "Adam" else 0
         jobs[f"MeanFlow by {optimizer}, {name}"] = ("mf", stage, [
             *extra, "--lr", rate, "--optimizer", optimizer, "--p", p, "--warmup", warmup])
-    def run(name, branch, stage, extra):
+    def train_baseline(name, branch, stage, extra, start):
         out = FOLDER / f"seed{TUNING_SEED}" / f"check_{re.sub('[^A-Za-z0-9.]+', '_', name)}.safetensors"
         precision = ECT_PRECISION if branch == "cm" else "bf16"
         command(f"posttrain_{branch}", *flags(TUNING_SEED, precision), *extra,
-                "--init", teacher(branch, TUNING_SEED), "--steps", steps(stage, 0.5), "--out", out)
-        found = scores(out, 2000)
-        return math.sqrt(found["1"]["FD"] * found["2"]["FD"])
+                "--init", start, "--steps", steps(stage, 0.5), "--out", out)
+        return out
+    def run(name, branch, *options):
+        start = teacher(branch, TUNING_SEED)
+        return score(lambda: train_baseline(name, branch, *options, start))
     share({f"check: {name}": functools.partial(run, name, *job) for name, job in jobs.items()})
 
 

@@ -106,6 +106,12 @@ def test_mnist_gives_flags_that_the_stages_take(stages_parse, monkeypatch, scale
     assert found["limits: CMT + ECT, second step at 0.4"][1:] == ((2,), [0.4])
     mnist.picture()
     assert ran[-1][0] == "sample" and sum("mid-training" in word for word in ran[-1]) == 2
+    monkeypatch.setattr(mnist, "scores", lambda path, n: {"1": {"FD": 4.0}, "2": {"FD": 9.0}})
+    found = {}
+    mnist.baseline_checks()
+    assert len(found) == 14 and set(found.values()) == {6.0}
+    used = [common.compute(line[-1]) for line in ran if "check_" in str(line[-1])]
+    assert len(used) == 14 and all(abs(compute - 0.5 * mnist.UNIT) < 5 * mnist.BATCH for compute in used)
 
 
 def test_a_stage_that_was_stopped_stops_the_experiment(run, chain, tmp_path, monkeypatch):

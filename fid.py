@@ -32,15 +32,13 @@ from tools import feature_networks
 
 def frechet_distance(mu_a, cov_a, mu_b, cov_b):
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians, A = cov_a, B = cov_b (1706.08500, eq. 6).
-    mu (d,), cov (d,d) -> 0-dim float64. With A = R R^T, tr (A B)^(1/2) = tr (R^T B R)^(1/2): one symmetric
-    eigenproblem, or two if A is singular."""
+    mu (d,), cov (d,d) symmetric -> 0-dim float64. Other shapes raise ValueError. With A = R R^T,
+    tr (A B)^(1/2) = tr (R^T B R)^(1/2): one symmetric eigenproblem, or two if A is singular."""
     mu_a, cov_a, mu_b, cov_b = (torch.as_tensor(m).double() for m in (mu_a, cov_a, mu_b, cov_b))
     mu_a, mu_b = mu_a.flatten(), mu_b.flatten()
     if not cov_a.shape == cov_b.shape == (len(mu_a), len(mu_a)) == (len(mu_b), len(mu_b)):
         shapes = [tuple(m.shape) for m in (mu_a, cov_a, mu_b, cov_b)]
         raise ValueError(f"shapes are {shapes}, not (d), (d,d), (d), (d,d)")
-    if min(cov_a.diagonal().min(), cov_b.diagonal().min()) < 0:
-        raise ValueError("a covariance has a negative diagonal")
     root, singular = torch.linalg.cholesky_ex(cov_a)
     if singular:
         values, vectors = torch.linalg.eigh(cov_a)
@@ -51,18 +49,19 @@ def frechet_distance(mu_a, cov_a, mu_b, cov_b):
 
 
 def sums(batches):
-    """Batches of features (n, d) -> their number, sum (d,) and sum of x x^T (d,d), in float64"""
-    n, total, outer = 0, 0, 0
+    """Batches of features (n, d) -> number of rows, sum (d,) and sum of x x^T (d,d), in float64; 0, 0, 0 if
+    there are none"""
+    n, total, sum_outer = 0, 0, 0
     for x in batches:
         x = x.double()
-        n, total, outer = n + len(x), total + x.sum(0), outer + x.T @ x
-    return n, total, outer
+        n, total, sum_outer = n + len(x), total + x.sum(0), sum_outer + x.T @ x
+    return n, total, sum_outer
 
 
-def moments(n, total, outer):
-    """The output of `sums` -> mean (d,), unbiased covariance (d,d)"""
+def moments(n, total, sum_outer):
+    """The output of `sums`, n >= 2 -> mean (d,), unbiased covariance (d,d)"""
     mu = total / n
-    cov = (outer - n * torch.outer(mu, mu)) / (n - 1)
+    cov = (sum_outer - n * torch.outer(mu, mu)) / (n - 1)
     cov.diagonal().clamp_(min=0)                           # rounding can make a variance negative
     return mu, cov
 
@@ -79,7 +78,7 @@ def pixels(images):
 
 
 def read_images(path, rank, world):
-    """Yield this rank's share of the images of an .npz, folder or .zip as they are, uint8 (n,H,W,C). Mirrored
+    """Yield this rank's share of the images of an .npz, folder or .zip as uint8 (n,H,W,C). Mirrored
     copies, which prepare_data.py --flip adds after each image, are left out."""
     if path.endswith(".npz"):
         data = model.Data(path)
@@ -94,25 +93,25 @@ def read_images(path, rank, world):
 
 
 def is_images(path):
+    """Can `path` hold images, or statistics of images? By its name."""
     return path.endswith((".npz", ".zip")) or os.path.isdir(path)
 
 
-def over_ranks(n, total, outer, device):
-    """Add up the sums of all ranks. -> number, mean, covariance"""
+def over_ranks(n, total, sum_outer):
+    """Add up the output of `sums` of all ranks. -> number, mean, covariance. Raises UserError for fewer than
+    two images."""
     if dist.is_initialized():
-        size = torch.tensor([0 if n == 0 else len(total)], device=device)
-        dist.all_reduce(size, dist.ReduceOp.MAX)           # a rank may have had no images
-        if n == 0: total, outer = torch.zeros(size.item()), torch.zeros(size.item(), size.item())
-        n, total, outer = (torch.as_tensor(m, dtype=torch.float64).to(device) for m in (n, total, outer))
-        for m in (n, total, outer): dist.all_reduce(m)
-        n = int(n)
+        of_ranks = [None] * dist.get_world_size()
+        mine = n, torch.as_tensor(total).cpu(), torch.as_tensor(sum_outer).cpu()
+        dist.all_gather_object(of_ranks, mine)             # a rank without images has zeros
+        n, total, sum_outer = map(sum, zip(*of_ranks))
     if n < 2: raise model.UserError(f"a distance needs at least two images on each side, not {n}.")
-    return n, *moments(n, total, outer)
+    return n, *moments(n, total, sum_outer)
 
 
 def read_statistics(path):
     """mu and sigma of an .npz in EDM's or ADM's layout, or of EDM2's .pkl -> mean (d,), covariance (d,d),
-    both float64; None if the .npz has neither. Raises UserError if sigma is no covariance."""
+    both float64; None if the .npz has neither. Raises UserError."""
     try:
         if path.endswith(".pkl"):
             from tools import prepare_data
@@ -124,30 +123,25 @@ def read_statistics(path):
         mu, sigma = (torch.from_numpy(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
     except Exception as e:
         raise model.UserError(f"{path} is damaged, or no mu and sigma are in it ({type(e).__name__}: {e}).")
-    if mu.dim() == 2 and sigma.dim() <= 1: mu, sigma = sigma, mu                 # stored the other way round
     mu = mu.flatten()
     if sigma.shape != (len(mu), len(mu)):
         raise model.UserError(f"{path}: mu is {tuple(mu.shape)} and sigma {tuple(sigma.shape)}; sigma has to "
                               "be the covariance matrix of mu.")
     if not (mu.isfinite().all() and sigma.isfinite().all()):
         raise model.UserError(f"{path} has values that are not finite; compute the statistics again.")
-    values = torch.linalg.eigvalsh((sigma + sigma.T) / 2)
-    asymmetric = (sigma - sigma.T).abs().max() > 1e-3 * sigma.abs().max()
-    if asymmetric or sigma.diagonal().min() < 0 or values[0] < -1e-3 * values[-1]:
-        raise model.UserError(f"{path}: sigma is no covariance matrix, which is symmetric with eigenvalues "
-                              ">= 0.")
-    return mu, (sigma + sigma.T) / 2
+    return mu, sigma
 
 
 def save_statistics(path, n, mu, cov):
+    """Write number, mean (d,) and covariance (d,d) as an .npz in EDM's layout."""
     with model.atomic_write(path) as part, open(part, "wb") as f:
         np.savez(f, n=n, mu=mu.cpu().numpy(), sigma=cov.cpu().numpy())
 
 
-def reference(args, header, features, rank, world, device):
+def reference(args, header, features, rank, world):
     """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
-    covariance; only rank 0 uses them. Statistics of the images of an .npz are cached in runs/reference/, in a
-    file named by a hash of the images' identity and the feature network."""
+    covariance; on other ranks than 0 perhaps None. Statistics of the images of an .npz are cached in
+    runs/reference/, in a file named by a hash of the images' identity and the feature network."""
     path = args.ref or header["data_path"]
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -168,7 +162,7 @@ def reference(args, header, features, rank, world, device):
     is_cached = [cache and sample.is_whole_npz(cache)]
     if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # rank 0 decides
     if not is_cached[0]:
-        n, mu, cov = over_ranks(*sums(features(x) for x in read_images(path, rank, world)), device)
+        n, mu, cov = over_ranks(*sums(features(x) for x in read_images(path, rank, world)))
         if cache and rank == 0:
             try: save_statistics(cache, n, mu, cov)        # also over a damaged file
             except model.UserError as e: model.say(f"{path}: its statistics are not cached ({e})")
@@ -187,9 +181,9 @@ def main():
     p.add_argument("--features", choices=["inception", "pixels"], default="inception",
                    help="FID, or FD-pixels")
     p.add_argument("--inception", default=f"data/{feature_networks.INCEPTION}", metavar="FILE",
-                   help="weights")
+                   help="weights of Inception-v3")
     p.add_argument("--save-stats", metavar="X.npz", help="write mu and sigma of FILE, in EDM's layout")
-    p.add_argument("--n", type=model.positive, default=50_000, help="images to draw from a checkpoint")
+    p.add_argument("--n", type=model.positive_int, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
     if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")
@@ -220,7 +214,7 @@ def main():
 
 @torch.no_grad()
 def evaluate(file, args, features, rank, world, device):
-    """Prints a line on FILE[:STEPS], and one of JSON."""
+    """Print a line about FILE[:STEPS], and one of JSON."""
     header = None
     if is_images(file):
         has_images = "arr_0.npy" in sample.zip_members(file)          # ADM's batches hold statistics as well
@@ -249,8 +243,8 @@ def evaluate(file, args, features, rank, world, device):
         batches = sample.progress(batches, len(seeds), world)
     ref_statistics = None
     if args.ref or not args.save_stats:
-        ref_statistics = reference(args, header, features, rank, world, device)
-    n, mu, cov = over_ranks(*sums(features(x) for x in batches), device)
+        ref_statistics = reference(args, header, features, rank, world)
+    n, mu, cov = over_ranks(*sums(features(x) for x in batches))
     if rank: return
     if args.save_stats:
         save_statistics(args.save_stats, n, mu, cov)

@@ -9,7 +9,7 @@
           python midtrain.py --branch mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
   cost    per pair: one forward of the teacher (with Heun two), one forward and one backward of the student
-  expect  digits: the loss, a distance in 64 dimensions, falls from about 0.8 to about 0.33;
+  expect  digits: the loss, a distance of 64 pixels, falls from about 0.8 to about 0.33;
           with --branch mf, a squared distance, from about 2.5 to about 0.35
 
 --branch cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
@@ -21,6 +21,18 @@ time, in which a state is (1 - t) x_0 + t eps. A denoiser predicts x_0, not a ve
 initialise the student: with --branch mf pass --teacher runs/digits/pretrain.safetensors --init none.
 
 The teacher is frozen, so the student never learns from its own predictions. All pairs have the same weight.
+In pseudocode:
+
+    teacher, student = the pre-trained model, frozen, and a copy of it
+    for each step:
+        if no pairs are left: solve the teacher's ODE from many noises at once, shuffle all pairs (x_t, x_end)
+        x_t, t, x_end, y = the next batch of pairs
+        loss = mean of distance(student(x_t, t, y), x_end)                 (mf: u against a mean velocity)
+        if the gradient is finite:
+            student = student - lr * gradient(loss)                        (RAdam or Adam)
+            ema = decay * ema + (1 - decay) * student
+            normalise the student's weights                                (EDM2's networks only)
+    save ema
 """
 import copy, math, shlex
 from pathlib import Path
@@ -31,10 +43,10 @@ import model, sample, solve
 from tools import dry_run, feature_networks
 
 # batch     pairs of states in one step, over all GPUs
-# nfe       function evaluations of the teacher for one trajectory. Heun takes one less if time ends at 0
+# nfe       function evaluations of the teacher for one trajectory. Heun takes one less if the last time is 0
 # solver    of the teacher's ODE; None: the teacher's default
 # warmup    pairs over which the learning rate rises linearly
-# lr_decay  of the learning rate: "linear" to 0, "constant", or a step K from which it falls as sqrt(K / step)
+# lr_decay  of the learning rate: "linear" to 0, "constant", or T: from step T on it falls as sqrt(T / step)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
 # network   constructor arguments of the student that override those of the --init file, or with --init none
 #           those of model.DATASETS
@@ -74,7 +86,7 @@ RECIPES = {
         "imagenet256": MF | dict(steps=400_000,                                                   # ours
                                  batch=256, lr=1e-4, beta2=0.95, ema=0.9999,                      # MeanFlow
                                  # The paper's teacher: a Mean Flow SiT-B/4 in 8 steps. MeanFlow trains it
-                                 # from scratch, with this guidance; the command pre-trains it (ours).
+                                 # from scratch with this guidance; our command starts from flow matching.
                                  solver="jump", nfe=8, init="none",                               # paper
                                  teacher="runs/imagenet256/teacher_mf.safetensors",
                                  teacher_network=dict(patch_size=4, hidden_size=768, depth=12,    # paper
@@ -95,16 +107,15 @@ TEACHER_STAGES = {"cm": ["pretrain"], "mf": [*model.stages_of("MeanVelocity"), "
 
 def cmt_loss(f, x, t, x_end, y, distance):
     """Consistency mid-training (2509.24526), one number per pair. A trajectory has the times
-    t_0 = 80 > ... > t_N = 0.002. x (B,C,H,W) states of trajectories, t (B,) their times, x_end (B,C,H,W) the
-    endpoints, y (B,) the labels of the trajectories, distance(a, b) -> (B,).  -> (B,)"""
+    t_0 = 80 > ... > t_N = 0.002. x (B,C,H,W): states of trajectories; t (B,): their times; x_end (B,C,H,W):
+    the endpoints; y (B,): the labels. distance(a, b) and the result: (B,)"""
     # L = E_{x_{t_0}} mean_{i<N} d( f(x_{t_i}, t_i, y), x_{t_N} )
     return distance(f(x, t, y), x_end)
 
 
 def cmt_meanflow_loss(u, x_t, t, x_r, r, y):
     """Mid-training of a Mean Flow model (2509.24526), one number per pair. A pair is two states of one
-    trajectory, in flow time. x_t, x_r (B,C,H,W), their times t > r (B,), y (B,) the labels of the
-    trajectories -> (B,)"""
+    trajectory, in flow time. x_t, x_r (B,C,H,W); their times t > r (B,); the labels y (B,) -> (B,)"""
     # L = E_{x_{t_0}} mean_{i<j} || u(x_t, r, t, y) - (x_t - x_r) / (t - r) ||^2,   t = t_i, r = t_j
     target = (x_t - x_r) / (t - r).reshape(-1, *[1] * (x_t.dim() - 1))
     return (u(x_t, r, t, y) - target).square().flatten(1).sum(1)
@@ -138,12 +149,12 @@ def gather_pairs(states, times, y, indices, i, j):
     P trajectories, times (N+1,), y (P,), i, j (M,) from `pair_table`
     -> x_t (B,C,H,W), t (B,), x_r (B,C,H,W), r (B,), y (B,)"""
     trajectory, pair = indices // len(i), indices % len(i)
-    first, last = i[pair], j[pair]                         # positions of the two states in their trajectory
-    t, r = times[first].to(states), times[last].to(states)
-    return states[first, trajectory], t, states[last, trajectory], r, y[trajectory]
+    noisier, cleaner = i[pair], j[pair]                    # positions of the two states in their trajectory
+    t, r = times[noisier].to(states), times[cleaner].to(states)
+    return states[noisier, trajectory], t, states[cleaner, trajectory], r, y[trajectory]
 
 
-def draw_pairs(P, pairs_per_trajectory, M, device):
+def draw_pair_indices(P, pairs_per_trajectory, M, device):
     """Choose pairs_per_trajectory of the M pairs of each of P trajectories without replacement, and shuffle
     all. -> flat indices (P * pairs_per_trajectory,) for `gather_pairs`"""
     chosen = torch.rand(P, M, device=device).argsort(dim=1)[:, :pairs_per_trajectory]
@@ -172,7 +183,7 @@ def flags():
                    help="model whose trajectories are the targets; also the default of --init")
     if p.get_default("init") != "none":                    # the student starts from the teacher's weights
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
-    p.add_argument("--nfe", type=model.positive, help="teacher evaluations per trajectory, at most")
+    p.add_argument("--nfe", type=model.positive_int, help="teacher evaluations per trajectory, at most")
     p.add_argument("--solver", choices=solve.SOLVERS,
                    help="dpm1, dpm2, dpm3: DPM-Solver++ (dpm3 as the authors released it, of order 2); jump: "
                         "steps of a Mean Flow teacher")
@@ -190,7 +201,6 @@ def flags():
     if args.distance != "lpips": model.reject_if_typed("--lpips", because="the distance is not lpips")
     if args.trajectories:
         model.reject_if_typed("--nfe", "--solver", because=f"{args.trajectories} has its own solver and NFE")
-    if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
@@ -230,7 +240,7 @@ def solve_pool(teacher, teacher_header, P, args, device):
     return *to_student_time(states, times.to(device), teacher_header, args.branch), y
 
 
-def use_trajectory_file(args):
+def adopt_trajectory_file(args):
     """Check that solve.py's file comes from the same teacher and guidance. Its solver and NFE replace those
     in args, so that the student's header records them."""
     command = args.command_for[args.trajectories]
@@ -252,8 +262,8 @@ def batches_from_file(teacher_header, args, step, rank, local_batch, device):
     states, times = to_student_time(states.transpose(0, 1), times, teacher_header, args.branch)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.branch, args.pairing))
     while True:
-        first = step * args.batch + rank * local_batch
-        indices = model.batch_indices(len(y) * len(i), args.seed, first, local_batch)
+        start = step * args.batch + rank * local_batch
+        indices = model.batch_indices(len(y) * len(i), args.seed, start, local_batch)
         if device.type == "cuda": indices = indices.pin_memory()       # unpinned, .to would wait for the GPU
         yield gather_pairs(states, times, y, indices.to(device, non_blocking=True), i, j)
         step += 1
@@ -265,9 +275,9 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
 
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
     GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories
-    of N steps at once, and takes N pairs of each (cm: every state with the endpoint; mf: N random ones of
-    the N (N+1) / 2; --pairing kd and slow: one). With --pairing cmt and a solver of one NFE per step, the
-    NFE per pair are the paper's. A pool is a function of (seed, rank, its index): a resumed run solves
+    of N steps at once, and takes N pairs of each (mf: N random ones of the N (N+1) / 2), or with --pairing kd
+    and slow one pair. With --pairing cmt and a solver of one NFE per step, a pair costs as many NFE as in the
+    paper. A pool is a function of (seed, rank, its index): a resumed run solves
     its pool again, and nothing is stored. All pools have one size, so a compiled teacher is compiled
     once."""
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
@@ -278,23 +288,11 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
         pool_index, batches_used = divmod(step, steps_per_pool)
         model.reseed(args.seed, rank, "pool", pool_index)
         states, times, y = solve_pool(teacher, teacher_header, P, args, device)
-        pool = draw_pairs(P, pairs_per_trajectory, len(i), device)
+        pool = draw_pair_indices(P, pairs_per_trajectory, len(i), device)
         for indices in pool.split(local_batch)[batches_used:]:
             yield gather_pairs(states, times, y, indices, i, j)
         step = (pool_index + 1) * steps_per_pool
 
-
-# The loop of main, in pseudocode:
-#   teacher, student = the pre-trained model, frozen, and a copy of it
-#   for each step:
-#       if no pairs are left: solve the teacher's ODE from many noises at once, shuffle all pairs (x_t, x_end)
-#       x_t, t, x_end, y = the next batch of pairs
-#       loss = mean of distance(student(x_t, t, y), x_end)                 (mf: u against a mean velocity)
-#       if the gradient is finite:
-#           student = student - lr * gradient(loss)                        (RAdam or Adam)
-#           ema = decay * ema + (1 - decay) * student
-#           normalise the student's weights                                (EDM2's networks only)
-#   save ema
 
 def main():
     args = flags()
@@ -309,13 +307,13 @@ def main():
                               "model; give --init none, or a flow-matching model.")
     teacher.backbone_dtype = model.DTYPES[args.precision]
     teacher = model.compiled(solve.guide_teacher(teacher, teacher_header, args, args.teacher), args.compile)
-    if args.trajectories: use_trajectory_file(args)
+    if args.trajectories: adopt_trajectory_file(args)
     args.solver = args.solver or solve.default_solver(teacher_header)
     solve.check_solver(args.solver, args.teacher, teacher_header)
     shape, classes = model.image_shape(teacher_header), teacher_header["network"]["label_dim"]
     model.reseed(args.seed)
     dataset = dataset or model.custom_dataset(shape, classes)
-    dataset = dataset | {"latents": teacher_header.get("latents")}         # scaled as in its trajectories
+    dataset = dataset | {"latents": teacher_header.get("latents")}         # scaled as the teacher's
     net, header = model.initial_model(args, model.KIND[teacher_stages[0]], dataset, device, **args.network)
     model.check_scale(args.init, header, args.teacher, teacher_header)
     distance = load_distance(args, header, device)

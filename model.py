@@ -40,15 +40,16 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A training run whose gradients, weights or outputs are not finite."""
+    """Gradients, weights or outputs are not finite."""
     code = 3
 
 
 # === 1. networks ============================================================================================
 # Every network is called as net(x, t, y, gap) -> (B,C,H,W). x (B,C,H,W) has the backbone's dtype; y (B,) or
-# None; t (B,), fp32 or float64, is the time; gap (B,), only for networks built with `interval`, is t - r.
-# Both are scaled by `Denoiser` or `MeanVelocity`. Each layer casts its weights to the dtype of its input:
-# bf16, fp32, or float64 in exact tests. Autocast is not used.
+# None. t (B,) is noise_scale ln(t) / 4 from `Denoiser`, time_scale t from `MeanVelocity`. gap (B,), from
+# `MeanVelocity` only, is time_scale (t - r); networks built without `interval` ignore it. Both are fp32 or
+# float64. Each layer casts its weights to the dtype of its input: bf16, fp32, or float64 in exact tests.
+# Autocast is not used.
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -110,7 +111,8 @@ def resize(x, resample):
 
 
 def attention(qkv, heads, norm=lambda x: x):
-    """Self-attention over pixels. qkv (B,3C,H,W), its channels ordered head, channel, q k v -> (B,C,H,W)"""
+    """Self-attention over pixels. qkv (B,3C,H,W), its channels ordered head, channel, q k v; norm is applied
+    to q, k and v -> (B,C,H,W)"""
     H, W = qkv.shape[2:]
     qkv = rearrange(qkv, "b (n c three) h w -> three b n (h w) c", n=heads, three=3)
     q, k, v = norm(qkv.contiguous())                       # fused kernels need contiguous channels
@@ -185,7 +187,8 @@ def run_unet(enc, dec, x, emb, cat):
 
 
 def one_hot(y, t, classes):
-    """y (B,) or None -> (B,classes) of rms 1, in the dtype of t (B,). The null label is all zeros."""
+    """y (B,) or None -> sqrt(classes) times one-hot (B,classes), in the dtype of t (B,); zeros for the null
+    label"""
     y = torch.full_like(t, classes, dtype=torch.int64) if y is None else y
     return F.one_hot(y, classes + 1)[:, :-1].to(t.dtype) * classes ** 0.5
 
@@ -240,13 +243,13 @@ def mp_silu(x):                                                              # e
     return F.silu(x) / 0.596
 
 
-def mp_sum(a, b, t):                                                         # eq. 88
-    return a.lerp(b, t) / ((1 - t) ** 2 + t ** 2) ** 0.5
+def mp_sum(a, b, w):                                                         # eq. 88
+    return a.lerp(b, w) / ((1 - w) ** 2 + w ** 2) ** 0.5
 
 
-def mp_cat(a, b, t):                                                         # eq. 103
-    scale = ((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t ** 2)) ** 0.5
-    return torch.cat([scale * (1 - t) / a.shape[1] ** 0.5 * a, scale * t / b.shape[1] ** 0.5 * b], dim=1)
+def mp_cat(a, b, w):                                                         # eq. 103
+    scale = ((a.shape[1] + b.shape[1]) / ((1 - w) ** 2 + w ** 2)) ** 0.5
+    return torch.cat([scale * (1 - w) / a.shape[1] ** 0.5 * a, scale * w / b.shape[1] ** 0.5 * b], dim=1)
 
 
 class MPFourier(nn.Module):
@@ -356,13 +359,14 @@ class EDM2UNet(nn.Module):
         return self.out_conv(x, self.out_gain)
 
 
-def modulate(x, shift, scale):
+def adaptive_norm(x, shift, scale):
     """LayerNorm without parameters, then an affine map per sample. x (B,T,D), shift, scale (B,D)"""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 def positions(side, dim):
-    """Fixed sine-cosine embedding of a grid, half of the features for each axis. -> (side^2, dim)"""
+    """Fixed sine-cosine embedding of a grid, half of the features for each axis. dim: a multiple of 4
+    -> (side^2, dim)"""
     omega = 1e-4 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     line = torch.arange(side, dtype=torch.float64)[:, None] * omega                     # (side, dim / 4)
     line = torch.cat([line.sin(), line.cos()], dim=1)                                   # (side, dim / 2)
@@ -387,8 +391,8 @@ class SiTBlock(nn.Module):
 
     def forward(self, x, c):                                                 # x (B, T, D), c (B, D) fp32
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).to(x.dtype).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attend(modulate(x, shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
+        x = x + gate1[:, None] * self.attend(adaptive_norm(x, shift1, scale1))
+        return x + gate2[:, None] * self.mlp(adaptive_norm(x, shift2, scale2))
 
 
 class SiT(nn.Module):
@@ -422,7 +426,7 @@ class SiT(nn.Module):
         h = rearrange(h, "b d h w -> b (h w) d") + self.pos_embed.to(h.dtype)
         for block in self.blocks: h = block(h, c)
         shift, scale = self.final_layer["adaLN_modulation"](c).to(h.dtype).chunk(2, dim=1)
-        h = self.final_layer["linear"](modulate(h, shift, scale))            # (B, T, p p C)
+        h = self.final_layer["linear"](adaptive_norm(h, shift, scale))       # (B, T, p p C)
         return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=self.patch, q=self.patch)
 
 
@@ -437,7 +441,7 @@ class Denoiser(nn.Module):
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
     x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the backbone F runs in
-    `backbone_dtype`. In bf16, all times within about t/64 of t would have the same ln(t)/4, and at small t
+    `backbone_dtype`. bf16 would merge the values ln(t)/4 of times that differ by up to 1.5 %, and at small t
     the sum would lose c_out F. A float64 input stays float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
@@ -685,11 +689,11 @@ def dataset_at_hand(args):
 # NAME.safetensors: weights + one metadata key `config`, the header (JSON), which alone rebuilds the network.
 
 @contextlib.contextmanager
-def atomic_write(path, unique=False):
+def atomic_write(path):
     """`with atomic_write(path) as part:` writes to `part`, then renames it to `path`, so that `path` is
-    complete or unchanged. unique: each process has its own `part`, as several may write. Raises UserError."""
+    complete or unchanged. Raises UserError."""
     path = Path(os.path.realpath(path))                    # a link stays a link
-    part = path.with_name(f"{path.name}.{os.getpid()}.part" if unique else f"{path.name}.part")
+    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
@@ -699,9 +703,10 @@ def atomic_write(path, unique=False):
         os.chmod(part, 0o666 & ~umask)
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError): part.unlink()
         raise UserError(f"{path} could not be written ({e}); what was there before is untouched. Check the "
                         "free space and the folder's permissions, or choose another path.")
+    finally:
+        with contextlib.suppress(OSError): part.unlink()   # exists only if writing failed, or after Ctrl-C
 
 
 def checksum(tensors, header):
@@ -722,7 +727,8 @@ def save(path, tensors, header):
 
 
 def read(path, tensors=True):
-    """-> {name: tensor} on the CPU, header. Raises UserError: the file is missing, damaged or not ours."""
+    """-> {name: tensor} on the CPU, header. tensors=False: only the header is read. Raises UserError: the file
+    is missing, damaged or not ours."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is a folder." if os.path.isdir(path) else f"{path} does not exist.")
     if str(path).endswith((".pkl", ".pt", ".pth", ".ckpt")):
@@ -741,7 +747,7 @@ def read(path, tensors=True):
 
 
 def build(header):
-    """An untrained model as a header describes it: kind, network, and the constructor's other arguments."""
+    """The model that a header describes, with random weights"""
     network = dict(header["network"])
     net = {"DDPMpp": DDPMpp, "EDM2UNet": EDM2UNet, "SiT": SiT}[network.pop("class")](**network)
     if header["kind"] == "MeanVelocity": return MeanVelocity(net, header["time_scale"])
@@ -750,9 +756,9 @@ def build(header):
 
 def load(path, device="cpu", **network):
     """-> (model in eval mode with an fp32 backbone, header). `network`: constructor arguments that replace
-    the header's, such as dropout=0.2; interval=True adds the embedding of t - r where the file has none.
-    Warns if the run that made it did not end. Raises UserError as `read` does, and where the weights do not
-    fit the network of the header."""
+    those of the returned header, such as dropout=0.2; interval=True, for a `MeanVelocity`, adds the embedding
+    of t - r where the file has none. Warns if its run is unfinished. Raises UserError as `read` does, and
+    where the weights do not fit the network."""
     tensors, header = read(path)
     if any(k.startswith("ema.") for k in tensors):
         raise UserError(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
@@ -835,12 +841,12 @@ def to_latents(x, header):
     return torch.stack([z / s + m for z, m, s in zip(x.unbind(1), mean, scale)], dim=1)
 
 
-def save_grid(path, rows, names):
+def save_grid(path, rows, names, side=None):
     """Save a picture. Each of `rows`, uint8 (n,H,H,C) with C 1 or 3, becomes one line of images with its name
-    at the left. Small images are enlarged."""
+    at the left. side: of an image in the picture; by default small images are enlarged."""
     from PIL import Image, ImageDraw, ImageFont
-    n, H = len(rows[0]), max(row.shape[1] for row in rows)
-    side, gap = max(1, 48 // H) * H, 4
+    n, H, gap = max(map(len, rows)), max(row.shape[1] for row in rows), 4
+    side = side or max(1, 48 // H) * H
     tile, font = side + gap, ImageFont.load_default(14)
     margin = gap + max(int(font.getlength(name)) for name in names) + gap
     sheet = Image.new("RGB", (margin + n * tile, gap + len(rows) * tile), "white")
@@ -848,7 +854,8 @@ def save_grid(path, rows, names):
         ImageDraw.Draw(sheet).text((gap, gap + i * tile + tile // 2 - 10), name, "black", font)
         for j, image in enumerate(row):
             image = Image.fromarray(np.repeat(image, 3 // image.shape[2], axis=2))
-            sheet.paste(image.resize((side, side), Image.NEAREST), (margin + j * tile, gap + i * tile))
+            image = image.resize((side, side), Image.NEAREST if side > image.width else Image.BOX)
+            sheet.paste(image, (margin + j * tile, gap + i * tile))
     with atomic_write(path) as part: sheet.save(part, "PNG")
 
 
@@ -917,7 +924,7 @@ def number(kind, low, high, what):
     return convert
 
 
-positive = number(int, 1, math.inf, "a positive integer")
+positive_int = number(int, 1, math.inf, "a positive integer")
 not_negative_int = number(int, 0, 2 ** 63, "an integer >= 0")
 positive_float = number(float, sys.float_info.min, math.inf, "a number > 0")
 finite = number(float, -sys.float_info.max, math.inf, "a finite number")
@@ -926,16 +933,16 @@ fraction_or_1 = number(float, 0, math.nextafter(1, 2), "a number in [0, 1]")
 
 
 def lr_decay(text):
-    return text if text in ("constant", "linear") else positive(text)
+    return text if text in ("constant", "linear") else positive_int(text)
 
 
 def existing_parent(path):
-    """The folder of `path`, or where that is missing the nearest above it"""
+    """The folder of `path`, or its nearest existing parent"""
     return next(p for p in Path(path).absolute().parents if os.path.exists(p))
 
 
 def can_write(path):
-    """Can a file be written at `path`, after its missing folders are made?"""
+    """True if a file can be written at `path`, after its missing folders are made."""
     there = existing_parent(path)
     return there.is_dir() and os.access(there, os.W_OK)
 
@@ -950,14 +957,14 @@ def output_path(text):
 
 # The hyperparameters of recipes. A stage has those that are in its recipe, and adds its own.
 HYPERPARAMETERS = {
-    "steps":     dict(type=positive, help="optimizer steps in total"),
-    "batch":     dict(type=positive, help="samples in one optimizer step, over all processes"),
+    "steps":     dict(type=positive_int, help="optimizer steps in total"),
+    "batch":     dict(type=positive_int, help="samples in one optimizer step, over all processes"),
     "lr":        dict(type=number(float, 0, 1e12, "a number in [0, 1e12)"), help="peak learning rate"),
     "ema":       dict(type=fraction, help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k"),
-    "optimizer": dict(choices=["Adam", "RAdam"], help="with eps 1e-8 and no weight decay"),
-    "beta1":     dict(type=fraction, help="of the optimizer"),
-    "beta2":     dict(type=fraction, help="of the optimizer"),
-    "lr_decay":  dict(type=lr_decay, help="constant, linear, or the step from which it falls as 1/sqrt"),
+    "optimizer": dict(choices=["Adam", "RAdam"], help="eps 1e-8, no weight decay"),
+    "beta1":     dict(type=fraction, help="of Adam and RAdam"),
+    "beta2":     dict(type=fraction, help="of Adam and RAdam"),
+    "lr_decay":  dict(type=lr_decay, help="constant, linear, or T: from step T on as sqrt(T / step)"),
     "warmup":    dict(type=not_negative_int, help="samples over which the learning rate rises linearly"),
     "P_mean":    dict(type=finite, help="mean of ln t, or of logit t in flow time"),
     "P_std":     dict(type=positive_float, help="standard deviation of ln t, or of logit t in flow time"),
@@ -974,7 +981,7 @@ def peek_flag(flag, default, choices=None):
 
 
 def typed(flag):
-    """Does the command line contain `flag`?"""
+    """True if the command line contains `flag`."""
     return any(word == flag or word.startswith(f"{flag}=") for word in sys.argv[1:])
 
 
@@ -1014,23 +1021,24 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
             add("--" + hyperparameter.replace("_", "-"), dest=hyperparameter, **options)
     if DATASETS.get(recipe_name, {}).get("network", {}).get("class") != "SiT":
         add("--dropout", type=fraction, action=SetNetwork, metavar="P",
-            help="of the network (default: that of RECIPES, else of --init)")
-    add("--microbatch", type=positive, metavar="N",
+            help="of the network (default: RECIPES, else --init, else model.DATASETS)")
+    add("--microbatch", type=positive_int, metavar="N",
         help="samples per forward and backward pass of a GPU, to save memory (default: all of its batch)")
-    add("--seed", type=not_negative_int, default=0, help="of all random numbers")
-    add("--save-every", type=positive, metavar="STEPS",
+    add("--seed", type=not_negative_int, default=0, help="random seed")
+    add("--save-every", type=positive_int, metavar="STEPS",
         help="steps between saves (default: a save every 10 minutes)")
     add("--keep", action="store_true", help="keep NAME-STEP.safetensors of every save")
-    add("--log-every", type=positive, default=50, metavar="STEPS", help="steps between log lines")
+    add("--log-every", type=positive_int, default=50, metavar="STEPS", help="steps between log lines")
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
         default=compile and torch.cuda.is_available() and recipe_name != "digits")     # its run is too short
-    add("--no-preview", dest="preview", action="store_false", help="write no picture of samples at each save")
+    add("--preview", action=argparse.BooleanOptionalAction, default=True,
+        help="write a picture of samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
         add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of that picture")
     add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")
-    add("--world", type=positive, metavar="GPUS",
+    add("--world", type=positive_int, metavar="GPUS",
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
     if "--dry-run" not in sys.argv: reject_if_typed("--world", because="it belongs to --dry-run")
     p.set_defaults(**recipe, recipe_name=recipe_name, name=name, npz=path, recipe=recipes[recipe_name])
@@ -1080,7 +1088,7 @@ def store_of_this_start(store, rank, world):
         store.set(f"{name} has {rank}", "")
         return dist.PrefixStore(name, store)
     missing, until = set(range(1, world)), time.monotonic() + 1800
-    while missing and time.monotonic() < until:            # a question of a dead process is answered in vain
+    while missing and time.monotonic() < until:            # answers to dead processes do no harm
         for r in missing:
             if store.check([f"asks {r}"]):
                 store.set(f"answer to {store.get(f'asks {r}').decode()}", number)
@@ -1114,7 +1122,7 @@ def parallel(net, world):
 
 
 def compiled(function, wanted):
-    """torch.compile around a network, or a function of networks, if --compile wants it. Shapes are static:
+    """torch.compile around a network, or a function of networks, if `wanted`. Shapes are static:
     the different batch sizes of teacher and student would make torch compile dynamic shapes."""
     if not wanted: return function
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")        # --precision tf32 uses them
@@ -1158,7 +1166,7 @@ def microbatches(ddp, size, *tensors):
 
 
 def learning_rate(args, step):
-    """--lr, after a linear warm-up over args.warmup images. args.lr_decay: "constant"; "linear", to 0 at the
+    """--lr, after a linear warm-up over args.warmup samples. args.lr_decay: "constant"; "linear", to 0 at the
     end; or a number T: the rate falls as sqrt(T / step) from step T on (EDM2, 2312.02696, eq. 67)."""
     lr = args.lr * min(1, (step + 1) * args.batch / max(args.warmup, 1))
     if args.lr_decay == "linear": return lr * (1 - step / args.steps)
@@ -1173,15 +1181,16 @@ def gradient_norm(net):
 
 @torch.no_grad()
 def update_ema(ema, net, decay):
-    """ema = decay * ema + (1 - decay) * net, in fp32"""
+    """ema = decay * ema + (1 - decay) * net, of the parameters in fp32. (Our buffers are constants.)"""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
 # --- the files that a stage starts from ---------------------------------------------------------------------
 
 def load_predecessor(args, flag, stages, device, dataset=None, **network):
-    """The checkpoint of --init or --teacher -> (model, header). It has to be of one of `stages`, for the
-    shape and classes of `dataset`, and trained on the data of --data. args.command_for holds the command that
+    """The checkpoint of --init or --teacher -> (model, header). It has to be of one of `stages`, and for the
+    shape and classes of `dataset`. Trained on other data than --data, it is refused if its path is the
+    default, and accepted with a warning if the path was typed. args.command_for holds the command that
     makes a missing file. `network`: as in `load`."""
     path = getattr(args, flag)
     if not os.path.exists(path):
@@ -1222,20 +1231,19 @@ def initial_model(args, kind, dataset, device, **network):
 
 
 def check_fit(path, header, source, shape, classes, latents):
-    """The weights in `path` have to be for the images, or latents, and classes of `source`, data or a
-    teacher."""
+    """Raise UserError unless the model in `path` is for the shape, latents and classes of `source`."""
     its, other = describe(image_shape(header), header.get("latents")), describe(shape, latents)
     if (its, header["network"]["label_dim"]) != (other, classes):
         raise UserError(f"{path} is for {its} and {header['network']['label_dim']} classes, {source} for "
                         f"{other} and {classes}; they have to agree.")
 
 
-def check_scale(path, header, teacher, teacher_header):
-    """Two networks of latents, of which one sees what the other makes, have to scale them alike."""
+def check_scale(path, header, other_path, other_header):
+    """Raise UserError unless the models in two files scale latents alike."""
     a, b = ({k: v for k, v in (h.get("latents") or {}).items() if k != "vae"}
-            for h in (header, teacher_header))
+            for h in (header, other_header))
     if a != b:
-        raise UserError(f"{path} and {teacher} scale latents differently ({a}, {b}); give two files that "
+        raise UserError(f"{path} and {other_path} scale latents differently ({a}, {b}); give two files that "
                         "agree.")
 
 
@@ -1319,7 +1327,7 @@ def save_run(args, step, net, ema, opt, header):
 
 
 def check_replaceable(out, stage, data):
-    """Raise UserError if `out` exists and is imported, or not from this stage on data of this name."""
+    """Raise UserError if `out` is an imported model, or of another stage or dataset."""
     if not os.path.exists(out): return
     try: old = read(out, tensors=False)[1]
     except UserError: old = {}
@@ -1330,7 +1338,7 @@ def check_replaceable(out, stage, data):
 
 
 def start_run(out, net, header):
-    """Say what starts, if `out` may be written and there is room for it."""
+    """Announce a new run. Raise UserError if `out` is taken or the disk full."""
     check_replaceable(out, header["stage"], header["data"])
     parameters = sum(p.numel() for p in net.parameters())
     folder = existing_parent(out)
@@ -1419,7 +1427,8 @@ def resume_run(out, net, ema, opt, header):
     net.load_state_dict(part("net."))
     ema.load_state_dict(part("ema."))
     slots = {k.split(".")[1] for k in state if k.startswith("opt.")}
-    moments = [{slot: state[f"opt.{slot}.{name}"] for slot in slots} for name, _ in net.named_parameters()]
+    moments = [{slot: state[key] for slot in slots if (key := f"opt.{slot}.{name}") in state}
+               for name, _ in net.named_parameters()]                  # a frozen parameter has none
     opt.load_state_dict(opt.state_dict() | {"state": dict(enumerate(moments))})
     if current != old: save(out, ema.state_dict(), old)
     say(f"{out} is finished ({old['step']:,} steps)." if old["step"] == header["settings"]["steps"] else
@@ -1462,10 +1471,11 @@ def peak_memory():
 
 
 class Log:
-    """Rank 0 prints a line per --log-every steps, and writes it as JSON to NAME.jsonl beside the checkpoint:
-    the mean loss over all ranks since the last line, its parts, gradient norm, learning rate, speed, time
-    left, peak memory. A resumed run appends, so of two lines with one step the last counts. Warns if the loss
-    has grown a hundredfold. Raises Diverged after 10 skipped steps in a row."""
+    """Rank 0 prints a line every --log-every steps, and at the first and last, and writes it as JSON to
+    NAME.jsonl beside the checkpoint: the loss and its parts, as means over all ranks since the last line; the
+    step's gradient norm and learning rate; speed, time left, peak memory. A resumed run appends, so of two
+    lines with one step the last counts. Warns if the loss has grown a hundredfold. Raises Diverged after 10
+    skipped steps in a row, and at the end if all were skipped."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world = args, unit, world
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
@@ -1518,8 +1528,6 @@ def run(main):
     `pretrain.py && midtrain.py` ends, too. With several processes any exception ends this one at once,
     without waiting for the others: torchrun then ends them."""
     name, Stop.ended_by = Path(sys.argv[0]).name, 0
-    for stream in (sys.stdout, sys.stderr):                # a terminal may know ASCII only
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         try: main()
         finally: hold.log = None                           # frees --out for another run

@@ -13,16 +13,16 @@
 --loss ect   f(x_t, t), x_t = x_0 + t eps, is trained to match f(x_r, r): the same image and noise, r < t.
 --loss ecd   x_r is x_t after one step of the teacher's ODE. It depends on x_t alone; ECT's x_r depends on x_0
              as well. So ECD's target f(x_r, r) has less variance, but ECD inherits the teacher's error. The
-             flag changes x_r only; the recipe's other settings stay.
+             flag changes x_r only, not the weight, c, the times or the learning rate.
 
-After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is nearly right.
+After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is near the endpoint.
 Without mid-training f(x_r, r) is a posterior mean, which is near the endpoint only at small r. So ECT has
-to start with a wide gap: with q = 2, r is 0 at first for all t below 1.95, where the target is the image
-itself. The gap then narrows every --double steps. This baseline, ECT without mid-training, is run by
+to start with a wide gap: with q = 2 (see below), r is at first 0 for all t below 1.95, and the target there
+is the image itself. The gap then narrows every --double steps. To run this baseline, ECT without mid-training:
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 70 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
-The backbones run in fp32, also on a GPU: for large q the difference f(x_t) - f(x_r) is lost in the
+The backbones run in fp32, even on a GPU: for large q the difference f(x_t) - f(x_r) is lost in the
 rounding error of bf16. Only imagenet512 runs in TF32, as in the authors' code.
 """
 import copy, math, os, shlex
@@ -33,8 +33,8 @@ import model, sample, solve
 from tools import dry_run
 
 # q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         k grows by 1 every `double` steps, which divides the gap by q. The name is ECT's: with its
-#                q = 2 the divisor doubles. 0: k stays 0, as suits a mid-trained model
+# double         k grows by 1 every `double` steps, which divides the gap by q (ECT's name: its q is 2).
+#                0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  mean and standard deviation of ln t
@@ -78,11 +78,10 @@ PUBLIC_TEACHERS = {
 # === the method =============================================================================================
 
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
-    """f at the less noisy point x_r is the target for f at x_t, because points of one trajectory share their
-    endpoint. ECT (2406.14548) and ECD (consistency distillation, 2303.01469) differ only in x_r. ECD solves
-    the teacher's ODE for it. ECT makes it from the image and noise of x_t. The mean of this x_r over all
-    images and noises that give x_t is one Euler step of the ODE. At r = 0 the target is x_r itself. One loss
-    per sample.
+    """One number per sample: f at x_t learns to match f at the less noisy x_r. ECD (consistency distillation,
+    2303.01469) finds x_r with one step of the teacher's ODE, because points of one trajectory share their
+    endpoint. ECT (2406.14548) takes x_r from the image and noise of x_t; the mean of this x_r, given x_t, is
+    one Euler step of the ODE. At r = 0 the target is x_r itself.
     x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.
@@ -121,8 +120,8 @@ def ode_step(D, x, t, r, y, solver="heun"):
         slope_t = (x - D(x, t, y)) / t_
         x_r = x + (r_ - t_) * slope_t
         if solver == "euler": return x_r
-        r = torch.where(r > 0, r, 1.0)                     # at r = 0 the result below is not used
-        slope_r = (x_r - D(x_r, r, y)) / r.reshape(r_.shape)
+        safe_r = torch.where(r > 0, r, 1.0)                # at r = 0 the result below is not used
+        slope_r = (x_r - D(x_r, safe_r, y)) / safe_r.reshape(r_.shape)
         return torch.where(r_ > 0, x + (r_ - t_) * (slope_t + slope_r) / 2, x_r)
 
 
@@ -162,7 +161,6 @@ def flags():
     if args.loss == "ect":
         model.reject_if_typed("--teacher", "--solver", "--guidance", "--guide",
                               because="--loss ect has no teacher")
-    if args.guidance == 1: model.reject_if_typed("--guide", because="--guidance is 1")
     teacher_command = solve.teacher_command(args.recipe_name, args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
                         args.init: f"python midtrain.py --data {shlex.quote(args.data)}"}

@@ -5,8 +5,8 @@
   u = v - (t - r) du/dt                                                   d/dt of both sides, r fixed
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  replaces v, in the identity and in du/dt, by eps - x_0, whose mean given z_t is v(z_t, t). The target is
-  linear in v, so its mean stays the same.
+  replaces v throughout by eps - x_0, whose mean given z_t is v(z_t, t). The target is linear in v, so its mean
+  stays the same.
 
   reads   runs/NAME/midtrain_mf.safetensors and the images of --data
   writes  runs/NAME/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -14,9 +14,9 @@
           torchrun --nproc_per_node=8 posttrain_mf.py --data imagenet256
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance adds two forwards, and --velocity teacher adds one
-  expect  digits, whose recipe has p = 0: a loss of about 23, summed over 64 pixels. Most of it is the
-          variance of eps - x_0 given z_t, which no model can predict. With p = 1 every loss is divided by its
-          own value, and stays near 1. Look at samples
+  expect  digits: a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0 given
+          z_t, which no model can predict. With --p 1 (other recipes) every loss is divided by its own value,
+          and stays near 1. Judge by samples
 
 Two baselines: MeanFlow from the flow-matching weights, with the compute of mid- and post-training together;
 and from scratch, with the compute of pre-, mid- and post-training.
@@ -112,16 +112,16 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
 
 
 def drop_labels_where_equal(y, r_equals_t, label_dropout, null):
-    """Replace labels by the null label, for samples with r = t only, because guidance evaluates the
-    unlabelled model only at r = t. On average a fraction `label_dropout` of the whole batch is unlabelled.
+    """Replace labels by the null label, only where r = t, because only there guidance evaluates the unlabelled
+    model. On average a fraction `label_dropout` of the whole batch loses its label.
     y (B,), r_equals_t (B,) bool -> (B,)"""
     probability = label_dropout * len(y) / r_equals_t.sum().clamp(min=1)
     return torch.where(r_equals_t & (torch.rand(len(y), device=y.device) < probability), null, y)
 
 
 def sample_r_t(n, r_neq_t, mean, std, device):
-    """Draw two times with logit ~ N(mean, std^2), and sort them. In every four samples the first 4 * r_neq_t
-    keep r < t, the others get r = t, so every microbatch has the same fraction of each. -> r, t (n,)"""
+    """Draw two times with logit ~ N(mean, std^2), and sort them. Of every four samples the first 4 * r_neq_t
+    keep r < t; the rest get r = t, so every microbatch has the same fraction of each. -> r, t (n,)"""
     times = (mean + std * torch.randn(2, n, device=device)).sigmoid()                      # (2, n)
     r, t = times.amin(0), times.amax(0)
     return torch.where(torch.arange(n, device=device) % 4 < 4 * r_neq_t, r, t), t
@@ -226,9 +226,9 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # Only samples with r < t need du/dt. There du/dt and the u of the loss have to draw equal dropout
-            # masks, which takes equal RNG states and equal batches. So the loss calls u on these samples
-            # first, and then on the others. The JVP is of `net`, as DDP has no forward-mode derivative.
+            # Only samples with r < t need du/dt. There du/dt and the loss have to use the same dropout masks,
+            # hence the same RNG state and batch. So the loss calls u on these samples first, and then on the
+            # others. The JVP is of `net`, as DDP has no forward-mode derivative.
             groups_of_4, n_below = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)], round(4 * args.r_neq_t)
             samples_below = [a[:, :n_below].flatten(0, 1) for a in groups_of_4]
             samples_equal = [a[:, n_below:].flatten(0, 1) for a in groups_of_4]

@@ -1,7 +1,7 @@
 """Stage 1, pre-training: a diffusion model D(x, t) ~ E[x_0 | x_t], or a flow-matching model, as the teacher.
 
   reads   the images of --data
-  writes  runs/NAME/pretrain.safetensors       EMA weights of the teacher, from which midtrain.py also starts
+  writes  runs/NAME/pretrain.safetensors       EMA weights: the teacher, and midtrain.py's initial weights
           runs/NAME/pretrain_flow.safetensors  with --objective flow: v(z, t) for the Mean Flow branch
   run     python pretrain.py                                           # digits, two minutes on two CPU cores
           python pretrain.py --objective flow
@@ -9,7 +9,7 @@
   cost    per image: one forward and one backward
   expect  digits: the loss, summed over 64 pixels, falls from about 72 to about 26 (flow: to about 22)
 
-You rarely need this stage: tools/import_checkpoint.py imports public checkpoints.
+To skip this stage, import a public checkpoint with tools/import_checkpoint.py.
 """
 import copy, math
 
@@ -19,13 +19,13 @@ import model, sample
 from tools import dry_run
 
 # warmup         images over which the learning rate rises
-# lr_decay       of the learning rate: "linear" to 0, "constant", or a step K from which it falls as
-#                sqrt(K / step)
+# lr_decay       of the learning rate: "linear" to 0, "constant", or T: from step T on it falls as
+#                sqrt(T / step)
 # P_mean, P_std  mean and standard deviation of ln t (edm) or logit t (flow)
 # network        constructor arguments that differ from model.DATASETS
 # The comment at the end of a line is the source of its values: EDM (2206.00364, table 7), EDM2 (2312.02696),
-# MeanFlow (2505.13447), the CMT paper, or ours. Not implemented are EDM's augmentation, and of EDM2 the loss
-# with a learned uncertainty and the EMA with a power profile.
+# MeanFlow (2505.13447), the CMT paper, or ours. EDM's augmentation, EDM2's loss with a learned uncertainty
+# and its EMA with a power profile are not implemented.
 ADAM = dict(optimizer="Adam", beta2=0.999, network={})                                            # EDM
 OURS = ADAM | dict(lr_decay="linear", P_mean=-1.2, P_std=1.2)                                     # ours
 EDM = ADAM | dict(batch=256, lr_decay="constant", warmup=10**7, ema=0.999645, P_mean=-1.2,        # EDM

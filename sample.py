@@ -1,7 +1,7 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE). Heun takes one less for a
-                                 flow-matching teacher if STEPS is even
+  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE), also for a teacher. Heun
+                                 takes one less for a flow-matching teacher if STEPS is even
   writes  runs/NAME/samples.npz  of one FILE: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
           runs/NAME/samples.png  one FILE: its first 64 images. Several FILEs: up to 20 images of each, a row
@@ -33,10 +33,11 @@ import model, solve
 # === the method =============================================================================================
 
 def consistency_sampler(f, eps, times, y):
-    """Multistep consistency sampling (2303.01469, algorithm 1): jump to t = 0, add noise of the next time,
-    jump again. eps (S,B,C,H,W), one noise per step; times: S descending numbers; y (B,) -> (B,C,H,W)"""
+    """Multistep consistency sampling (2303.01469, algorithm 1, with epsilon = 0): jump to t = 0, add noise of
+    the next time, jump again. eps (S,B,C,H,W), one noise per step; times: S descending numbers; y (B,)
+    -> (B,C,H,W)"""
     x = torch.zeros_like(eps[0])
-    for t, noise in zip(times, eps):
+    for t, noise in zip(times, eps, strict=True):
         x = f(x + t * noise, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
     return x
 
@@ -61,8 +62,8 @@ def draw_block(block, steps, shape, classes):
 
 def step_times(header, steps, mid_t=None):
     """The times at which a few-step model is called: t_max, then mid_t, a list of steps - 1 numbers. By
-    default the times of a consistency model fall geometrically to header["mid_t"], those of Mean Flow
-    uniformly. -> list of `steps` numbers"""
+    default the times of a consistency model fall geometrically to header["mid_t"], a number, those of Mean
+    Flow uniformly. -> list of `steps` numbers. Raises UserError if mid_t does not fit."""
     if mid_t and steps > 1:
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
@@ -81,16 +82,24 @@ def open_vae(header, path, device):
     if not path:
         raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} "
                               "in diffusers' format.")
+    return load_vae(path, device)
+
+
+def load_vae(path, device):
+    """diffusers' AutoencoderKL in a folder, or of a name on the hub. Raises UserError."""
     try: from diffusers import AutoencoderKL
     except ImportError: raise model.UserError("--vae needs diffusers; `pip install diffusers`.")
     try: return AutoencoderKL.from_pretrained(path).to(device).eval()
-    except (OSError, ValueError) as e:
-        raise model.UserError(f"--vae {path} is not an autoencoder of diffusers ({str(e).splitlines()[0]}).")
+    except Exception as e:                                 # diffusers raises anything
+        reason = (str(e).strip() or repr(e)).splitlines()[0]
+        raise model.UserError(f"--vae {path} is not an autoencoder of diffusers ({reason}); give a folder, "
+                              "or a name such as stabilityai/sd-vae-ft-mse.")
 
 
 def to_images(x, header, vae):
-    """Samples of a model -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to pixels in the
-    autoencoder's range. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated."""
+    """Samples of a model (B,C,H,W) -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to pixels
+    in the autoencoder's range. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated. Raises Diverged
+    if x is not finite."""
     pixel_range = [-1, 1]
     if vae:
         pixel_range, latents = header["latents"]["pixel_range"], model.to_latents(x, header)
@@ -115,10 +124,11 @@ def draw_samples(net, header, eps, y, steps, times, solver):
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
              rank=0, world=1, solver=None):
     """Generate images of the range `seeds`, one block of 64 seeds at a time, in order: the blocks rank,
-    rank + world, ... net, header as from model.load; net may be a plain function if `device` is given; labels
-    "random" | "balanced" | a class; mid_t as for step_times; vae as from open_vae; solver of a teacher's ODE,
-    by default solve.default_solver's. -> iterator over (images uint8 (n,H,W,C), labels int64 (n,)). Raises
-    UserError at once, and Diverged for samples that are not finite."""
+    rank + world, ... net, header as from model.load; net may be a plain function if `device` is given; steps:
+    the NFE; labels "random" | "balanced" | a class; mid_t: list of the times of steps 2, 3, ...; vae as from
+    open_vae; solver of a teacher's ODE, by default solve.default_solver's. -> iterator over numpy arrays
+    (images uint8 (n,H,W,C), labels int64 (n,)). Raises UserError at once, and Diverged for samples that are
+    not finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
     consistency, labels = header["stage"] not in solve.ODE_STAGES, str(labels)
     if consistency and solver:
@@ -130,6 +140,8 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     if mid_t and (steps == 1 or not consistency and solver != "jump"):
         raise model.UserError(f"--mid-t has no effect on {steps} NFE by {solver or 'consistency sampling'}; "
                               "it is for two or more of a consistency or Mean Flow model. Leave it out.")
+    if "latents" in header and vae is None:
+        raise model.UserError("the model makes latents; pass vae, from open_vae, which decodes them.")
     if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
     times = step_times(header, steps, mid_t) if consistency or solver == "jump" else None
     if labels != "random" and not K:
@@ -148,7 +160,7 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     return map(sample_block, range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world])
 
 
-# What a row of the picture is called, by the first word of its stage.
+# The label of a row in a picture, by the first word of the stage.
 ROW_NAMES = {"pretrain": "teacher", "midtrain": "after mid-training", "posttrain": "after post-training"}
 PART = 1024                                                # images per part, a multiple of 64
 
@@ -160,16 +172,17 @@ def write_preview(ema, header, args):
     labels = "balanced" if header["network"]["label_dim"] else "random"
     try:
         vae = open_vae(header, args.vae, next(ema.parameters()).device)
+        solver = solve.default_solver(header) if header["stage"] in solve.ODE_STAGES else None
         calls = [16] if header["stage"].startswith("pretrain") else [1, 2]
         rows = [next(generate(ema, header, range(16), k, labels, vae=vae))[0] for k in calls]
-        model.save_grid(picture, rows, [f"{k} NFE" for k in calls])
+        model.save_grid(picture, rows, [f"{count_nfe(header, k, solver)} NFE" for k in calls])
         model.say(f"samples in {picture}")
     except Exception as e: model.say(f"no preview: {str(e) or type(e).__name__}")
 
 
-def progress(batches, total, world=1, size=len, unit="images"):
+def progress(batches, total, world=1, size=len):
     """Pass batches on. Rank 0 prints rate and time left every ten seconds, extrapolated from its own batches.
-    size(batch): how many of `unit` a batch has."""
+    size(batch): how many images a batch has."""
     started = last = time.time()
     done = 0
     for batch in batches:
@@ -178,7 +191,7 @@ def progress(batches, total, world=1, size=len, unit="images"):
         if model.is_rank_0() and time.time() - last > 10:
             last = time.time()
             rate = done / (last - started)
-            print(f"{min(done, total):,} of {total:,} {unit}  {rate:,.0f} {unit}/s  "
+            print(f"{min(done, total):,} of {total:,} images  {rate:,.0f} images/s  "
                   f"left {max(0, total - done) / rate:,.0f} s", file=sys.stderr, flush=True)
 
 
@@ -196,15 +209,15 @@ def zip_members(path):
 
 
 def check_overwrites(path, seeds):
-    """Raise UserError if `path` holds anything but samples, which would be lost. Samples are an .npz outside
-    data/ that has only arr_0 and arr_1, or a folder that has only images of these seeds."""
+    """Raise UserError if `path` holds anything but samples. Samples are an .npz outside data/ that has only
+    arr_0 and arr_1, or a folder that has only images of these seeds."""
     if path.suffix != ".npz" and path.is_dir():
         others = set(os.listdir(path)) - {f"{seed:06d}.png" for seed in seeds}
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
         return
     if not os.path.exists(path) or os.path.isfile(path) and os.path.getsize(path) == 0: return
     if set(zip_members(path)) != {"arr_0.npy", "arr_1.npy"} or Path(path).absolute().parent.name == "data":
-        raise model.UserError(f"{path} holds something else than samples; choose another --out.")
+        raise model.UserError(f"{path} holds other data than samples; choose another --out.")
 
 
 def draw_parts(draw, seeds, folder, key, rank, world):
@@ -239,50 +252,49 @@ def gather_parts(parts, rank, world):
         if rank == 0: yield content
 
 
-def write_npz(arriving, n, out):
-    """Join all parts in `out`, one in memory at a time. -> the first 64 images, all labels"""
-    labels, first = [], None
-    with model.atomic_write(out) as file, zipfile.ZipFile(file, "w") as z:
+def write_npz(path, shape, dtype, chunks, others):
+    """Stream arrays to arr_0 of an .npz, then add the arrays {name: array} that others() returns."""
+    with model.atomic_write(path) as part, zipfile.ZipFile(part, "w") as z:
         with z.open("arr_0.npy", "w", force_zip64=True) as f:
-            for images, y in arriving:
-                if first is None:
-                    first, shape = images[:64], (n, *images.shape[1:])
-                    np.lib.format.write_array_header_1_0(
-                        f, {"descr": "|u1", "fortran_order": False, "shape": shape})
-                f.write(images.tobytes())
-                labels.append(y)
-        labels = np.concatenate(labels)
-        with z.open("arr_1.npy", "w") as f: np.lib.format.write_array(f, labels)
-    return first, labels
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(f, header)
+            for chunk in chunks: f.write(chunk.tobytes())
+        for name, array in others().items():
+            with z.open(f"{name}.npy", "w") as f:
+                np.lib.format.write_array(f, np.array(array), allow_pickle=False)
 
 
-def write_folder(arriving, seeds, folder):
-    """Write every image as `folder`/SEED.png. -> the first 64 images, all labels"""
+def write_folder(folder, parts, seeds):
+    """Write every image of `parts`, arrays of images, as `folder`/SEED.png."""
     from PIL import Image
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{seed:06d}.png" for seed in seeds]
     for file in files: file.unlink(missing_ok=True)        # it may be of another model
-    labels, first, remaining = [], None, iter(files)
-    for images, y in arriving:
-        if first is None: first = images[:64]
-        labels.append(y)
-        for image in images:
-            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(next(remaining))
-    return first, np.concatenate(labels)
+    for file, image in zip(files, itertools.chain.from_iterable(parts)):
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file)
 
 
 def collect(parts, seeds, out, rank, world):
-    """Write all parts to `out`, an .npz or a folder, then remove them. -> first images, labels; None, None on
-    other ranks than 0"""
-    arriving, result = gather_parts(parts, rank, world), (None, None)
+    """Write all parts to `out`, an .npz or a folder, one in memory at a time, then remove them.
+    -> the first 64 images, all labels; (None, None) on other ranks than 0"""
+    labels, first = [], []
+    def arriving():
+        for images, y in gather_parts(parts, rank, world):
+            labels.append(y)
+            if len(labels) <= 2: first.append(images[:64])             # the first part may have fewer
+            yield images
+    images = arriving()
     if rank:
-        for _ in arriving: pass
-    elif out.suffix == ".npz": result = write_npz(arriving, len(seeds), out)
-    else:                      result = write_folder(arriving, seeds, out)
+        for _ in images: pass
+    elif out.suffix == ".npz":
+        head = next(images)
+        write_npz(out, (len(seeds), *head.shape[1:]), np.uint8, itertools.chain([head], images),
+                  lambda: {"arr_1": np.concatenate(labels)})
+    else: write_folder(out, images, seeds)
     if world > 1: dist.barrier()                           # nobody removes a part before all have arrived
     for path in parts: path.unlink(missing_ok=True)
     with contextlib.suppress(OSError): parts[0].parent.rmdir()                  # parts of another run stay
-    return result
+    return (None, None) if rank else (np.concatenate(first)[:64], np.concatenate(labels))
 
 
 def path_of(text):
@@ -301,6 +313,7 @@ def open_model(text, args, device):
                               "a folder or .npz; tools/import_checkpoint.py imports public checkpoints.")
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
+    if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if header["stage"] not in solve.ODE_STAGES:
         because = f"{path} is a consistency model, and only its teacher has an ODE to solve"
         model.reject_if_typed("--guidance", "--guide", "--solver", because=because)
@@ -359,13 +372,13 @@ def real_images(data, labels, header, vae):
 
 def sampling_flags(p):
     """Flags that sample.py and fid.py share."""
-    p.add_argument("--steps", type=model.positive,
+    p.add_argument("--steps", type=model.positive_int,
                    help="NFE of a FILE without :STEPS (default: 16 for pre-trained models, else 1)")
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="random: drawn from the seed; balanced: seed modulo classes; K: class K")
     p.add_argument("--solver", choices=solve.SOLVERS,
-                   help="of a teacher or Mean Flow model (default: dpm3 for denoisers, heun for flow "
+                   help="ODE solver, not for consistency models (default: dpm3 for denoisers, heun for flow "
                         "matching, jump for Mean Flow); heun with an odd NFE is EDM's sampler")
     p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
                    help="times of steps 2, 3, ... (default: from the file; for Mean Flow uniform)")
@@ -378,7 +391,7 @@ def flags():
     """The command line -> args, with args.seeds a range"""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="checkpoints")
-    p.add_argument("--n", type=model.positive, default=64,
+    p.add_argument("--n", type=model.positive_int, default=64,
                    help="number of images; of several FILEs at most 20 each")
     sampling_flags(p)
     p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")

@@ -1,11 +1,12 @@
 """Stage 2, solving: the teacher's probability-flow ODE (PF-ODE), from noise to an image.
 
   reads   runs/NAME/pretrain.safetensors, or --teacher FILE, any denoiser or flow-time model
-  writes  runs/NAME/trajectories.safetensors  states (n,N+1,C,H,W) fp32, times (N+1,) float64, labels (n,)
+  writes  runs/NAME/trajectories.safetensors  states (n,N+1,C,H,W) fp32 (a solver returns (N+1,n,C,H,W)),
+                                              times (N+1,) float64, labels (n,)
           runs/NAME/trajectories.png          one trajectory per row, from noise (left) to endpoint (right)
   run     python solve.py
           python solve.py --teacher runs/digits/pretrain_flow.safetensors --out runs/digits/flow.safetensors
-  expect  a table: the error of each solver at the endpoint for 4..64 NFE, and the observed order
+  expect  a table: the error of each solver at the endpoint for at most 4..64 NFE, and the observed order
 
 midtrain.py imports the solvers and solves while it trains, because the trajectories of a run of the paper's
 length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
@@ -22,22 +23,24 @@ import model
 # === the method =============================================================================================
 # A solver takes a function f(x, t) with t (B,) (flow_map: u(z, r, t)), a start x (B, ...) at times[0], and
 # N+1 times. It returns
-#     states (N+1, B, ...) in x's dtype, states[0] = x,      times (N+1,) float64.
-# Call a loss with times.to(x). Coefficients are computed in float64 and rounded once, when they multiply x.
+#     states (N+1, B, ...), states[0] = x,      times (N+1,) float64.
+# x is fp32 or float64, and so are the states. Pass times.to(x) to losses. Coefficients are computed in
+# float64 and rounded once, when they multiply x. Gradients flow through a solver: use torch.no_grad().
 #   EDM time    x_t = x_0 + t eps               dx/dt = (x - D(x, t)) / t
 #   flow time   z_t = (1 - t) x_0 + t eps       dz/dt = v(z, t)
 
 def log_uniform_times(n, t_max=80.0, t_min=0.002):
-    """t_i = t_max (t_min / t_max)^(i/n), i = 0..n: uniform in log-SNR, CMT's grid. -> (n+1,) float64"""
-    if n < 1: raise ValueError(f"{n} steps")
+    """t_i = t_max (t_min / t_max)^(i/n), i = 0..n: uniform in log-SNR, CMT's grid. n >= 1, t_min > 0, else
+    ValueError. -> (n+1,) float64"""
+    if n < 1 or t_min <= 0: raise ValueError(f"{n} steps to t = {t_min}")
     return t_max * (t_min / t_max) ** (torch.arange(n + 1, dtype=torch.float64) / n)
 
 
 def karras_times(n, t_max=80.0, t_min=0.002, rho=7):
-    """EDM's grid (2206.00364, eq. 5): uniform in t^(1/rho). -> (n+1,) float64"""
+    """EDM's grid (2206.00364, eq. 5) without the final 0: uniform in t^(1/rho). -> (n+1,) float64"""
     if n < 1: raise ValueError(f"{n} steps")
-    i = torch.arange(n + 1, dtype=torch.float64) / n
-    return (t_max ** (1 / rho) + i * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
+    fraction = torch.arange(n + 1, dtype=torch.float64) / n
+    return (t_max ** (1 / rho) + fraction * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
 
 
 def uniform_times(n, t_max=1.0, t_min=0.0):
@@ -57,17 +60,17 @@ def dpm_solver_pp(denoise, x, times, order=3):
     if not (t[-1] > 0 and (t[:-1] > t[1:]).all()): raise ValueError("times have to fall and stay above 0")
     h = (t[:-1] / t[1:]).log()                              # h_i = ln(t_i / t_{i+1}), the step in lambda
     phi1_all, h, t = torch.expm1(-h).tolist(), h.tolist(), t.tolist()
-    N, states, D = len(h), [x], []                          # D: newest first
+    N, states, outputs = len(h), [x], []                    # outputs of denoise, newest first
     for i in range(N):
-        D = [denoise(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device)), *D[:2]]
+        outputs = [denoise(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device)), *outputs[:2]]
         k = min(order, i + 1, N - i)
         phi1 = phi1_all[i]
-        x = t[i + 1] / t[i] * x - phi1 * D[0]               # order 1: (s/t) x + (1 - s/t) D_i
+        x = t[i + 1] / t[i] * x - phi1 * outputs[0]         # order 1: (s/t) x + (1 - s/t) D_i,  s = t_{i+1}
         if k == 2:                                          # order 2: ... with D_i + (D_i - D_{i-1}) / (2 r0)
-            x = x - phi1 * (D[0] - D[1]) / (2 * h[i - 1] / h[i])
+            x = x - phi1 * (outputs[0] - outputs[1]) / (2 * h[i - 1] / h[i])
         if k == 3:
             r0, r1 = h[i - 1] / h[i], h[i - 2] / h[i]
-            a, b = (D[0] - D[1]) / r0, (D[1] - D[2]) / r1
+            a, b = (outputs[0] - outputs[1]) / r0, (outputs[1] - outputs[2]) / r1
             D1, D2 = a + r0 / (r0 + r1) * (a - b), (a - b) / (r0 + r1)
             phi2 = phi1 / h[i] + 1
             phi3 = phi2 / h[i] - 0.5
@@ -130,15 +133,19 @@ def edm_to_flow(x, t):
 
 
 def without_label(teacher, null):
-    """The same model with every label replaced by the null label, a number"""
-    return lambda *inputs: teacher(*inputs[:-1], torch.full_like(inputs[-1], null))
+    """teacher: a function of (x, t, y) or (z, r, t, y), null: its null label -> a function of the same
+    arguments that ignores y"""
+    def unlabelled(*inputs):
+        x, *_, y = inputs
+        return teacher(*inputs[:-1], torch.full((len(x),), null, dtype=torch.int64, device=x.device))
+    return unlabelled
 
 
 # === the run ================================================================================================
 
-# --solver NAME: (the function of the model that the solver calls, the solver). "denoise" is D(x, t),
-# "velocity" dx/dt, "u" the average velocity u(z, r, t). A new solver needs a line here, and if it makes
-# several calls per step, one in CALLS_PER_STEP too.
+# NAME of --solver: (the function of the model that it needs, the solver). "denoise" is D(x, t), "velocity"
+# dx/dt, "u" the mean velocity u(z, r, t). A new solver needs a line here, and if it makes several calls per
+# step, one in CALLS_PER_STEP too.
 SOLVERS = {
     "dpm1":  ("denoise",  functools.partial(dpm_solver_pp, order=1)),
     "dpm2":  ("denoise",  functools.partial(dpm_solver_pp, order=2)),
@@ -194,29 +201,29 @@ def noise_and_labels(header, n, device):
 
 def solve_teacher(teacher, header, x, y, nfe, solver):
     """Solve the PF-ODE of a model in at most `nfe` function evaluations, on the grid of `solver`. teacher,
-    header as from model.load, x (B,C,H,W) at t_max, y (B,).
-    -> states (N+1,B,C,H,W), times (N+1,) float64"""
-    argument, solver_function = SOLVERS[solver]
+    header as from model.load, x (B,C,H,W) at t_max, y (B,). The solver has to be one of `solvers_of(header)`.
+    -> states (N+1,B,C,H,W), times (N+1,) float64, on the CPU"""
+    needs, solver_function = SOLVERS[solver]
     if header["kind"] == "Denoiser":
         functions = {"denoise":  lambda x, t: teacher(x, t, y),
                      "velocity": lambda x, t: (x - teacher(x, t, y)) / t[:, None, None, None]}
     else:
         functions = {"velocity": lambda z, t: teacher(z, t, t, y), "u": lambda z, r, t: teacher(z, r, t, y)}
-    return solver_function(functions[argument], x, solver_times(header, nfe, solver))
+    return solver_function(functions[needs], x, solver_times(header, nfe, solver))
 
 
 def solvers_of(header):
-    """The names of the solvers that go with a model. A "u" needs a network that takes r and t."""
+    """Names of the solvers for a model. "u" needs a network that also takes r."""
     has = {"velocity"} | ({"denoise"} if header["kind"] == "Denoiser" else set())
     if header["network"].get("interval"): has.add("u")
     return [name for name, (needs, _) in SOLVERS.items() if needs in has]
 
 
-def check_solver(solver, teacher, header):
-    """Raises UserError where the solver does not go with the teacher."""
+def check_solver(solver, path, header):
+    """Raise UserError unless the solver is one for the model in `path`."""
     if solver not in solvers_of(header):
         why = " without an embedding of t - r" * (solver == "jump" and header["kind"] == "MeanVelocity")
-        raise model.UserError(f"--solver {solver} does not fit {teacher}, a {header['kind']}{why}; "
+        raise model.UserError(f"--solver {solver} does not fit {path}, a {header['kind']}{why}; "
                               f"choose one of {', '.join(solvers_of(header))}.")
 
 
@@ -261,10 +268,13 @@ def guide_teacher(teacher, header, args, path):
         model.check_fit(args.guide, guide_header, path, model.image_shape(header), classes,
                         header.get("latents"))
         model.check_scale(args.guide, guide_header, path, header)
-        if guide_header["stage"] not in ODE_STAGES or guide_header["kind"] != header["kind"]:
+        # the guide of a u(z, r, t) has to take r as well
+        both_take_r = guide_header["network"].get("interval") or not header["network"].get("interval")
+        same_kind = guide_header["kind"] == header["kind"] and both_take_r
+        if guide_header["stage"] not in ODE_STAGES or not same_kind:
             raise model.UserError(f"{args.guide}, a {guide_header['kind']} of stage {guide_header['stage']}, "
-                                  f"cannot guide {path}; give a smaller or less trained {header['kind']}, no "
-                                  "consistency model.")
+                                  f"cannot guide {path}; give a smaller or less trained model of stage "
+                                  f"{header['stage']}.")
         guide.backbone_dtype = teacher.backbone_dtype
         return guided(teacher, guide, args.guidance)
     if not classes or not header["label_dropout"]:
@@ -274,16 +284,16 @@ def guide_teacher(teacher, header, args, path):
 
 
 def error_table(teacher, header, x, y):
-    """Print for each solver, on its grid, and each NFE the root-mean-square error per pixel at the endpoint,
-    against a solution with 256 NFE, and the order observed from 32 to 64 NFE. For jump the error is mostly
-    that of the model u, which has no order."""
+    """Print each solver's root-mean-square error at the endpoint, against a solution with at most 256 NFE,
+    and the order observed from 32 to 64 NFE. For jump the error is mostly that of the model u, which has no
+    order."""
     budgets = [4, 8, 16, 32, 64]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
-    fine = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
-    print(f"error at the endpoint over {len(x)} trajectories (RMS per pixel; pixels are in [-1, 1])")
-    print("  solver  grid       " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
+    reference = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
+    print(f"error at the endpoint over {len(x)} trajectories (RMS per value; pixels are in [-1, 1])")
+    print("  at most            " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
     for solver in solvers_of(header):
-        errors = [solve(n, solver) - fine for n in budgets]
+        errors = [solve(n, solver) - reference for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
         grid = grid_of(header, solver).__name__.removesuffix("_times")
         order = math.log2(errors[-2] / errors[-1]) if errors[-1] and solver != "jump" else math.nan
@@ -298,15 +308,15 @@ def main():
     p.add_argument("--teacher", default=f"runs/{name}/pretrain.safetensors", metavar="FILE",
                    help="a denoiser or a flow-time model")
     p.add_argument("--out", default=f"runs/{name}/trajectories.safetensors", metavar="FILE",
-                   type=model.output_path, help="result; its picture lies beside it")
+                   type=model.output_path, help="result; the picture is written beside it")
     p.add_argument("--solver", choices=SOLVERS,
                    help="dpm1-3: DPM-Solver++ with the last 1 to 3 outputs of the teacher; jump: steps of a "
                         "Mean Flow model (default: dpm3 for denoisers, heun for flow matching, jump for Mean "
                         "Flow)")
-    p.add_argument("--nfe", type=model.positive, default=16,
-                   help="function evaluations of a trajectory, at most; guided, each is two forward passes")
-    p.add_argument("--n", type=model.positive, default=64, help="number of trajectories")
-    p.add_argument("--seed", type=int, default=0, help="of noise and labels")
+    p.add_argument("--nfe", type=model.positive_int, default=16,
+                   help="maximum function evaluations per trajectory; guidance doubles the forward passes")
+    p.add_argument("--n", type=model.positive_int, default=64, help="number of trajectories")
+    p.add_argument("--seed", type=int, default=0, help="seed of noise and labels")
     guidance_flags(p)
     args = p.parse_args()
 

@@ -166,7 +166,7 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
     t, net, student, ema, opt = training(precision, compile)
     def ours():
         paths = midtrain.solve_pool(t, header, size, args, device)
-        order = midtrain.draw_pairs(size, 16, 16, device)
+        order = midtrain.draw_pair_indices(size, 16, 16, device)
         for at in order.split(batch):
             x, time, end, _, y = midtrain.gather_pairs(*paths, at, *table)
             (midtrain.cmt_loss(student, x, time, end, y, midtrain.huber).sum() / batch).backward()

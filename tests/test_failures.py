@@ -195,7 +195,7 @@ def test_frechet_distance_takes_numpy_and_is_never_negative():
 MU, SIGMA = np.full(64, 0.1), np.eye(64) + 0.01
 
 @pytest.mark.parametrize("arrays", [
-    dict(mu=MU, sigma=SIGMA), dict(mu=MU[None], sigma=SIGMA), dict(mu=SIGMA, sigma=MU),
+    dict(mu=MU, sigma=SIGMA), dict(mu=MU[None], sigma=SIGMA),
     dict(mu=MU.astype(np.float32), sigma=SIGMA.astype(np.float32)), "pkl"])
 def test_statistics_whose_meaning_is_clear(run, here, tmp_path, arrays):
     path = tmp_path / "stats.npz"
@@ -216,9 +216,8 @@ class Evil:
 
 @pytest.mark.parametrize("arrays, words", [
     (dict(mu=MU * math.nan, sigma=SIGMA), "not finite"), (dict(mu=MU, sigma=SIGMA * math.inf), "not finite"),
-    (dict(mu=MU, sigma=SIGMA[:8]), "covariance"), (dict(mu=MU, sigma=np.triu(SIGMA)), "symmetric"),
-    (dict(mu=MU, sigma=-SIGMA), "symmetric"), (dict(mu=MU), "sigma"), ("evil", "damaged"), ("empty", "no mu"),
-    (dict(mu=MU, sigma=np.diag([-1e-4] + 63 * [1.0])), "symmetric")])
+    (dict(mu=MU, sigma=SIGMA[:8]), "covariance"), (dict(mu=SIGMA, sigma=MU), "covariance"),
+    (dict(mu=MU), "sigma"), ("evil", "damaged"), ("empty", "no mu")])
 def test_statistics_that_are_none(run, here, tmp_path, arrays, words):
     path = tmp_path / "stats.npz"
     if isinstance(arrays, str):
@@ -321,12 +320,8 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
 
 
-def test_an_ascii_terminal_and_a_long_seed(here, tmp_path):
-    command = [sys.executable, str(ROOT / "pretrain.py"), *SMALL, "--seed", "20251125123456",
-               "--out", tmp_path / "café.safetensors"]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and "caf?.safetensors" in done.stdout, done.stderr
+def test_a_long_seed(run, here, tmp_path):
+    assert run("pretrain", *SMALL, "--seed", "20251125123456", "--out", tmp_path / "café.safetensors").code == 0
 
 
 # --- the paper's distance of latents ------------------------------------------------------------------------
@@ -451,9 +446,12 @@ def test_more_library_edges(here):
     with pytest.raises(ValueError): posttrain_cm.ect_weight(t, 0.9 * t, "gapp")
     with pytest.raises(ValueError): midtrain.pair_table(4, "flow")
     with pytest.raises(ValueError): solve.log_uniform_times(0)
+    with pytest.raises(ValueError): solve.log_uniform_times(4, t_min=0)
+    seen = solve.without_label(lambda x, t, y: y, 7)(torch.zeros(3, 1), torch.ones(3), None)
+    assert seen.tolist() == [7, 7, 7]
     mu, cov = torch.randn(8), torch.eye(8)
     assert fid.frechet_distance(mu[:, None], cov, mu, cov) == 0
-    for wrong in (mu[:1], cov), (torch.randn(100, 8), cov), (mu, cov[0]), (mu, -1e-4 * cov):
+    for wrong in (mu[:1], cov), (torch.randn(100, 8), cov), (mu, cov[0]):
         with pytest.raises(ValueError): fid.frechet_distance(*wrong, mu, cov)
 
 
@@ -511,14 +509,14 @@ def test_a_dry_run_counts_no_more_samples_than_there_are(run, here):
 def test_other_files_are_not_replaced(run, here, tmp_path):
     """Only an earlier result of the same script is: not data, statistics, imported or other checkpoints."""
     model_file, digits = "runs/digits/midtrain_cm.safetensors", Path("data/digits.npz").read_bytes()
-    refused(run("sample", model_file, "--n", 2, "--out", "data/digits.npz"), "holds something else than samples")
+    refused(run("sample", model_file, "--n", 2, "--out", "data/digits.npz"), "holds other data than samples")
     assert Path("data/digits.npz").read_bytes() == digits
     np.savez(tmp_path / "stats.npz", mu=MU, sigma=SIGMA)
     (tmp_path / "text.npz").write_text("not a zip")
     (tmp_path / "empty.npz").touch()
     (tmp_path / "folder.npz").mkdir()
     for name in "stats", "text", "folder":
-        refused(run("sample", model_file, "--n", 2, "--out", tmp_path / name), "holds something else than samples")
+        refused(run("sample", model_file, "--n", 2, "--out", tmp_path / name), "holds other data than samples")
     for _ in range(2): assert run("sample", model_file, "--n", 2, "--out", tmp_path / "empty.npz").code == 0
     tensors, header = model.read("runs/digits/pretrain.safetensors")
     for stage, extra in ("pretrain", {"imported from": "x.pkl", "step": 0}), ("posttrain_cm", {}), ("solve", {}):
@@ -539,6 +537,8 @@ def test_other_files_are_not_replaced(run, here, tmp_path):
 @pytest.mark.parametrize("command, words", [
     (("posttrain_cm", "--mid-t", 1000), "between"), (("midtrain", "--mid-t", 0.0001), "between"),
     (("midtrain", "--guidance", 2, "--guide", "runs/digits/midtrain_cm.safetensors"), "cannot guide"),
+    (("sample", "runs/digits/posttrain_mf.safetensors:1", "--guidance", 2,         # u(z, r, t) needs a guide with r
+      "--guide", "runs/digits/pretrain_flow.safetensors"), "cannot guide"),
     (("fid", "digits", "--ref", "digits", "--features", "pixels", "--n", 5), "no effect"),
     (("posttrain_cm", "--q", 1), "65536"), (("solve", "--data", "my data"), "--data 'my data'")],
     ids=lambda c: " ".join(map(str, c)) if isinstance(c, tuple) else c)

@@ -132,7 +132,7 @@ def test_mean_flow_draws_N_pairs_of_each_trajectory_without_replacement():
     torch.manual_seed(0)
     N, paths, M = 8, 4000, 36
     i, j = midtrain.pair_table(N, "mf")
-    number = midtrain.draw_pairs(paths, N, M, "cpu")
+    number = midtrain.draw_pair_indices(paths, N, M, "cpu")
     assert len(number.unique()) == len(number) == paths * N                         # no pair of a path twice
     assert torch.equal((number // M).bincount(), torch.full((paths,), N))
     assert not torch.equal(number, number.sort().values)

@@ -297,7 +297,7 @@ def test_consistency_distillation_and_guidance(run, chain, tmp_path, monkeypatch
     refused(run("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2), "only its teacher")
     refused(run("midtrain", "--guidance", 2, "--guide", "nowhere.safetensors"), "nowhere", "import_checkpoint.py")
     flow = "runs/digits/pretrain_flow.safetensors"
-    refused(run("midtrain", "--guidance", 2, "--guide", flow), "MeanVelocity", "Denoiser")
+    refused(run("midtrain", "--guidance", 2, "--guide", flow), "MeanVelocity", "stage pretrain")
     rgb = write_npz(tmp_path / "rgb.npz", classes=0)
     assert run("pretrain", "--data", rgb, *SMALL, *out("rgb")).code == 0
     refused(run("midtrain", "--data", rgb, "--teacher", tmp_path / "rgb.safetensors", "--guidance", 2),

@@ -31,6 +31,24 @@ def test_image_k_depends_on_seed_k_alone(run, here, tmp_path, file):
     assert len(np.unique(many["arr_0"], axis=0)) == 80 and set(many["arr_1"]) == set(range(10))
 
 
+def test_the_picture_of_one_file_has_64_images(run, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "PART", 64)                # the first part has only 4 of the seeds
+    assert run("sample", "runs/digits/midtrain_cm.safetensors:1", "--seeds", "60-160",
+               "--out", tmp_path / "a.npz").code == 0
+    assert Image.open(tmp_path / "a.png").height == 4 + 4 * 52 and len(np.load(tmp_path / "a.npz")["arr_0"]) == 101
+
+
+def test_a_model_of_latents_is_not_sampled_without_its_autoencoder(here):
+    net, header = model.load("runs/digits/midtrain_cm.safetensors")
+    with pytest.raises(model.UserError, match="pass vae"):
+        sample.generate(net, header | {"latents": model.LATENTS["SiT"]}, range(4), 1)
+
+
+def test_zero_steps(run, here, tmp_path):
+    for stage in "pretrain", "midtrain_cm":
+        refused(run("sample", f"runs/digits/{stage}.safetensors:0", "--out", tmp_path / "a"), "at least one step")
+
+
 def test_label_policies(run, here, tmp_path):
     for policy, expected in [("balanced", np.arange(12) % 10), ("7", np.full(12, 7))]:
         assert run("sample", "runs/digits/midtrain_cm.safetensors", "--n", 12, "--labels", policy,
@@ -387,6 +405,16 @@ def test_a_model_of_latents_has_no_preview_without_its_autoencoder(run, tmp_path
     done = run("pretrain", "--data", "l.npz", "--steps", 1, "--batch", 8)
     assert done.code == 0 and "no preview" in done.out and "--vae" in done.out, done.err
     assert run("pretrain", "--steps", 1, "--vae", "x").code == 2                   # digits are no latents
+
+
+def test_the_preview_counts_calls(run, here, tmp_path, monkeypatch):
+    """Heun in flow time takes 15 calls for 16."""
+    names = []
+    monkeypatch.setattr(model, "save_grid", lambda path, rows, n: names.extend(n))
+    for flags in (), ("--objective", "flow"):
+        assert run("pretrain", *flags, "--steps", 1, "--batch", 8, "--out", tmp_path / f"{len(flags)}.safetensors"
+                   ).code == 0
+    assert names == ["16 NFE", "15 NFE"]
 
 
 def test_a_preview_that_fails_does_not_end_the_run(run, here, tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ CALLS = {
     "midtrain.pair_table": (3, "mf"),
     "midtrain.gather_pairs": (torch.randn(4, 5, 1, 8, 8), times, torch.arange(5), torch.arange(15),
                               torch.arange(3), torch.full((3,), 3)),
-    "midtrain.draw_pairs": (5, 2, 3, "cpu"),
+    "midtrain.draw_pair_indices": (5, 2, 3, "cpu"),
     "posttrain_cm.consistency_loss": (shrink, x, 0.9 * x, t, 0.9 * t, None, 1 / t, 0.06),
     "posttrain_cm.ect_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.0),
     "posttrain_cm.ecd_loss": (shrink, x, eps, t, 0.9 * t, None, 1 / t, 0.06, shrink),

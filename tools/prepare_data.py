@@ -17,8 +17,8 @@ A NAME of model.DATASETS fixes the size, crop, channels, number of classes, and 
 the autoencoder. Any other NAME is a custom dataset. Memory does not grow with the number of images. Colour
 profiles are ignored, as in the preparation of the published datasets.
 """
-import argparse, datetime, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil, signal, struct
-import sys, tarfile, time, warnings, zipfile, zlib
+import argparse, datetime, functools, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil
+import signal, struct, sys, tarfile, time, warnings, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin
 
 import model, sample
-from model import DATASETS, UserError, atomic_write
+from model import DATASETS, UserError
 
 PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm .tga .avif .jp2".split()
 TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()         # files that may list labels
@@ -180,22 +180,10 @@ def read_idx(file, name):
     return array.swapaxes(1, 2) if dims == 3 and re.match("(?i)emnist", posixpath.basename(name)) else array
 
 
-def verify_checksums(z):
-    """Read all members of an open zip. Raises ValueError."""
-    def chunks():
-        for member in z.infolist():
-            try:
-                with z.open(member) as f:
-                    while chunk := f.read(2 ** 20): yield chunk
-            except (zipfile.BadZipFile, zlib.error):
-                raise ValueError(f"the checksum of {member.filename} is wrong")
-    for _ in sample.progress(chunks(), sum(member.file_size for member in z.infolist()), unit="bytes"): pass
-
-
 def npz_arrays(path):
     """Verify the checksums of an .npz -> {key: array}. Uncompressed arrays are mapped from the disk."""
     with zipfile.ZipFile(path) as z:
-        verify_checksums(z)
+        if bad := z.testzip(): raise ValueError(f"the checksum of {bad} is wrong")
         keys = [name.removesuffix(".npy") for name in z.namelist()]
     return {key: model.npz_array(path, key, limit=math.inf) for key in keys}
 
@@ -438,31 +426,14 @@ def index_labels(source):
     return y.astype(np.int64), [str(names[k] if len(names) else k) for k in unique]
 
 
-class Autoencoder:
-    """diffusers' AutoencoderKL for pixels in [low, high]."""
-    def __init__(self, path, pixel_range):
-        (self.low, self.high), self.device = pixel_range, "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            from diffusers import AutoencoderKL
-            self.vae = AutoencoderKL.from_pretrained(path).eval().to(self.device)
-        except Exception as e:             # diffusers raises anything
-            reason = (str(e).strip() or repr(e)).splitlines()[0]
-            raise UserError(f"--vae {path} cannot be loaded ({reason}). Run `pip install diffusers`, and "
-                            "give a folder or a name such as stabilityai/sd-vae-ft-mse.")
-
-    @torch.no_grad()
-    def encode(self, images):
-        """uint8 (n,H,W,3) -> fp32 (n,2C,h,w), means and deviations of the latents, not scaled"""
-        x = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 255
-        z = self.vae.encode(x * (self.high - self.low) + self.low).latent_dist
-        return torch.cat([z.mean, z.std], 1).float().cpu().numpy()
-
-    @torch.no_grad()
-    def decode(self, z):
-        """(n,C,h,w) -> uint8 (n,H,W,3), rounded down as in EDM2"""
-        x = self.vae.decode(torch.from_numpy(z).float().to(self.device)).sample
-        x = (x - self.low) / (self.high - self.low)
-        return (x.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+@torch.no_grad()
+def encode_images(vae, pixel_range, images):
+    """uint8 (n,H,W,3) -> fp32 (n,2C,h,w), means and deviations of the latents, not scaled. vae: diffusers'
+    AutoencoderKL for pixels in pixel_range"""
+    low, high = pixel_range
+    x = torch.from_numpy(images).to(vae.device).permute(0, 3, 1, 2).float() / 255
+    z = vae.encode(x * (high - low) + low).latent_dist
+    return torch.cat([z.mean, z.std], 1).float().cpu().numpy()
 
 
 # === output =================================================================================================
@@ -486,74 +457,37 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
         yield stored
 
 
-def write_npz(path, shape, dtype, chunks, finish):
-    """Stream the chunks to arr_0, then add the arrays {name: array} that finish() returns."""
-    part = None
-    try:
-        with atomic_write(path, unique=True) as part, zipfile.ZipFile(part, "w") as z:
-            with z.open("arr_0.npy", "w", force_zip64=True) as f:
-                header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(f, header)
-                for chunk in chunks: f.write(chunk.tobytes())
-            for name, array in finish().items():
-                with z.open(f"{name}.npy", "w") as f:
-                    np.lib.format.write_array(f, np.array(array), allow_pickle=False)
-    except BaseException:                  # also Ctrl-C
-        if part and part.exists(): part.unlink()
-        raise
-
-
 def check(path):
-    """Verify the checksums, shapes and labels of a prepared .npz, and print what it holds
-    -> arr_0, arr_1, class_names"""
+    """Verify a prepared .npz, and print what it holds. -> model.Data, names of its classes"""
     path = model.find_data(str(path), "--check")[2]
-    if not os.path.isfile(path): raise UserError(f"{path} does not exist. Give a NAME or an .npz.")
-    try:
-        arrays = npz_arrays(path)
-        x, y, names = arrays["arr_0"], arrays.get("arr_1"), None
-        pixels = x.dtype == np.uint8 and x.shape[3:] in ((1,), (3,))
-        if x.ndim != 4 or not x.size or not pixels and x.dtype not in (np.float16, np.float32):
-            raise ValueError(f"arr_0 is {x.dtype} {x.shape}")
-        classes = "no classes"
-        if y is not None:
-            names = [str(name) for name in arrays.get("class_names", range(y.max() + 1))]
-            if y.shape != x.shape[:1] or y.dtype != np.int64 or set(y.tolist()) != set(range(len(names))):
-                raise ValueError(f"arr_1 is {y.dtype} {y.shape}, {y.min()} to {y.max()}, K = {len(names)}")
-            counts = [f"{name} {n:,}" for name, n in zip(names, np.bincount(y))]
-            classes = f"{len(names):,} classes: " + ", ".join(counts[:20] + ["..."] * (len(counts) > 20))
-        print(f"{path}: {x.dtype} {x.shape}, {os.path.getsize(path):,} bytes, checksums correct\n{classes}")
-        print(f"info: {json.loads(str(arrays.get('info', '{}')))}")
-        return x, y, names
-    except Exception as e:                 # damaged files raise anything
-        raise UserError(f"{path} is not a prepared dataset ({e!r}). Prepare it again.")
+    data, (members, info) = model.Data(path), model.read_info(path)
+    with zipfile.ZipFile(path) as z: bad = z.testzip()
+    if bad: raise UserError(f"{path}: the checksum of {bad} is wrong. Prepare it again.")
+    names = model.npz_array(path, "class_names") if "class_names.npy" in members else range(data.classes)
+    counts = [f"{k} {n:,}" for k, n in zip(names, np.bincount(data.labels.numpy()))] if data.classes else []
+    print(f"{data}, {os.path.getsize(path):,} bytes, checksums correct")
+    if counts: print(", ".join(counts[:20] + ["..."] * (len(counts) > 20)))
+    print(f"info: {info}")
+    return data, [str(name) for name in names]
 
 
-def contact_sheet(path, x, y, class_names, decode=None):
+def contact_sheet(path, data, class_names, decode=None):
     """Draw a line of images for each of at most 20 classes. Without classes: images in equal distances."""
-    height, width, gap = (6, 4, 4) if decode else (20, 10, 4)
+    height, width = (6, 4) if decode else (20, 10)
     spread = lambda n, count: np.unique(np.linspace(0, n - 1, count).astype(int))
-    if y is None:
-        chosen = spread(len(x), height * width)
+    if data.labels is None:
+        chosen = spread(len(data), height * width)
         lines = [("", chosen[i:i + width]) for i in range(0, len(chosen), width)]
     else:
         lines = []
         for k in spread(len(class_names), height):
-            name, members = class_names[k], np.flatnonzero(y == k)
+            name, members = class_names[k], np.flatnonzero(data.labels == k)
             if not name or max(name) > "\xff": name = f"class {k}"     # the font has Latin letters only
-            if len(name) > 40: name = name[:37] + "..."
-            lines.append((name, members[spread(len(members), width)]))
-    font = ImageFont.load_default(14)
-    margin = 2 * gap + max(math.ceil(font.getlength(name)) for name, _ in lines)
-    side = 128 if decode else min(128, x.shape[1] * max(1, 64 // x.shape[1]))
-    sheet = Image.new("RGB", (margin + width * (side + gap), gap + len(lines) * (side + gap)), "white")
-    for r, (name, indices) in enumerate(lines):
-        ImageDraw.Draw(sheet).text((gap, r * (side + gap) + side // 2 - 6), name, "black", font)
-        images = np.stack([x[i] for i in indices])
-        for c, image in enumerate(decode(images) if decode else images):
-            tile = Image.fromarray(np.repeat(image, 3 // image.shape[2], 2))
-            tile = tile.resize((side, side), Image.NEAREST if side > tile.width else Image.BOX)
-            sheet.paste(tile, (margin + c * (side + gap), gap + r * (side + gap)))
-    with atomic_write(path) as part: sheet.save(part, "PNG")
+            lines.append((name[:40], members[spread(len(members), width)]))
+    rows = [np.stack([data.array[i] for i in indices]) for _, indices in lines]
+    if decode: rows = [decode(row) for row in rows]
+    side = 128 if decode else min(128, data.shape[1] * max(1, 64 // data.shape[1]))
+    model.save_grid(path, rows, [name for name, _ in lines], side)
     print(f"{path}: contact sheet")
 
 
@@ -563,9 +497,8 @@ def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help)
     p.add_argument("source", metavar="SOURCE", nargs="?", help="images in any form")
     p.add_argument("--data", metavar="NAME", default="", help=f"one of {', '.join(DATASETS)}, or a new name")
-    p.add_argument("--size", type=int, help="side of the images of a custom dataset")
-    p.add_argument("--crop", choices=["center", "none"], help="center (default): resize as ADM, ffhq64 and "
-                   "afhqv2-64 as EDM; none: no resizing")
+    p.add_argument("--size", type=int, help="side of the images of a custom dataset, which are cropped and "
+                   "resized as ADM does (default: that of the images, which have to be equal squares)")
     p.add_argument("--classes", choices=["auto", "folders", "none"], default="auto", help="where labels are")
     p.add_argument("--images", metavar="KEY", help="array of an .npz, or column of a Hugging Face dataset")
     p.add_argument("--labels", metavar="KEY", help="the same for labels")
@@ -595,10 +528,10 @@ def arguments():
 def check_flags(args, config, source, K):
     """Refuse flags that have no effect, and a source that does not fit the dataset."""
     latents = source.latents or args.vae
-    for flags, reason in [("size crop grey pixel_range", config and f"with --data {args.data}"),
+    for flags, reason in [("size grey pixel_range", config and f"with --data {args.data}"),
                           ("fp32 pixel_range", not latents and "on pixels"),
                           ("grey", latents and "on latents"),
-                          ("size crop flip", source.latents and "on latents")]:
+                          ("size flip", source.latents and "on latents")]:
         for flag in flags.split():
             if reason and getattr(args, flag):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
@@ -623,11 +556,7 @@ def image_shape(args, config, source):
     widths, heights = zip(*sizes)
     shortest, multiple = min(widths + heights), 32 if args.vae else 4
     size = shortest if args.size is None else args.size
-    if args.size is not None and args.crop == "none" and set(sizes) != {(size, size)}:
-        raise UserError(f"--crop none keeps the images as they are, {min(widths)} to {max(widths)} pixels "
-                        f"wide, and --size is {size}. Remove one of the two.")
-    cropped = args.size is not None and args.crop != "none"
-    if size < 1 or size % multiple or not cropped and set(sizes) != {(size, size)}:
+    if size < 1 or size % multiple or args.size is None and set(sizes) != {(size, size)}:
         usable = max(multiple, min(64, 2 ** int(math.log2(shortest))))
         flag = "" if args.size is None else f", and --size is {args.size}"
         raise UserError(f"{source.path}: the images are {min(widths)} to {max(widths)} pixels wide and "
@@ -708,7 +637,7 @@ def main():
     if not source.latents:
         size, channels = image_shape(args, config, source)
         crop = lanczos_crop if args.data in LANCZOS else centre_crop
-        info |= {"size": size, "crop": args.crop or "center", "flip": args.flip,
+        info |= {"size": size, "crop": "center", "flip": args.flip,
                  "filter": "Lanczos" if crop is lanczos_crop else "ADM"}
         shape = size, size, channels
     enlarged, animated = [], []            # an item for each image that was enlarged, or has several frames
@@ -719,9 +648,10 @@ def main():
         if getattr(sample, "is_animated", False) and sample.format != "MPO": animated.append(1)
         return to_pixels(sample, size, channels, args.background, crop)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
-    autoencoder = Autoencoder(args.vae, pixel_range) if args.vae else None
-    encode = autoencoder.encode if args.vae and not source.latents else None
-    if encode:
+    vae = sample.load_vae(args.vae, "cuda" if torch.cuda.is_available() else "cpu") if args.vae else None
+    encode = None
+    if vae and not source.latents:
+        encode = functools.partial(encode_images, vae, pixel_range)
         info["encoder"] = args.vae
         shape = encode(np.zeros((1, *shape), np.uint8)).shape[1:]
         C = shape[0] // 2
@@ -749,13 +679,18 @@ def main():
         arrays = {} if y is None else {"arr_1": np.repeat(y, 1 + args.flip), "class_names": class_names}
         return arrays | {"info": json.dumps(info)}
     samples, begin = in_order(source, convert, args.workers), time.time()
-    write_npz(out, full_shape, dtype, stored_chunks(samples, args.flip, encode, C, dtype, totals), finish)
+    chunks = stored_chunks(samples, args.flip, encode, C, dtype, totals)
+    sample.write_npz(out, full_shape, dtype, chunks, finish)
     print(f"{len(source):,} {kind} in {time.time() - begin:,.1f} s")
-    prepared = check(out)
+    data, class_names = check(out)
     if C and not args.vae:
         sheet.unlink(missing_ok=True)      # of the data that were replaced
         return print("There is no contact sheet: pass --vae PATH to decode latents.")
-    contact_sheet(sheet, *prepared, C and (lambda z: autoencoder.decode(z[:, :C])))
+    @torch.no_grad()
+    def decode(z):
+        scaled = model.to_network(torch.from_numpy(z[:, :C]).float().to(vae.device), info)
+        return sample.to_images(scaled, info, vae)
+    contact_sheet(sheet, data, class_names, decode if C else None)
 
 
 if __name__ == "__main__":

@@ -290,8 +290,9 @@ def error_table(teacher, header, x, y):
     budgets = [4, 8, 16, 32, 64]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
     reference = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
-    print(f"error at the endpoint over {len(x)} trajectories (RMS per value; pixels are in [-1, 1])")
-    print("  at most            " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
+    print(f"error at the endpoint over {len(x)} trajectories, with at most so many NFE (RMS per value; pixels "
+          "are in [-1, 1])")
+    print("  solver  grid       " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
     for solver in solvers_of(header):
         errors = [solve(n, solver) - reference for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]

@@ -18,9 +18,7 @@ This protocol was committed before the first run. It was changed seven times sin
   4. To save time, at 4 units plain ECT runs by Adam only. With 2 units both optimizers are equal within the
      spread.
   5. After plain ECT had its results at 4 units, CMT + ECT was added there. To save time it took the settings
-     for 2; these results are kept as "settings for two units". Later the tuning for 4 began. Its best share
-     so far, 0.5, is the smallest of those tried, so 0.25 has to follow. The seeds with 0.5 are kept as
-     "tuning unfinished".
+     for 2; these results are kept as "settings for two units". Later it was tuned for 4 like the others.
   6. After CMT + MeanFlow had chosen a share of 0.97 for mid-training, the end of its ladder, the share 1 was
      added: mid-training alone. (KD + ECT chose 0.05, the other end. In a trial with a quarter of a unit that
      is one step, so there is no smaller one.)
@@ -97,10 +95,9 @@ BY_RADAM = "{}, post-training by RAdam"                    # the older results
 UNTIED = "{}, post-training by RAdam, tuned after the fact"
 BEST_TRIAL = "{}, settings of the best trial"
 FOR_TWO_UNITS = "{}, settings for two units"               # with four units
-UNFINISHED = "{}, tuning unfinished"                       # with four units
 BEST_SETTING = 1e-3, 1 / 8                                 # of the trials of plain ECT with one unit
 ON_GPU = "{}, on an H100"                                  # repeated there, teachers included
-VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL, FOR_TWO_UNITS, UNFINISHED, ON_GPU
+VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL, FOR_TWO_UNITS, ON_GPU
 MEASURES = {"FD": 1, "FD-pixels": 2, "precision": 3, "recall": 3}             # and the decimals of a table
 BUDGETS = 1, 2, 4                                           # units, all that a method may have
 # method: (branch, budgets, name of the second setting, its ladder, first index in RATES and in its ladder)
@@ -121,6 +118,7 @@ FORWARDS = {"mid_cm": 4, "mid_kd": 3 + 16, "post_cm": 4, "mid_mf": 3 + 15 / 8, "
             "post_mf_0.75": 4.5}
 CIFAR_P = 0.25                                             # chosen for MeanFlow with these times, one unit
 CIFAR_TIMES = ["--r-neq-t", 0.75, "--P-mean", -2, "--P-std", 2]
+IMAGENET_TIMES = ["--r-neq-t", 0.25, "--P-mean", -0.4, "--P-std", 1]
 BASELINE_INTERVAL = 1 / 16                                 # chosen for plain ECT by Adam with one unit
 
 
@@ -182,16 +180,16 @@ def train(method, units, rate, value, seed):
         if value == 1: return middle
         by_adam = branch == "cm" or cifar_times
         post = ["--init", middle, "--lr", tied_rate(branch, rate)]
-        if cifar_times: post += ["--p", CIFAR_P]
+        if branch == "mf": post += ["--p", CIFAR_P if cifar_times else 1]
     else:
         by_adam = cifar_times or method.endswith("by Adam")
         post_steps = steps(post_stage, units)
         post = ["--init", start, "--lr", rate]
         post += ["--q", 2, "--double", max(1, round(value * post_steps))] if branch == "cm" else ["--p", value]
     post += ["--optimizer", "Adam" if by_adam else "RAdam"]
-    if cifar_times:    post += CIFAR_TIMES
-    if branch == "mf": post += ["--warmup", 10 * BATCH if by_adam else 0]
-    else:              post += [COMPILE]                   # posttrain_mf.py does not compile by default
+    if branch == "mf":
+        post += [*(CIFAR_TIMES if cifar_times else IMAGENET_TIMES), "--warmup", 10 * BATCH if by_adam else 0]
+    else: post += [COMPILE]                                # posttrain_mf.py does not compile by default
     command(f"posttrain_{branch}", *flags(seed, ECT_PRECISION if branch == "cm" else "bf16"), *post,
             "--steps", post_steps, "--out", out)
     return out
@@ -371,7 +369,8 @@ def baseline_checks():
     for (name, extra), rate in itertools.product(halved + fixed, (1e-4, 3e-4)):
         jobs[f"plain ECT by Adam, {name}, lr {rate:g}"] = (
             "cm", "post_cm", [*extra, "--lr", rate, "--optimizer", "Adam", COMPILE])
-    times = {"r < t 0.25": ("post_mf", []), "r < t 0.75": ("post_mf_0.75", ["--r-neq-t", 0.75]),
+    times = {"r < t 0.25": ("post_mf", IMAGENET_TIMES),
+             "r < t 0.75": ("post_mf_0.75", ["--r-neq-t", 0.75, *IMAGENET_TIMES[2:]]),
              "r < t 0.75, P -2 2": ("post_mf_0.75", CIFAR_TIMES)}
     for (name, (stage, extra)), (optimizer, rate, p) in itertools.product(
             times.items(), (("RAdam", 0.01, 0.75), ("Adam", 0.001, 0.5))):
@@ -446,9 +445,12 @@ def line(found, method, k, measure="FD", seeds=SEEDS):
 def print_ratios(found):
     """The compute that the baselines need for the quality of the chains at each of their budgets: for the
     geometric means of the seeds, and for each seed"""
-    chains = [(variant.format("CMT + ECT"), "plain ECT") for variant in ("{}", FOR_TWO_UNITS, UNFINISHED)]
-    for chain, plain in chains + [("CMT + MeanFlow", "MeanFlow")]:
-        for baseline, k, measure in itertools.product((plain, f"{plain} by Adam"), "12", ("FD", "FD-pixels")):
+    chains = {chain: ("plain ECT", "plain ECT by Adam")
+              for chain in ("CMT + ECT", FOR_TWO_UNITS.format("CMT + ECT"))}
+    chains |= {chain: ("MeanFlow", "MeanFlow by Adam", "MeanFlow, CIFAR-10 times")
+               for chain in ("CMT + MeanFlow", "CMT + MeanFlow, CIFAR-10 times")}
+    for chain, baselines in chains.items():
+        for baseline, k, measure in itertools.product(baselines, "12", ("FD", "FD-pixels")):
             for units, _ in line(found, chain, k, measure):
                 def both(seeds):                           # the chain with this budget, the baseline with all
                     of_chain = [p for p in line(found, chain, k, measure, seeds) if p[0] == units]
@@ -468,8 +470,7 @@ def draw(found):
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
     for (branch, k), axes in zip(itertools.product(("cm", "mf"), "12"), panels.flat):
         name, place = {"cm": ("consistency model", "lower left"), "mf": ("Mean Flow", "upper right")}[branch]
-        unfinished = [UNFINISHED.format("CMT + ECT")] if branch == "cm" else []
-        for number, method in enumerate(methods_of(branch) + unfinished):
+        for number, method in enumerate(methods_of(branch)):
             if not (points := line(found, method, k)): continue
             beside = 1.03 ** number                        # so that equal budgets do not hide each other
             budgets, levels = zip(*points)

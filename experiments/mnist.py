@@ -433,6 +433,7 @@ def report():
     for key in found:
         if key.startswith(("after the fact", "limits", "check")): print(key, found[key])
     print_ratios(found)
+    print_wins(found)
     draw(found)
 
 
@@ -460,6 +461,18 @@ def print_ratios(found):
                 ratios = ", ".join("{}{:.2f}".format(*compute_ratio(*both([seed]))) for seed in seeds)
                 print(f"{chain} with {units} units, {baseline}, {k} NFE, {measure}: "
                       f"{speed_up(*both(seeds))}; seeds {ratios}")
+
+
+def print_wins(found):
+    """In how many comparisons with equal compute a chain is ahead: all budgets and seeds, FD and FD-pixels"""
+    for chain, baseline in (("CMT + ECT", "plain ECT by Adam"),
+                            ("CMT + MeanFlow, CIFAR-10 times", "MeanFlow, CIFAR-10 times")):
+        keys = [[RESULT_KEY.format(method, units, seed) for method in (chain, baseline)]
+                for units in BUDGETS for seed in SEEDS]
+        pairs = [(found[a], found[b]) for a, b in keys if a in found and b in found]
+        for k in "12":
+            wins = [a[k][measure] < b[k][measure] for a, b in pairs for measure in ("FD", "FD-pixels")]
+            print(f"{chain} is ahead of {baseline} with {k} NFE in {sum(wins)} of {len(wins)} comparisons")
 
 
 def draw(found):

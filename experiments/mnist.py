@@ -482,7 +482,8 @@ def draw(found):
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
     for (branch, k), axes in zip(itertools.product(("cm", "mf"), "12"), panels.flat):
-        name, place = {"cm": ("consistency model", "lower left"), "mf": ("Mean Flow", "upper right")}[branch]
+        name, legend, place = {"cm": ("consistency model", "1", "lower left"),
+                               "mf": ("Mean Flow", "2", "upper right")}[branch]
         for number, method in enumerate(methods_of(branch)):
             if not (points := line(found, method, k)): continue
             beside = 1.03 ** number                        # so that equal budgets do not hide each other
@@ -498,7 +499,8 @@ def draw(found):
         axes.set(title=f"{name}, {k} NFE", xticks=[1, 2, 4], xticklabels=["1", "2", "4"],
                  yticks=[5, 10, 20, 40, 80, 160], yticklabels=["5", "10", "20", "40", "80", "160"])
         axes.minorticks_off()
-        if k == "1": axes.set_ylabel("FD of classifier features"), axes.legend(fontsize=8, loc=place)
+        if k == "1": axes.set_ylabel("FD of classifier features")
+        if k == legend: axes.legend(fontsize=8, loc=place)
         if branch == "mf": axes.set_xlabel("units of compute after the teacher")
     figure.savefig(RESULTS.with_name(f"{RESULTS.stem}_curves.png"), dpi=110)
 

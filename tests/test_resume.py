@@ -314,3 +314,15 @@ def read_data(path):
 
 def peak_memory():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_a_parameter_without_optimizer_state_is_continued(run, tmp_path):
+    """A frozen parameter has none."""
+    command = "pretrain", "--batch", 8, "--lr-decay", "constant", "--no-preview", "--out", tmp_path / "a.safetensors"
+    assert run(*command, "--steps", 2).code == 0
+    state, header = model.read(tmp_path / "a.resume.safetensors")
+    frozen = next(k for k in state if k.startswith("net."))
+    model.save(tmp_path / "a.resume.safetensors",
+               {k: v for k, v in state.items() if not (k.startswith("opt.") and k.endswith(frozen[4:]))}, header)
+    done = run(*command, "--steps", 3)
+    assert done.code == 0 and "continuing" in done.out, done.err

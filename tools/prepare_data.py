@@ -482,7 +482,7 @@ def contact_sheet(path, data, class_names, decode=None):
         lines = []
         for k in spread(len(class_names), height):
             name, members = class_names[k], np.flatnonzero(data.labels == k)
-            if not name or max(name) > "\xff": name = f"class {k}"     # the font has Latin letters only
+            if not name or not name.isascii(): name = f"class {k}"     # the font has ASCII only
             lines.append((name[:40], members[spread(len(members), width)]))
     rows = [np.stack([data.array[i] for i in indices]) for _, indices in lines]
     if decode: rows = [decode(row) for row in rows]

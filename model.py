@@ -727,8 +727,8 @@ def save(path, tensors, header):
 
 
 def read(path, tensors=True):
-    """-> {name: tensor} on the CPU, header. tensors=False: only the header is read. Raises UserError: the file
-    is missing, damaged or not ours."""
+    """-> {name: tensor} on the CPU, header. tensors=False: only the header is read. Raises UserError if the
+    file is missing, damaged, or not a checkpoint of this project."""
     if not os.path.isfile(path):
         raise UserError(f"{path} is a folder." if os.path.isdir(path) else f"{path} does not exist.")
     if str(path).endswith((".pkl", ".pt", ".pth", ".ckpt")):
@@ -1033,8 +1033,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
         default=compile and torch.cuda.is_available() and recipe_name != "digits")     # its run is too short
-    add("--preview", action=argparse.BooleanOptionalAction, default=True,
-        help="write a picture of samples at each save")
+    add("--preview", action=argparse.BooleanOptionalAction, default=True, help="draw samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
         add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of that picture")
     add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")

@@ -5,8 +5,8 @@
   u = v - (t - r) du/dt                                                   d/dt of both sides, r fixed
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  replaces v throughout by eps - x_0, whose mean given z_t is v(z_t, t). The target is linear in v, so its mean
-  stays the same.
+  replaces v throughout by eps - x_0, whose mean given z_t is v(z_t, t). The target is linear in v, so its
+  mean stays the same.
 
   reads   runs/NAME/midtrain_mf.safetensors and the images of --data
   writes  runs/NAME/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -114,8 +114,8 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
 
 
 def drop_labels_where_equal(y, r_equals_t, label_dropout, null):
-    """Replace labels by the null label, only where r = t, because only there guidance evaluates the unlabelled
-    model. On average a fraction `label_dropout` of the whole batch loses its label.
+    """Replace labels by the null label, only where r = t, because only there guidance evaluates the
+    unlabelled model. On average a fraction `label_dropout` of the whole batch loses its label.
     y (B,), r_equals_t (B,) bool -> (B,)"""
     probability = label_dropout * len(y) / r_equals_t.sum().clamp(min=1)
     return torch.where(r_equals_t & (torch.rand(len(y), device=y.device) < probability), null, y)

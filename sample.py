@@ -130,10 +130,10 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     (images uint8 (n,H,W,C), labels int64 (n,)). Raises UserError at once, and Diverged for samples that are
     not finite."""
     device, K = device or next(net.parameters()).device, header["network"]["label_dim"]
-    consistency, labels = header["stage"] not in solve.ODE_STAGES, str(labels)
+    consistency, labels = header["stage"] in solve.CONSISTENCY_STAGES, str(labels)
     if consistency and solver:
         raise model.UserError("a consistency model has no ODE to solve; leave out solver.")
-    solver = None if consistency else solver or solve.default_solver(header)
+    solver = solver or solve.default_solver(header)
     if not isinstance(steps, int) or steps < 1:
         raise model.UserError(f"{steps} steps: at least one step is needed.")
     if solver: solve.check_solver(solver, header["stage"], header)
@@ -172,7 +172,7 @@ def write_preview(ema, header, args):
     labels = "balanced" if header["network"]["label_dim"] else "random"
     try:
         vae = open_vae(header, args.vae, next(ema.parameters()).device)
-        solver = solve.default_solver(header) if header["stage"] in solve.ODE_STAGES else None
+        solver = solve.default_solver(header)
         calls = [16] if header["stage"].startswith("pretrain") else [1, 2]
         rows = [next(generate(ema, header, range(16), k, labels, vae=vae))[0] for k in calls]
         model.save_grid(picture, rows, [f"{count_nfe(header, k, solver)} NFE" for k in calls])
@@ -314,13 +314,11 @@ def open_model(text, args, device):
     net, header = model.load(path, device)
     steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
-    if header["stage"] not in solve.ODE_STAGES:
+    if header["stage"] in solve.CONSISTENCY_STAGES:
         because = f"{path} is a consistency model, and only its teacher has an ODE to solve"
         model.reject_if_typed("--guidance", "--guide", "--solver", because=because)
-        solver = None
-    else:
-        solver = args.solver or solve.default_solver(header)
-        solve.check_solver(solver, path, header)
+    solver = args.solver or solve.default_solver(header)
+    if solver: solve.check_solver(solver, path, header)
     net.backbone_dtype = model.DTYPES[args.precision]
     return solve.guide_teacher(net, header, args, path), header, steps, solver
 

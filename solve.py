@@ -157,11 +157,13 @@ SOLVERS = {
 CALLS_PER_STEP = {"heun": 2}
 
 # A consistency model uses the Denoiser class but does not predict E[x_0 | x_t], so it has no ODE to solve.
-ODE_STAGES = [stage for stage in model.KIND if stage not in ("midtrain_cm", "posttrain_cm")]
+CONSISTENCY_STAGES = "midtrain_cm", "posttrain_cm"
+ODE_STAGES = [stage for stage in model.KIND if stage not in CONSISTENCY_STAGES]
 
 
 def default_solver(header):
-    """dpm3 for denoisers, jump for Mean Flow models, heun for flow matching."""
+    """dpm3 for denoisers, jump for Mean Flow models, heun for flow matching, None for consistency models."""
+    if header.get("stage") in CONSISTENCY_STAGES: return None          # a new network has no stage yet
     if header["kind"] == "Denoiser": return "dpm3"
     return "jump" if header["network"].get("interval") else "heun"
 
@@ -290,8 +292,8 @@ def error_table(teacher, header, x, y):
     budgets = [4, 8, 16, 32, 64]
     solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
     reference = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
-    print(f"error at the endpoint over {len(x)} trajectories, with at most so many NFE (RMS per value; pixels "
-          "are in [-1, 1])")
+    print(f"error at the endpoint over {len(x)} trajectories, with at most so many NFE (RMS per value; "
+          "pixels are in [-1, 1])")
     print("  solver  grid       " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
     for solver in solvers_of(header):
         errors = [solve(n, solver) - reference for n in budgets]

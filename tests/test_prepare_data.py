@@ -485,6 +485,14 @@ def test_check(prepare):
     content[2000] ^= 1
     Path("bad.npz").write_bytes(content)
     assert "checksum of arr_0" in prepare("--check", "bad.npz").err
+    np.savez_compressed("good.npz", arr_0=PIXELS, arr_1=LABELS, class_names=["cat", "dog", "eel"])
+    content = Path("good.npz").read_bytes()
+    start = content.index(b"class_names.npy") + len(b"class_names.npy")
+    for offset in range(start + 20, start + 60, 4):        # in the compressed data
+        Path("bad.npz").write_bytes(content[:offset] + bytes([content[offset] ^ 255]) + content[offset + 1:])
+        done = prepare("--check", "bad.npz")
+        assert done.code == 2 and done.err.startswith("prepare_data.py: bad.npz is damaged"), done.err
+        assert len(done.err.splitlines()) == 1
 
 
 def test_memory_does_not_grow(prepare):

@@ -180,11 +180,16 @@ def read_idx(file, name):
     return array.swapaxes(1, 2) if dims == 3 and re.match("(?i)emnist", posixpath.basename(name)) else array
 
 
-def npz_arrays(path):
-    """Verify the checksums of an .npz -> {key: array}. Uncompressed arrays are mapped from the disk."""
+def verified_keys(path):
+    """Verify the checksums of an .npz -> its keys. A damaged file can raise any exception."""
     with zipfile.ZipFile(path) as z:
         if bad := z.testzip(): raise ValueError(f"the checksum of {bad} is wrong")
-        keys = [name.removesuffix(".npy") for name in z.namelist()]
+        return [name.removesuffix(".npy") for name in z.namelist()]
+
+
+def npz_arrays(path):
+    """Verify the checksums of an .npz -> {key: array}. Uncompressed arrays are mapped from the disk."""
+    keys = verified_keys(path)
     return {key: model.npz_array(path, key, limit=math.inf) for key in keys}
 
 
@@ -460,10 +465,12 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
 def check(path):
     """Verify a prepared .npz, and print what it holds. -> model.Data, names of its classes"""
     path = model.find_data(str(path), "--check")[2]
-    data, (members, info) = model.Data(path), model.read_info(path)
-    with zipfile.ZipFile(path) as z: bad = z.testzip()
-    if bad: raise UserError(f"{path}: the checksum of {bad} is wrong. Prepare it again.")
-    names = model.npz_array(path, "class_names") if "class_names.npy" in members else range(data.classes)
+    data = model.Data(path)
+    try:
+        keys, info = verified_keys(path), model.read_info(path)[1]
+        names = model.npz_array(path, "class_names") if "class_names" in keys else range(data.classes)
+    except Exception as e:                 # damaged files raise anything
+        raise UserError(f"{path} is damaged ({e!r}). Prepare it again.")
     counts = [f"{k} {n:,}" for k, n in zip(names, np.bincount(data.labels.numpy()))] if data.classes else []
     print(f"{data}, {os.path.getsize(path):,} bytes, checksums correct")
     if counts: print(", ".join(counts[:20] + ["..."] * (len(counts) > 20)))
@@ -484,10 +491,10 @@ def contact_sheet(path, data, class_names, decode=None):
             name, members = class_names[k], np.flatnonzero(data.labels == k)
             if not name or not name.isascii(): name = f"class {k}"     # the font has ASCII only
             lines.append((name[:40], members[spread(len(members), width)]))
-    rows = [np.stack([data.array[i] for i in indices]) for _, indices in lines]
-    if decode: rows = [decode(row) for row in rows]
+    images = [np.stack([data.array[i] for i in indices]) for _, indices in lines]
+    if decode: images = [decode(latents) for latents in images]
     side = 128 if decode else min(128, data.shape[1] * max(1, 64 // data.shape[1]))
-    model.save_grid(path, rows, [name for name, _ in lines], side)
+    model.save_grid(path, images, [name for name, _ in lines], side)
     print(f"{path}: contact sheet")
 
 

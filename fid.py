@@ -92,6 +92,11 @@ def read_images(path, rank, world):
         yield from prepare_data.image_batches(prepare_data.open_source(path, classes="none"), 64, rank, world)
 
 
+def named(text):
+    """data/NAME.npz for a NAME, whatever else has this name, else the text"""
+    return f"data/{text}.npz" if "/" not in text and os.path.exists(f"data/{text}.npz") else text
+
+
 def is_images(path):
     """Can `path` hold images, or statistics of images? By its name."""
     return path.endswith((".npz", ".zip")) or os.path.isdir(path)
@@ -140,12 +145,13 @@ def save_statistics(path, n, mu, cov):
 
 def reference(args, header, features, rank, world):
     """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
-    covariance; on other ranks than 0 perhaps None. Statistics of the images of an .npz are cached in
-    runs/reference/, in a file named by a hash of the images' identity and the feature network."""
+    covariance; None on other ranks than 0 if they are cached. Statistics of the images of an .npz are cached
+    in runs/reference/, in a file named by a hash of the images' identity and the feature network."""
     path = args.ref or header["data_path"]
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
         raise model.UserError(f"--ref {path} is one image; give its folder.")
+    if not path.endswith(".pkl"): path = named(path)
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"{path} does not exist; --ref names the images to compare with.")
@@ -194,13 +200,11 @@ def main():
         raise model.UserError(f"{args.save_stats} exists and holds no statistics; choose another "
                               "--save-stats.")
     if args.features == "pixels": model.reject_if_typed("--inception", because="--features is pixels")
-    for i, file in enumerate(args.files):                  # the NAME of prepared data
-        is_path = is_images(file) or os.path.exists(sample.path_of(file))
-        if not is_path and os.path.exists(f"data/{file}.npz"): args.files[i] = f"data/{file}.npz"
+    args.files = [named(file) for file in args.files]
     if args.save_stats and args.ref and os.path.realpath(args.save_stats) == os.path.realpath(args.ref):
         raise model.UserError(f"--save-stats {args.save_stats} is the file that is read for --ref.")
     if all(is_images(file) for file in args.files):
-        model.reject_if_typed("--n", "--seeds", "--steps", "--labels", "--mid-t", "--vae", "--guidance",
+        model.reject_if_typed("--n", "--seeds", "--labels", "--mid-t", "--vae", "--guidance",
                               "--guide", "--solver", "--precision",
                               because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")

@@ -9,8 +9,8 @@
           python midtrain.py --branch mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
   cost    per pair: one forward of the teacher (with Heun two), one forward and one backward of the student
-  expect  digits: the loss, a distance of 64 pixels, falls from about 0.8 to about 0.33;
-          with --branch mf, a squared distance, from about 2.5 to about 0.35
+  expect  digits: the loss, summed over 64 pixels, falls from about 0.8 to about 0.33;
+          with --branch mf, where it is squared, from about 2.5 to about 0.35
 
 --branch cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
 --branch mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states.
@@ -20,8 +20,7 @@ Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajecto
 time, in which a state is (1 - t) x_0 + t eps. A denoiser predicts x_0, not a velocity, so its weights cannot
 initialise the student: with --branch mf pass --teacher runs/digits/pretrain.safetensors --init none.
 
-The teacher is frozen, so the student never learns from its own predictions. All pairs have the same weight.
-In pseudocode:
+All pairs have the same weight. In pseudocode:
 
     teacher, student = the pre-trained model, frozen, and a copy of it
     for each step:
@@ -43,10 +42,10 @@ import model, sample, solve
 from tools import dry_run, feature_networks
 
 # batch     pairs of states in one step, over all GPUs
-# nfe       function evaluations of the teacher for one trajectory. Heun takes one less if the last time is 0
-# solver    of the teacher's ODE; None: the teacher's default
+# nfe       function evaluations of the teacher for one trajectory, at most (see solve.solver_times)
+# solver    ODE solver of the teacher; None: the teacher's default
 # warmup    pairs over which the learning rate rises linearly
-# lr_decay  of the learning rate: "linear" to 0, "constant", or T: from step T on it falls as sqrt(T / step)
+# lr_decay  learning rate: "linear" (to 0), "constant", or T (falls as sqrt(T / step) after step T)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
 # network   constructor arguments of the student that override those of the --init file, or with --init none
 #           those of model.DATASETS
@@ -58,8 +57,8 @@ CM = dict(optimizer="RAdam", beta2=0.999, batch=128, lr_decay="linear", warmup=0
           solver="dpm3", network={}, mid_t=0.7757)                                                # code
 CM_PAPER = CM | dict(steps=300_000, lr=2e-4, ema=0.999,                                           # paper
                      network=dict(dropout=0.2))                                                   # code
-# Adam, because the first five steps of RAdam are those of SGD: they are proportional to the gradient, which
-# is large for a sum of squares. On MNIST they raised the loss from 42 to 1e7. On digits RAdam works.
+# Adam, because the first five steps of RAdam are those of SGD. They are proportional to the gradient, which
+# is large for a sum of squares: on MNIST they raised the loss from 42 to 1e7. On digits RAdam works.
 MF = dict(optimizer="Adam", beta2=0.999,                                                          # MeanFlow
           lr_decay="linear", warmup=0, solver=None, nfe=16, network={},                           # ours
           distance="l2")                                                                          # paper
@@ -71,7 +70,7 @@ RECIPES = {
         "afhqv2-64":   CM_PAPER,
         "imagenet64":  CM | dict(steps=100_000,                                                   # ours
                                  lr=1e-3, ema=0.9999, optimizer="Adam", beta2=0.99,               # ECT
-                                 lr_decay=2000, batch=128,                                        # ECT
+                                 lr_decay=2000,                                                   # ECT
                                  network=dict(dropout=0.4, dropout_resolutions=(16, 8)),          # ECT
                                  mid_t=1.526),                                                    # code
         "imagenet512": CM_PAPER | dict(steps=100_000, optimizer="Adam", network=dict(dropout=0.0),  # paper
@@ -86,7 +85,7 @@ RECIPES = {
         "imagenet256": MF | dict(steps=400_000,                                                   # ours
                                  batch=256, lr=1e-4, beta2=0.95, ema=0.9999,                      # MeanFlow
                                  # The paper's teacher: a Mean Flow SiT-B/4 in 8 steps. MeanFlow trains it
-                                 # from scratch with this guidance; our command starts from flow matching.
+                                 # from scratch with the guidance below; we start from flow matching.
                                  solver="jump", nfe=8, init="none",                               # paper
                                  teacher="runs/imagenet256/teacher_mf.safetensors",
                                  teacher_network=dict(patch_size=4, hidden_size=768, depth=12,    # paper
@@ -274,12 +273,11 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     yield them batch by batch, solve the next pool.
 
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
-    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories
-    of N steps at once, and takes N pairs of each (mf: N random ones of the N (N+1) / 2), or with --pairing kd
-    and slow one pair. With --pairing cmt and a solver of one NFE per step, a pair costs as many NFE as in the
-    paper. A pool is a function of (seed, rank, its index): a resumed run solves
-    its pool again, and nothing is stored. All pools have one size, so a compiled teacher is compiled
-    once."""
+    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
+    N steps at once. It takes N pairs of each (mf: at random from all N (N+1) / 2), so a pair costs one step
+    of the solver, as in the paper. (--pairing kd and slow take one pair of each.) A pool is a function of
+    (seed, rank, its index), and a resumed run solves its pool again. All pools have one size, so a compiled
+    teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
@@ -329,7 +327,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used
+    # wrapped_net: net, inside DDP (which averages the gradients of all processes) and torch.compile if used
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 
@@ -337,7 +335,7 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save_timer = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    if N == 1: model.say("warning: the targets are samples of the teacher in a single step. Give more --nfe.")
+    if N == 1: model.say("warning: a trajectory has a single step of the solver. Give more --nfe.")
     batches = (batches_from_file(teacher_header, args, step, rank, local_batch, device) if args.trajectories
                else batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_batch, device))
     while True:

@@ -1035,7 +1035,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
         default=compile and torch.cuda.is_available() and recipe_name != "digits")     # its run is too short
     add("--preview", action=argparse.BooleanOptionalAction, default=True, help="draw samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
-        add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of that picture")
+        add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of the preview")
     add("--dry-run", action="store_true", help="print recipe, memory, compute and what is missing, and stop")
     add("--world", type=positive_int, metavar="GPUS",
         help="for --dry-run (default: torchrun's, else 8; for digits and custom data 1)")
@@ -1077,23 +1077,23 @@ def setup(batch=0, precision="fp32", one_process=False):
 
 
 def store_of_this_start(store, rank, world):
-    """The part of torchrun's store that only the processes of this start use. The store outlives a restart,
-    with the addresses of dead processes in it, and TORCHELASTIC_RESTART_COUNT can differ between nodes. So
-    rank 0 names the part. The others ask for the name, each under a number that no earlier process had."""
-    number = uuid.uuid4().hex
+    """torchrun's store with a prefix of this start's own. The store outlives a restart and still holds the
+    addresses of dead processes, and TORCHELASTIC_RESTART_COUNT can differ between nodes. So rank 0 draws a
+    new prefix, and every other rank asks for it under a random id."""
+    random_id = uuid.uuid4().hex
     if rank:
-        store.set(f"asks {rank}", number)
-        name = store.get(f"answer to {number}").decode()                           # waits for the answer
-        store.set(f"{name} has {rank}", "")
-        return dist.PrefixStore(name, store)
-    missing, until = set(range(1, world)), time.monotonic() + 1800
-    while missing and time.monotonic() < until:            # answers to dead processes do no harm
+        store.set(f"asks {rank}", random_id)
+        prefix = store.get(f"answer to {random_id}").decode()                      # waits for the answer
+        store.set(f"{prefix} has {rank}", "")
+        return dist.PrefixStore(prefix, store)
+    prefix, missing, deadline = random_id, set(range(1, world)), time.monotonic() + 1800
+    while missing and time.monotonic() < deadline:         # answers to dead processes do no harm
         for r in missing:
             if store.check([f"asks {r}"]):
-                store.set(f"answer to {store.get(f'asks {r}').decode()}", number)
+                store.set(f"answer to {store.get(f'asks {r}').decode()}", prefix)
         time.sleep(0.05)
-        missing = {r for r in missing if not store.check([f"{number} has {r}"])}
-    return dist.PrefixStore(number, store)
+        missing = {r for r in missing if not store.check([f"{prefix} has {r}"])}
+    return dist.PrefixStore(prefix, store)
 
 
 def is_rank_0():
@@ -1148,8 +1148,8 @@ def optimizer(args, net):
 
 
 def reseed(*numbers):
-    """Seed torch from (seed, rank, step): a step's randomness is a function of these, so a resumed run
-    repeats it."""
+    """Seed torch from these numbers, in a step (seed, rank, step): its randomness is a function of them, so a
+    resumed run repeats it."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
 
 
@@ -1188,9 +1188,9 @@ def update_ema(ema, net, decay):
 
 def load_predecessor(args, flag, stages, device, dataset=None, **network):
     """The checkpoint of --init or --teacher -> (model, header). It has to be of one of `stages`, and for the
-    shape and classes of `dataset`. Trained on other data than --data, it is refused if its path is the
-    default, and accepted with a warning if the path was typed. args.command_for holds the command that
-    makes a missing file. `network`: as in `load`."""
+    shape and classes of `dataset`. If it was trained on other data than --data, a default path is refused,
+    and a typed path gives a warning. args.command_for holds the command that makes a missing file.
+    `network`: as in `load`."""
     path = getattr(args, flag)
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist; `{args.command_for[path]}` makes such a file"
@@ -1246,20 +1246,19 @@ def check_scale(path, header, other_path, other_header):
                         "agree.")
 
 
-# Settings that a continued run need not share: they do not change the result, or are compared by content (as
-# sha256, identity or network) instead. `world` here is the flag of --dry-run; run_metadata stores the number
-# of processes in its place.
+# Settings that a continued run need not share: they do not change the result, or their content is compared
+# instead (sha256, identity, network).
 NOT_COMPARED = {"kind", "stage", "command_for", "name", "out", "save_every", "keep", "log_every", "data",
-                "npz", "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "world", "recipe",
-                "preview", "vae", "network", "teacher_network", "teacher_command"}
+                "npz", "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "recipe", "preview",
+                "vae", "network", "teacher_network", "teacher_command"}
 # Settings that a continued run may change, although the result is then not bit-identical.
 HARDWARE = {"microbatch", "world", "precision", "compile", "device"}
 
 
 def run_metadata(args, stage, unit, world, data_identity=None, **files):
     """What a stage adds to the header: its name, and the settings that a continued run has to share. Among
-    these are the files that it reads, by sha256, and the data, by identity (midtrain.py has that of the
-    teacher). unit: what the batch counts, "images" or "pairs"."""
+    these are the files that it reads, by sha256, and the data, by identity (midtrain.py passes its
+    teacher's). unit: what the batch counts, "images" or "pairs"."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED}
     settings |= {"world": world, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     settings |= {f"sha256 of {k}": sha256(v) if v and v != "none" else None for k, v in files.items()}
@@ -1370,7 +1369,7 @@ def check_settings(path, old, header):
     """Raise UserError unless a run with `header` continues the run whose state is in `path`."""
     was = old["settings"] | old["network"]
     now = header["settings"] | json.loads(json.dumps(header["network"]))           # JSON has no tuples
-    may_differ = {"steps"} if was.get("lr_decay") == now.get("lr_decay") == "constant" else set()
+    may_differ = {"steps"} if was.get("lr_decay") == now.get("lr_decay") != "linear" else set()
     # Shared keys only: a file from before a flag was added lacks the flag.
     different = {k for k in was.keys() & now.keys() - may_differ if was[k] != now[k]}
     if changed := [f"the {k[10:]} file is another" if k.startswith("sha256 of ") else
@@ -1470,11 +1469,11 @@ def peak_memory():
 
 
 class Log:
-    """Rank 0 prints a line every --log-every steps, and at the first and last, and writes it as JSON to
-    NAME.jsonl beside the checkpoint: the loss and its parts, as means over all ranks since the last line; the
-    step's gradient norm and learning rate; speed, time left, peak memory. A resumed run appends, so of two
-    lines with one step the last counts. Warns if the loss has grown a hundredfold. Raises Diverged after 10
-    skipped steps in a row, and at the end if all were skipped."""
+    """Rank 0 prints a line every --log-every steps, at the first steps and at the last, and writes it as JSON
+    to NAME.jsonl beside the checkpoint: the loss and its parts, as means over all ranks since the last line;
+    the step's gradient norm and learning rate; speed, time left, peak memory. A resumed run appends, so of
+    two lines with one step the last counts. Warns if the loss has grown a hundredfold. Raises Diverged after
+    10 skipped steps in a row, and at the end if all were skipped."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world = args, unit, world
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
@@ -1492,7 +1491,7 @@ class Log:
             saved = "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
             raise Diverged(f"the gradient was not finite for {self.in_a_row} steps in a row, up to step "
                            f"{step}; {saved}. Try a smaller --lr or --precision fp32, with another --out.")
-        if step % self.args.log_every == 0 or step in (1, 2, 5, 10, self.args.steps):
+        if step % self.args.log_every == 0 or step in (self.start + 1, 2, 5, 10, self.args.steps):
             self.write(step, ["loss", *parts], norm, lr)
 
     def write(self, step, names, norm, lr):

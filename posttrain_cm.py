@@ -7,18 +7,19 @@
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
   cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one),
           with guidance twice as many
-  expect  digits: a loss of about 3. In a healthy run it does not fall, because its target changes with the
-          network
+  expect  digits: a loss of about 3. In a healthy run it does not fall: x_t does not determine x_r, so part of
+          the target is noise. Judge by samples
 
 --loss ect   f(x_t, t), x_t = x_0 + t eps, is trained to match f(x_r, r): the same image and noise, r < t.
 --loss ecd   x_r is x_t after one step of the teacher's ODE. It depends on x_t alone; ECT's x_r depends on x_0
              as well. So ECD's target f(x_r, r) has less variance, but ECD inherits the teacher's error. The
              flag changes x_r only, not the weight, c, the times or the learning rate.
 
-After mid-training the gap t - r can be small from the first step on, because f(x_r, r) is near the endpoint.
-Without mid-training f(x_r, r) is a posterior mean, which is near the endpoint only at small r. So ECT has
-to start with a wide gap: with q = 2 (see below), r is at first 0 for all t below 1.95, and the target there
-is the image itself. The gap then narrows every --double steps. This baseline, without mid-training, is run by
+After mid-training f(x_r, r) is near the endpoint of the trajectory. It is a good target even where r is close
+to t, so the gap t - r can be small from the first step on. Without mid-training f(x_r, r) is a posterior
+mean, which is near the endpoint only at small r. So ECT has to start with a wide gap: with q = 2 (see below),
+r is at first 0 for all t below 1.95, and the target there is the image itself. The gap then narrows every
+--double steps. This baseline, without mid-training, is run by
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 70 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
@@ -32,13 +33,14 @@ import torch
 import model, sample, solve
 from tools import dry_run
 
-# q              the gap is t - r = t n(t) / q^(k+1), n(t) between 1 and 5, see `ect_r`; k = 0 at the start
-# double         k grows by 1 every `double` steps, which divides the gap by q (ECT's name: its q is 2).
-#                0: k stays 0, as suits a mid-trained model
+# q              the gap is t - r = t n(t) / q^(k+1), at most t, n(t) between 1 and 5, see `ect_r`; k = 0 at
+#                the start
+# double         k grows by 1 every `double` steps, which divides the gap by q. (ECT calls this doubling, as
+#                its q is mostly 2.) 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
 # P_mean, P_std  mean and standard deviation of ln t
-# lr_decay       the learning rate falls linearly to 0 ("linear") or stays "constant"
+# lr_decay       learning rate: "linear" (to 0), "constant", or T (falls as sqrt(T / step) after step T)
 # mid_t          time of the second of two sampling steps, stored in the result for sample.py
 # network        constructor arguments that differ from those of --init
 # solver         ODE solver of the teacher's single step in ECD
@@ -78,11 +80,8 @@ PUBLIC_TEACHERS = {
 # === the method =============================================================================================
 
 def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
-    """One number per sample: f at x_t learns to match f at the less noisy x_r. ECD (consistency distillation,
-    2303.01469) finds x_r with one step of the teacher's ODE, because points of one trajectory share their
-    endpoint. ECT (2406.14548) takes x_r from the image and noise of x_t; the mean of this x_r, given x_t, is
-    one Euler step of the ODE. At r = 0 the target is x_r itself.
-    x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
+    """The loss of ECT and ECD, one number per sample: f(x_t, t) learns to match f(x_r, r), or x_r itself at
+    r = 0. x_t, x_r (B,C,H,W), r < t (B,), weight (B,), y (B,), c >= 0 a number -> (B,)"""
     # fork_rng restores the RNG state, so both forward passes draw the same dropout mask. With two masks the
     # small difference of the two outputs would be mostly dropout noise.
     devices = [x_t.device] if x_t.is_cuda else []
@@ -95,16 +94,17 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
 
 
 def ect_loss(f, x0, eps, t, r, y, weight, c):
-    """Easy Consistency Tuning: x_t and x_r are a data sample with the same noise at two levels. x0, eps
-    (B,C,H,W), the others as in `consistency_loss` -> (B,)"""
+    """Easy Consistency Tuning (2406.14548): x_t and x_r are an image with the same noise at two levels. Given
+    x_t, the mean of x_r is one Euler step of the ODE. x0, eps (B,C,H,W), the others as in `consistency_loss`
+    -> (B,)"""
     x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     x_r = x0 + r.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
 
 
 def ecd_loss(f, x0, eps, t, r, y, weight, c, D, solver="heun"):
-    """Consistency distillation (2303.01469): x_r is x_t after one step of the ODE of the teacher D. The
-    others as in `ect_loss` -> (B,)"""
+    """Consistency distillation (2303.01469): x_r is x_t after one step of the ODE of the teacher D, because
+    the points of a trajectory share their endpoint. The others as in `ect_loss` -> (B,)"""
     x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     return consistency_loss(f, x_t, ode_step(D, x_t, t, r, y, solver), t, r, y, weight, c)
 
@@ -120,8 +120,7 @@ def ode_step(D, x, t, r, y, solver="heun"):
         slope_t = (x - D(x, t, y)) / t_
         x_r = x + (r_ - t_) * slope_t
         if solver == "euler": return x_r
-        safe_r = torch.where(r > 0, r, 1.0)                # at r = 0 the result below is not used
-        slope_r = (x_r - D(x_r, safe_r, y)) / safe_r.reshape(r_.shape)
+        slope_r = (x_r - D(x_r, r, y)) / r_                # not finite at r = 0, where x_r is returned
         return torch.where(r_ > 0, x + (r_ - t_) * (slope_t + slope_r) / 2, x_r)
 
 
@@ -182,9 +181,9 @@ def main():
     model.reseed(args.seed)
     net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
     mid_trained = header.get("stage") in ("midtrain_cm", "posttrain_cm")
-    if args.loss == "ect" and not args.double and not mid_trained:
-        model.say(f"warning: --init {args.init} is not mid-trained, so ECT with a narrow gap from the start "
-                  "gives a bad model. Give --q 2 and --double STEPS.")
+    if args.loss == "ect" and not mid_trained and (args.q > 4 or not args.double):     # ECT's q is 2 or 4
+        model.say(f"warning: --init {args.init} is not mid-trained, so the gap has to start wide and to "
+                  "narrow later. Give --q 2 and --double STEPS.")
     if args.precision == "bf16":
         model.say("warning: for a narrow gap f(x_t) - f(x_r) is lost in the rounding error of bf16 "
                   "(docs/precision.md). Leave out --precision.")
@@ -200,7 +199,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used
+    # wrapped_net: net, inside DDP (which averages the gradients of all processes) and torch.compile if used
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 

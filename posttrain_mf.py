@@ -5,8 +5,8 @@
   u = v - (t - r) du/dt                                                   d/dt of both sides, r fixed
 
   du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  replaces v throughout by eps - x_0, whose mean given z_t is v(z_t, t). The target is linear in v, so its
-  mean stays the same.
+  uses eps - x_0 for v (without guidance and teacher). Its mean given z_t is v(z_t, t), and the target is
+  affine in v, so the mean of the target is unchanged.
 
   reads   runs/NAME/midtrain_mf.safetensors and the images of --data
   writes  runs/NAME/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -15,7 +15,7 @@
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance adds two forwards, and --velocity teacher adds one
   expect  digits: a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0 given
-          z_t, which no model can predict. With --p 1 (other recipes) every loss is divided by its own value,
+          z_t, which no model can predict. With --p 1 (imagenet256) every loss is divided by its own value,
           and stays near 1. Judge by samples
 
 Two baselines: MeanFlow from the flow-matching weights, with the compute of mid- and post-training together;
@@ -24,8 +24,8 @@ and from scratch, with the compute of pre-, mid- and post-training.
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
-On a GPU the backbone runs in bf16, which is precise enough for the JVP (`make precision`, on a CPU). With
---derivative difference it runs in fp32.
+On a GPU the backbone runs in bf16, which is precise enough for the JVP (`make precision` checked it, on a
+CPU). With --derivative difference it runs in fp32.
 """
 import copy, math, shlex
 
@@ -55,8 +55,8 @@ RECIPES = {
     "imagenet256": MF | dict(steps=400_000,                                                       # ours
                              batch=256, lr=1e-4, ema=0.9999, beta2=0.95, lr_decay="constant",     # MeanFlow
                              c=1e-2, omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),             # MeanFlow
-    # CIFAR-10's times, because on MNIST they are better than ImageNet's. Adam, because the first five steps
-    # of RAdam are those of SGD. On MNIST, with p = 0.25, they broke the model.
+    # CIFAR-10's times are better than ImageNet's on MNIST. Adam, because the first five steps of RAdam are
+    # those of SGD, which broke a model of MNIST (p = 0.25).
     "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, p=0.5, warmup=12_800,   # ours
                              P_mean=-2.0, P_std=2.0, r_neq_t=0.75),                               # MeanFlow
 }
@@ -89,7 +89,7 @@ def derivative_jvp(u, z, r, t, y, v):
 
 
 def derivative_difference(u, z, r, t, y, v, delta=0.005):
-    """d/dt u(z_t, r, t) by a central difference: two forwards with equal dropout masks. It needs an fp32
+    """As `derivative_jvp`, by a central difference: two forwards with equal dropout masks. It needs an fp32
     backbone."""
     # ( u(z + delta v, r, t + delta) - u(z - delta v, r, t - delta) ) / (2 delta)
     devices = [z.device] if z.is_cuda else []
@@ -184,8 +184,7 @@ def main():
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    # interval: the network also takes r. To a flow-matching model this adds an embedding of t - r, whose
-    # output is zero at first.
+    # interval: the network also takes r. A flow-matching model gains an embedding of t - r, at first zero.
     net, header = model.initial_model(args, "MeanVelocity", dataset, device, interval=True, **args.network)
     teacher, files = None, dict(init=args.init)
     if args.velocity == "teacher":
@@ -195,7 +194,7 @@ def main():
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.train()
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used
+    # wrapped_net: net, inside DDP (which averages the gradients of all processes) and torch.compile if used
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
     derivative = {"jvp": derivative_jvp, "difference": derivative_difference}[args.derivative]
@@ -228,9 +227,8 @@ def main():
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
 
-            # Only samples with r < t need du/dt. There du/dt and the loss have to use the same dropout masks,
-            # hence the same RNG state and batch. So the loss calls u on these samples first, and then on the
-            # others. The JVP is of `net`, as DDP has no forward-mode derivative.
+            # Only samples with r < t need du/dt. Their loss has to draw the same dropout masks as du/dt, so
+            # it follows at once, on the same batch. The JVP is of `net`: DDP has no forward-mode derivative.
             groups_of_4, n_below = [a.unflatten(0, (-1, 4)) for a in (z, r, t, y, v)], round(4 * args.r_neq_t)
             samples_below = [a[:, :n_below].flatten(0, 1) for a in groups_of_4]
             samples_equal = [a[:, n_below:].flatten(0, 1) for a in groups_of_4]

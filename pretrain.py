@@ -19,15 +19,15 @@ import model, sample
 from tools import dry_run
 
 # warmup         images over which the learning rate rises
-# lr_decay       of the learning rate: "linear" to 0, "constant", or T: from step T on it falls as
-#                sqrt(T / step)
+# lr_decay       learning rate: "linear" (to 0), "constant", or T (falls as sqrt(T / step) after step T)
 # P_mean, P_std  mean and standard deviation of ln t (edm) or logit t (flow)
 # network        constructor arguments that differ from model.DATASETS
 # The comment at the end of a line is the source of its values: EDM (2206.00364, table 7), EDM2 (2312.02696),
 # MeanFlow (2505.13447), the CMT paper, or ours. EDM's augmentation, EDM2's loss with a learned uncertainty
 # and its EMA with a power profile are not implemented.
 ADAM = dict(optimizer="Adam", beta2=0.999, network={})                                            # EDM
-OURS = ADAM | dict(lr_decay="linear", P_mean=-1.2, P_std=1.2)                                     # ours
+OURS = ADAM | dict(P_mean=-1.2, P_std=1.2,                                                        # EDM
+                   lr_decay="linear")                                                             # ours
 EDM = ADAM | dict(batch=256, lr_decay="constant", warmup=10**7, ema=0.999645, P_mean=-1.2,        # EDM
                   P_std=1.2)                                                                      # EDM
 EDM2 = ADAM | dict(batch=2048, warmup=10**7, beta2=0.99,                                          # EDM2
@@ -43,7 +43,7 @@ RECIPES = {
         "imagenet512": EDM2 | dict(steps=458_752, lr=6.5e-3, lr_decay=70_000, P_mean=-0.4, P_std=1.0),  # EDM2
         "custom":      OURS | dict(steps=20_000, batch=128, lr=1e-3, warmup=12_800, ema=0.999),   # ours
     },
-    # In the CMT paper the teacher of a Mean Flow model is a small Mean Flow model, not one of these.
+    # The CMT paper's teacher of a Mean Flow model is a small Mean Flow model, not a flow-matching model.
     "flow": {
         "digits":      FLOW | dict(steps=1600, batch=64, lr=2e-3, lr_decay="linear", warmup=0,    # ours
                                    ema=0.99),                                                     # ours
@@ -105,7 +105,7 @@ def main():
     header |= model.run_metadata(args, args.stage, "images", world, data.identity)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     net.backbone_dtype = model.DTYPES[args.precision]
-    # wrapped_net: net in DDP, which averages the gradients of all processes, and torch.compile, where used
+    # wrapped_net: net, inside DDP (which averages the gradients of all processes) and torch.compile if used
     wrapped_net = model.compiled(model.parallel(net, world), args.compile)
     optimizer = model.optimizer(args, net)
 

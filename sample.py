@@ -1,7 +1,8 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE), also for a teacher. Heun
-                                 takes one less for a flow-matching teacher if STEPS is even
+  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE), also for a teacher, by
+                                 default 16 for a pre-trained model, else 1. Heun takes one less for a
+                                 flow-matching teacher if STEPS is even
   writes  runs/NAME/samples.npz  of one FILE: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
           runs/NAME/samples.png  one FILE: its first 64 images. Several FILEs: up to 20 images of each, a row
@@ -13,9 +14,9 @@
   cost    STEPS forward passes per image, with --guidance twice as many
 
 For a given model, image k, its label and its noise are a function of seed k alone. The last bits of a
-convolution depend on the batch size, so seeds are always sampled in blocks of 64 (block = seed // 64) and
-cut afterwards. Any number of processes gives the same images. Images are written in parts of 1,024; the same
-command continues an interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
+convolution depend on the batch size, so seeds are sampled in whole blocks of 64 (block = seed // 64), and
+those not asked for are dropped. Any number of processes gives the same images. Images are written in parts of
+1,024; the same command continues an interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
 
 The best time of the second step depends on the data. On MNIST --mid-t 1.6 gives better samples than the
 default of posttrain_cm.py, 0.821 (docs/mnist.md, on one seed).
@@ -61,9 +62,9 @@ def draw_block(block, steps, shape, classes):
 # === the run ================================================================================================
 
 def step_times(header, steps, mid_t=None):
-    """The times at which a few-step model is called: t_max, then mid_t, a list of steps - 1 numbers. By
-    default the times of a consistency model fall geometrically to header["mid_t"], a number, those of Mean
-    Flow uniformly. -> list of `steps` numbers. Raises UserError if mid_t does not fit."""
+    """The times of a few-step model: t_max, then the list mid_t. By default they fall geometrically to the
+    number header["mid_t"] for a consistency model, uniformly for Mean Flow. -> list of `steps` numbers.
+    Raises UserError if mid_t does not fit."""
     if mid_t and steps > 1:
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
@@ -138,8 +139,8 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
         raise model.UserError(f"{steps} steps: at least one step is needed.")
     if solver: solve.check_solver(solver, header["stage"], header)
     if mid_t and (steps == 1 or not consistency and solver != "jump"):
-        raise model.UserError(f"--mid-t has no effect on {steps} NFE by {solver or 'consistency sampling'}; "
-                              "it is for two or more of a consistency or Mean Flow model. Leave it out.")
+        raise model.UserError("--mid-t has no effect here; it needs two or more steps of a consistency or "
+                              "Mean Flow model. Leave it out.")
     if "latents" in header and vae is None:
         raise model.UserError("the model makes latents; pass vae, from open_vae, which decodes them.")
     if seeds.step != 1: raise model.UserError(f"seeds have to be a range of step 1, not {seeds}.")
@@ -304,22 +305,23 @@ def path_of(text):
 
 
 def open_model(text, args, device):
-    """FILE or FILE:STEPS -> the model, guided if the flags say so; header; steps, by default --steps, else 16
-    for pre-trained models and 1 for others; solver, None for a consistency model."""
+    """FILE or FILE:STEPS -> the model, guided if the flags say so; header; steps, by default 16 for
+    pre-trained models and 1 for others; solver, None for a consistency model."""
     path = path_of(text)
-    count = args.steps if path == text else text[len(path) + 1:]
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".pt", ".pkl"):
         raise model.UserError(f"{path} is no .safetensors checkpoint of this project. fid.py takes images as "
                               "a folder or .npz; tools/import_checkpoint.py imports public checkpoints.")
     net, header = model.load(path, device)
-    steps = int(count or (16 if header["stage"].startswith("pretrain") else 1))
+    net.backbone_dtype = model.DTYPES[args.precision]
+    steps = int(text[len(path) + 1:] or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     if header["stage"] in solve.CONSISTENCY_STAGES:
-        because = f"{path} is a consistency model, and only its teacher has an ODE to solve"
-        model.reject_if_typed("--guidance", "--guide", "--solver", because=because)
+        if args.guidance != 1 or args.guide or args.solver:
+            raise model.UserError(f"{path} is a consistency model, and only its teacher has an ODE to solve. "
+                                  "Leave out --guidance, --guide and --solver.")
+        return net, header, steps, None
     solver = args.solver or solve.default_solver(header)
-    if solver: solve.check_solver(solver, path, header)
-    net.backbone_dtype = model.DTYPES[args.precision]
+    solve.check_solver(solver, path, header)
     return solve.guide_teacher(net, header, args, path), header, steps, solver
 
 
@@ -356,8 +358,7 @@ def open_real(name, header):
 
 @torch.no_grad()
 def real_images(data, labels, header, vae):
-    """For each label the next real image of that class; any image if the model has no classes. -> uint8
-    (n,H,W,C)"""
+    """For each label the next real image of its class; without classes any image. -> uint8 (n,H,W,C)"""
     y, K = data.labels, header["network"]["label_dim"]
     indices = {k: (y == k).nonzero().flatten().tolist() for k in range(K)} if K else {0: range(len(data))}
     queues = {k: itertools.cycle(found) for k, found in indices.items() if len(found)}
@@ -370,8 +371,6 @@ def real_images(data, labels, header, vae):
 
 def sampling_flags(p):
     """Flags that sample.py and fid.py share."""
-    p.add_argument("--steps", type=model.positive_int,
-                   help="NFE of a FILE without :STEPS (default: 16 for pre-trained models, else 1)")
     p.add_argument("--seeds", type=seed_range, metavar="A-B", help="seeds to draw, instead of 0 to N-1")
     p.add_argument("--labels", default="random", metavar="random|balanced|K",
                    help="random: drawn from the seed; balanced: seed modulo classes; K: class K")
@@ -409,8 +408,6 @@ def flags():
     if not one_file and len(args.seeds) > 20 and n_is_typed:
         raise model.UserError(f"{len(args.seeds):,} images of each FILE: a picture of several has at most 20."
                               " Choose a smaller --n, or sample one FILE at a time.")
-    if all(path_of(file) != file for file in args.files):
-        model.reject_if_typed("--steps", because="each FILE:STEPS says its number of steps")
     return args
 
 
@@ -456,11 +453,20 @@ def write_samples(file, args, rank, world, device):
     print(f"{', '.join(filter(None, names))}: {len(args.seeds):,} images in {result}, picture {out}.png")
 
 
+def fitting_flags(file, args):
+    """args for one of several FILEs: without --guidance, --guide, --solver or --mid-t if they do not fit"""
+    header, args = model.read(path_of(file), tensors=False)[1], argparse.Namespace(**vars(args))
+    consistency, few = header["stage"] in solve.CONSISTENCY_STAGES, not header["stage"].startswith("pretrain")
+    if consistency: args.guidance, args.guide, args.solver = 1.0, None, None
+    if not few or file in (path_of(file), f"{path_of(file)}:1"): args.mid_t = None
+    return args
+
+
 def write_comparison(args, device):
     """Draw a picture of several FILEs: up to 20 images of each, with the same seeds."""
     rows, names, stages, real_rows = [], [], [], []
     for file in args.files:
-        header, vae, name, draw = sampler(file, args, device)
+        header, vae, name, draw = sampler(file, fitting_flags(file, args), device)
         is_first = not rows
         if is_first:
             out, data = output_stem(args, header), open_real(args.data, header) if args.real else None

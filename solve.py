@@ -24,36 +24,35 @@ import model
 # A solver takes a function f(x, t) with t (B,) (flow_map: u(z, r, t)), a start x (B, ...) at times[0], and
 # N+1 times. It returns
 #     states (N+1, B, ...), states[0] = x,      times (N+1,) float64.
-# x is fp32 or float64, and so are the states. Pass times.to(x) to losses. Coefficients are computed in
-# float64 and rounded once, when they multiply x. Gradients flow through a solver: use torch.no_grad().
+# x and the states are fp32 or float64. Pass times.to(x) to losses. Coefficients are computed in float64 and
+# rounded once, when they multiply x. Call solvers under torch.no_grad(), because they keep the graph.
 #   EDM time    x_t = x_0 + t eps               dx/dt = (x - D(x, t)) / t
 #   flow time   z_t = (1 - t) x_0 + t eps       dz/dt = v(z, t)
 
 def log_uniform_times(n, t_max=80.0, t_min=0.002):
     """t_i = t_max (t_min / t_max)^(i/n), i = 0..n: uniform in log-SNR, CMT's grid. n >= 1, t_min > 0, else
     ValueError. -> (n+1,) float64"""
-    if n < 1 or t_min <= 0: raise ValueError(f"{n} steps to t = {t_min}")
+    if n < 1 or t_min <= 0: raise ValueError(f"n = {n} has to be >= 1, and t_min = {t_min} > 0")
     return t_max * (t_min / t_max) ** (torch.arange(n + 1, dtype=torch.float64) / n)
 
 
 def karras_times(n, t_max=80.0, t_min=0.002, rho=7):
     """EDM's grid (2206.00364, eq. 5) without the final 0: uniform in t^(1/rho). -> (n+1,) float64"""
-    if n < 1: raise ValueError(f"{n} steps")
+    if n < 1: raise ValueError(f"n = {n} has to be >= 1")
     fraction = torch.arange(n + 1, dtype=torch.float64) / n
     return (t_max ** (1 / rho) + fraction * (t_min ** (1 / rho) - t_max ** (1 / rho))) ** rho
 
 
 def uniform_times(n, t_max=1.0, t_min=0.0):
     """Flow time's grid. -> (n+1,) float64"""
-    if n < 1: raise ValueError(f"{n} steps")
+    if n < 1: raise ValueError(f"n = {n} has to be >= 1")
     return t_max + (t_min - t_max) * torch.arange(n + 1, dtype=torch.float64) / n
 
 
 def dpm_solver_pp(denoise, x, times, order=3):
     """DPM-Solver++ multistep (2211.01095) in data prediction; alpha = 1, lambda = -ln t. One call of
-    denoise(x, t) per step. A step of order k uses the newest k outputs. With order=3 the steps
-    have orders 1, 2, 3, ..., 3, 2, 1, as in CMT's code, whose formula for 3 outputs is in fact of order 2.
-    times > 0, descending; else ValueError.
+    denoise(x, t) per step. With order=3 the steps use the newest 1, 2, 3, ..., 3, 2, 1 outputs. The released
+    formula for 3 outputs is of order 2 only (see below). times > 0, descending; else ValueError.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t = times.double().cpu()
     if order not in (1, 2, 3): raise ValueError(f"order is {order}, not 1, 2 or 3")
@@ -74,7 +73,7 @@ def dpm_solver_pp(denoise, x, times, order=3):
             D1, D2 = a + r0 / (r0 + r1) * (a - b), (a - b) / (r0 + r1)
             phi2 = phi1 / h[i] + 1
             phi3 = phi2 / h[i] - 0.5
-            # As in CMT's released code. This step is of order 2; order 3 needs 2 * phi3 * D2.
+            # As in the released code of CMT. Order 3 would need 2 * phi3 * D2.
             x = x + phi2 * D1 - phi3 * D2
         states.append(x)
     return torch.stack(states), times.double()
@@ -91,7 +90,7 @@ def euler(velocity, x, times):
 
 def heun(velocity, x, times):
     """An Euler step, then the trapezoidal rule (2206.00364, algorithm 1). Two calls per step. A step into
-    t = 0 stays an Euler step: EDM's velocity does not exist there. (Flow time's does; it is treated alike.)
+    t = 0 stays an Euler step, because EDM's velocity does not exist there.
     -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
@@ -178,8 +177,8 @@ def grid_of(header, solver):
 def solver_times(header, nfe, solver):
     """The grid of `solver` for at most `nfe` function evaluations. -> (N+1,) float64
 
-    Heun takes two evaluations per step, but one in a step into t = 0. If t_min > 0, an even nfe ends at
-    t_min, and an odd one at 0, as EDM's own sampler (2206.00364, algorithm 1). If t_min = 0, as for
+    Heun takes two evaluations per step, but one in a step into t = 0. If t_min > 0, the grid of an even nfe
+    ends at t_min, that of an odd one at 0 (as in EDM, 2206.00364, algorithm 1). If t_min = 0, as for
     flow-matching teachers, an even nfe takes only nfe - 1 evaluations."""
     ends, grid = (header["t_max"], header["t_min"]), grid_of(header, solver)
     if solver == "heun" and header["t_min"] > 0 and nfe % 2:

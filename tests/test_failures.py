@@ -73,8 +73,6 @@ FILE = "--trajectories", "runs/digits/trajectories.safetensors"
     ("posttrain_cm", "--solver", "euler"), ("posttrain_cm", "--loss", "ecd", "--guide", "x"),
     ("posttrain_mf", "--teacher", "x"), ("posttrain_mf", "--guide-times", 0, 0.5), ("pretrain", "--world", 8),
     ("sample", "runs/digits/pretrain.safetensors", "--mid-t", 0.5),
-    ("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2),
-    ("sample", "runs/digits/midtrain_cm.safetensors", "--solver", "heun"),
     ("sample", "runs/digits/midtrain_cm.safetensors", "--n", 8, "--seeds", "0-7"),
     ("sample", "runs/digits/midtrain_cm.safetensors", "--data", "digits"),
     ("fid", "data/digits.npz", "--ref", "digits", "--features", "pixels", "--n", 8),
@@ -411,7 +409,6 @@ def test_what_is_read_is_not_overwritten(run, here, tmp_path):
 @pytest.mark.parametrize("command", [
     ("sample", "runs/digits/posttrain_cm.safetensors:1", "--mid-t", 0.5),
     ("sample", "runs/digits/posttrain_cm.safetensors:1", "--vae", "x"),
-    ("sample", "runs/digits/posttrain_cm.safetensors:2", "--steps", 4),
     ("sample", "runs/digits/pretrain.safetensors", "--guide", "x"), ("solve", "--guide", "x"),
     ("fid", "data/digits.npz", "--ref", "digits", "--features", "pixels", "--precision", "bf16"),
     ("posttrain_mf", "--c", 0.5)], ids=lambda c: " ".join(map(str, c)))
@@ -585,7 +582,8 @@ def test_ect_without_mid_training_needs_a_wide_gap(run, tmp_path):
     flags = "--steps", 1, "--batch", 8, "--no-preview"
     teacher, out = ROOT / "data/digits_teacher.safetensors", tmp_path / "a.safetensors"
     for init, more, warned in (teacher, (), True), ("none", (), True), \
-            (teacher, ("--q", 2, "--double", 9), False), (ROOT / "data/digits_cmt.safetensors", (), False), \
+            (teacher, ("--q", 2, "--double", 9), False), (teacher, ("--q", 2), True), \
+            (teacher, ("--q", 256, "--double", 9), True), (ROOT / "data/digits_cmt.safetensors", (), False), \
             (teacher, ("--loss", "ecd", "--teacher", teacher), False):
         done = run("posttrain_cm", *flags, "--init", init, *more, "--out", out)
         assert done.code == 0 and ("is not mid-trained" in done.out) == warned, done.out + done.err

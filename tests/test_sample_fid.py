@@ -461,6 +461,31 @@ def test_statistics_do_not_replace_other_files_and_say_so_before_sampling(run, h
                 "--save-stats", tmp_path / "data.npz"), "holds no statistics")
 
 
+def test_flags_of_a_comparison_apply_to_the_files_they_fit(run, here, tmp_path, monkeypatch):
+    seen, generate = [], sample.generate
+    def spy(net, header, seeds, steps, labels, mid_t, *args, **kwargs):
+        seen.append((header["stage"], steps, mid_t, isinstance(net, torch.nn.Module)))         # not: guided
+        return generate(net, header, seeds, steps, labels, mid_t, *args, **kwargs)
+    monkeypatch.setattr(sample, "generate", spy)
+    teacher, student = "runs/digits/pretrain.safetensors", "runs/digits/midtrain_cm.safetensors"
+    flags = "--mid-t", 1.6, "--guidance", 2, "--n", 2, "--out", tmp_path / "a.png"
+    done = run("sample", f"{teacher}:4", student, f"{student}:1", f"{student}:2", *flags)
+    assert done.code == 0 and seen == [("pretrain", 4, None, False), ("midtrain_cm", 1, None, True),
+                                       ("midtrain_cm", 1, None, True), ("midtrain_cm", 2, [1.6], True)], done.err
+    for flag in ("--guidance", 2), ("--solver", "heun"):
+        refused(run("sample", student, *flag), "is a consistency model")
+
+
+def test_a_name_means_prepared_data_even_beside_a_folder(run, here, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    shutil.copy("data/digits.npz", tmp_path / "data/digits.npz")
+    monkeypatch.chdir(tmp_path)
+    Path("digits").mkdir()
+    done = run("fid", "digits", "--ref", "digits", "--features", "pixels")
+    assert done.code == 0 and json.loads(done.out.splitlines()[-1])["n_ref"] == 1797, done.err
+    refused(run("fid", "digits", "--ref", "digits/", "--features", "pixels"), "0 images")
+
+
 def test_two_files_of_one_stage_are_told_apart(run, here, tmp_path):
     """The baseline without mid-training is a post-trained model, too."""
     baseline = tmp_path / "baseline.safetensors"

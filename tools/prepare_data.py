@@ -18,7 +18,7 @@ the autoencoder. Any other NAME is a custom dataset. Memory does not grow with t
 profiles are ignored, as in the preparation of the published datasets.
 """
 import argparse, datetime, functools, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil
-import signal, struct, sys, tarfile, time, warnings, zipfile
+import struct, sys, tarfile, time, warnings, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -175,9 +175,7 @@ def read_idx(file, name):
     zeros, kind, dims = struct.unpack(">HBB", data[:4])
     if (zeros, kind) != (0, 8): raise ValueError(f"{name} is not an idx file of bytes")
     shape = struct.unpack(f">{dims}I", data[4:4 + 4 * dims])
-    array = np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    # EMNIST's images are transposed.
-    return array.swapaxes(1, 2) if dims == 3 and re.match("(?i)emnist", posixpath.basename(name)) else array
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
 def verified_keys(path):
@@ -194,7 +192,7 @@ def npz_arrays(path):
 
 
 def choose(flag, wanted, candidates, described):
-    """The key `wanted`, or else the only candidate, or the only one for training. None without candidates."""
+    """The key `wanted`, else the only candidate, else the only one named train; None if there are none"""
     train = [key for key in candidates if "train" in key.lower()]
     if not wanted and len(train) == 1 < len(candidates):
         print(f"using {train[0]} of {', '.join(candidates)}; {flag} chooses another")
@@ -209,6 +207,8 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     [0, 1] or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
     if classes == "folders": raise UserError("--classes folders has no effect on arrays. Remove it.")
     class_names = [str(name) for name in arrays.pop("class_names", ())]
+    if '"flip": true' in str(arrays.pop("info", "")):
+        raise UserError("it has mirrored copies (--flip). Prepare the images that it was made from.")
     shapes = {key: x.shape for key, x in arrays.items()}
     key = choose("--images KEY", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
     x = arrays[key] if key else np.empty(0)
@@ -231,7 +231,10 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     if vectors and not fits and classes != "none":
         raise UserError(f"{vectors[0]} {shapes[vectors[0]]} has no label for each of {len(x):,} images. "
                         "Correct it, or pass --classes none.")
-    label_key = choose("--labels KEY", labels, fits if classes != "none" else [], shapes)
+    fits = [] if classes == "none" else fits
+    if images and not labels and len(fits) > 1:            # "train" is a guess for both or for none
+        raise UserError(f"found {shapes}. Choose the labels of {images} with --labels KEY.")
+    label_key = choose("--labels KEY", labels, fits, shapes)
     y = arrays[label_key] if label_key else None
     if y is not None and y.shape[1:] == (1,): y = y[:, 0]
     if y is not None and (y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2)):
@@ -283,8 +286,6 @@ def open_source(path, classes="auto", images=None, labels=None):
             members = {name.replace("\\", "/"): name for name in z.namelist()}
             files = {name.removeprefix(start): lambda member=member: io.BytesIO(z.read(member))
                      for name, member in members.items() if name.startswith(start) and name != start}
-            if len(members) < len(z.namelist()):
-                raise UserError("some names stand twice in the zip. Unpack it, and give the folder.")
             if start and not files:
                 found = sorted({name.split("/")[0] for name in members})[:4]
                 raise UserError(f"there is no folder {start} in the zip, which has {', '.join(found)}.")
@@ -296,8 +297,8 @@ def open_source(path, classes="auto", images=None, labels=None):
             return open_arrays(path, arrays, classes, images, labels)
         elif re.fullmatch(IDX, path):
             beside = re.sub(r"(?i)images([-.])idx3", r"labels\1idx1", path)
-            existing = [name for name in {path, beside} if os.path.isfile(name)]
-            files = {name: lambda name=name: open(name, "rb") for name in existing}
+            files = {os.path.basename(name): lambda name=name: open(name, "rb")
+                     for name in {path, beside} if os.path.isfile(name)}
         elif Path(path).suffix.lower() in PICTURES: raise UserError("is one image. Give its folder.")
         elif tarfile.is_tarfile(path):
             tar = tarfile.open(path)
@@ -331,7 +332,7 @@ def in_order(source, convert, workers=1, skip_bad=False):
         for i, result in enumerate(sample.progress(results, len(source), size=lambda _: 1)):
             if not isinstance(result, UserError): yield i, result
             elif skip_bad: print(f"left out: {result}")
-            else: raise UserError(f"{result} Remove it (prepare_data.py --skip-bad leaves such images out).")
+            else: raise UserError(f"{result} Remove it (--skip-bad leaves out what cannot be decoded).")
 
 
 def without_bad(source, workers):
@@ -410,22 +411,19 @@ def to_pixels(image, size, channels, background="white", crop=centre_crop):
 
 
 def index_labels(source):
-    """Labels of any values -> int64 (N,) in 0..K-1 without gaps, names of the K classes. Numbers are sorted
-    numerically, also in strings ("9" before "10"). Other strings are sorted alphabetically."""
+    """Integers >= 0, or strings -> int64 (N,) in 0..K-1 without gaps, names of the K classes. Numbers are
+    sorted numerically, also in strings ("9" before "10"). Other strings are sorted alphabetically."""
     values, names = np.asarray(source.labels), source.class_names
-    if values.dtype.kind == "S": values = np.char.decode(values, "utf-8")
-    if values.dtype.kind == "f" and (values == np.round(values)).all(): values = values.astype(np.int64)
-    fits = values.ndim == 1 and values.dtype.kind in ("iu" if len(names) else "buiU")
-    unique, y = np.unique(values, return_inverse=True) if fits else (source.labels, None)
-    if fits and not len(names) and values.dtype.kind == "i" and unique[0] < 0:
-        print(f"warning: label {unique[0]} becomes a class; below 0 often means unlabelled", flush=True)
-    if fits and len(names) and unique[-1] >= len(names):
+    is_text = values.dtype.kind == "U"
+    fits = values.ndim == 1 and values.dtype.kind in ("iu" if len(names) else "iuU")
+    if not fits or not is_text and values.min() < 0:
+        raise UserError(f"{source.path}: labels are {values.dtype} such as {values.flat[0]}, not integers "
+                        "from 0 on. Choose others with --labels KEY, or pass --classes none.")
+    unique, y = np.unique(values, return_inverse=True)
+    if len(names) and unique[-1] >= len(names):
         raise UserError(f"{source.path}: label {unique[-1]} has no name, there are {len(names)} class_names. "
                         "Correct class_names, or pass --classes none.")
-    if not fits or len(names) and not 0 <= unique[0] <= unique[-1] < len(names):
-        raise UserError(f"{source.path}: labels such as {unique[0]} are not classes. Choose with --labels "
-                        "KEY, or pass --classes none.")
-    if values.dtype.kind == "U" and all(re.fullmatch(r"\d+", value) for value in unique):
+    if is_text and all(re.fullmatch(r"\d+", value) for value in unique):
         order = np.argsort([int(value) for value in unique], kind="stable")
         unique, y = unique[order], np.argsort(order)[y]
     return y.astype(np.int64), [str(names[k] if len(names) else k) for k in unique]
@@ -450,11 +448,10 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
         if encode: x = encode(x)
         with np.errstate(over="ignore"): stored = x.astype(dtype)
         if not np.isfinite(stored).all():
-            advice = "Pass --fp32." if np.isfinite(x).all() else "Remove them, or pass --skip-bad."
-            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. {advice}")
+            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. Pass --fp32, or "
+                            "remove them (--skip-bad leaves them out).")
         totals["largest"] = max(totals["largest"], x.max())
         if C:
-            totals["rounding"] = max(totals["rounding"], np.abs(stored - x).max())
             totals["count"] += x[:, 0].size
             totals["sum"] = totals["sum"] + x[:, :C].sum((0, 2, 3), dtype=np.float64)
             squares = (x.astype(np.float64) ** 2).sum((0, 2, 3))       # of the means and of the deviations
@@ -528,6 +525,8 @@ def arguments():
                         "without folder and suffix: prepare_data.py photos/ --data photos.")
     try: ImageColor.getrgb(args.background)
     except ValueError: raise UserError(f"--background {args.background} is not a colour. Use #rrggbb.")
+    if args.classes == "none" and args.labels:
+        raise UserError("--labels has no effect with --classes none. Remove one of the two.")
     if args.workers < 1: raise UserError(f"--workers is {args.workers}. Use 1 or more.")
     return args
 
@@ -544,8 +543,8 @@ def check_flags(args, config, source, K):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
     if config and bool(latents) != ("latents" in config):
         expected = "latents" if "latents" in config else "pixels"
-        raise UserError(f"{args.data} is a dataset of {expected}, and this would store the other kind. Encode"
-                        " images with --vae PATH, or choose another NAME.")
+        raise UserError(f"{args.data} holds {expected}, and SOURCE gives the other kind. Encode images with "
+                        "--vae PATH, or choose another NAME.")
     if config and config["classes"] not in (0, K):
         raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Choose "
                         "another NAME for a custom dataset.")
@@ -574,7 +573,7 @@ def image_shape(args, config, source):
 
 def latent_shape(source):
     """-> shape of the latents (C,H,W) or (2C,H,W), number of channels C"""
-    z = source.read(0)
+    _, z = next(in_order(replace(source, names=source.names[:1]), np.asarray))
     if z.dtype == np.uint8:
         raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}, an image or several. "
                         "Store images as PNG, or all in one .npz.")
@@ -610,7 +609,6 @@ def latent_statistics(source, totals):
     mean = totals["sum"] / totals["count"]
     variance = totals["squares"] / totals["count"] - mean ** 2
     if variance.min() <= 0: raise UserError(f"{source.path}: a channel of the latents is constant.")
-    print(f"largest rounding error of a latent: {totals['rounding']:.2g}")
     return {"mean": mean.tolist(), "scale": (0.5 / np.sqrt(variance)).tolist()}
 
 
@@ -623,8 +621,6 @@ def main():
         if file.exists() and not args.overwrite:
             raise UserError(f"{file} exists. Pass --overwrite to replace it, or choose another NAME.")
     warnings.filterwarnings("ignore", module="PIL")
-    for name in ("SIGTERM", "SIGHUP"):     # also remove the temporary file
-        if hasattr(signal, name): signal.signal(getattr(signal, name), signal.default_int_handler)
     if config and not config["classes"] and args.classes == "auto": args.classes = "none"
     source = open_source(args.source, args.classes, args.images, args.labels)
     if args.skip_bad: source = without_bad(source, args.workers)
@@ -647,12 +643,11 @@ def main():
         info |= {"size": size, "crop": "center", "flip": args.flip,
                  "filter": "Lanczos" if crop is lanczos_crop else "ADM"}
         shape = size, size, channels
-    enlarged, animated = [], []            # an item for each image that was enlarged, or has several frames
+    enlarged = []                          # an item for each image that was enlarged
     def convert(sample):
         if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
         if source.latents: return sample
         if min(sample.size) < size: enlarged.append(1)
-        if getattr(sample, "is_animated", False) and sample.format != "MPO": animated.append(1)
         return to_pixels(sample, size, channels, args.background, crop)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     vae = sample.load_vae(args.vae, "cuda" if torch.cuda.is_available() else "cpu") if args.vae else None
@@ -676,7 +671,6 @@ def main():
     totals = defaultdict(float)
     def finish():
         if enlarged: print(f"{len(enlarged):,} images are smaller than {size} pixels and were enlarged")
-        if animated: print(f"{len(animated):,} images have several frames or pages; the first is used")
         if not C and totals["largest"] < 32:
             raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
                             "them to 0..255.")

@@ -315,10 +315,10 @@ def main():
     net, header = model.initial_model(args, model.KIND[teacher_stages[0]], dataset, device, **args.network)
     model.check_scale(args.init, header, args.teacher, teacher_header)
     distance = load_distance(args, header, device)
-    times = {k: teacher_header[k] for k in ("t_min", "t_max")}             # those of the trajectories
+    time_range = {k: teacher_header[k] for k in ("t_min", "t_max")}        # of the trajectories
     if branch == "mf" and teacher_header["kind"] == "Denoiser":
-        times = {k: t / (1 + t) for k, t in times.items()}                 # flow time
-    header |= times
+        time_range = {k: t / (1 + t) for k, t in time_range.items()}       # flow time
+    header |= time_range
     files = dict(init=args.init, teacher=args.teacher, trajectories=args.trajectories,
                  guide=solve.guide_file(args), **dict(zip(("vgg", "lin"), args.lpips or ())))
     header |= model.run_metadata(args, f"midtrain_{branch}", "pairs", world,

@@ -289,13 +289,12 @@ def error_table(teacher, header, x, y):
     and the order observed from 32 to 64 NFE. For jump the error is mostly that of the model u, which has no
     order."""
     budgets = [4, 8, 16, 32, 64]
-    solve = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
-    reference = solve(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
-    print(f"error at the endpoint over {len(x)} trajectories, with at most so many NFE (RMS per value; "
-          "pixels are in [-1, 1])")
+    endpoint = lambda nfe, solver: solve_teacher(teacher, header, x, y, nfe, solver)[0][-1]
+    reference = endpoint(256, "dpm2" if header["kind"] == "Denoiser" else "heun")
+    print(f"RMS error of the endpoint for each budget of NFE, {len(x)} trajectories, pixels in [-1, 1]")
     print("  solver  grid       " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
     for solver in solvers_of(header):
-        errors = [solve(n, solver) - reference for n in budgets]
+        errors = [endpoint(n, solver) - reference for n in budgets]
         errors = [e.square().mean().sqrt().item() for e in errors]
         grid = grid_of(header, solver).__name__.removesuffix("_times")
         order = math.log2(errors[-2] / errors[-1]) if errors[-1] and solver != "jump" else math.nan
@@ -349,7 +348,7 @@ def main():
         if not classes: names = [""] * len(names)
         images = rearrange(model.to_uint8(states)[:, :16, :3], "n b c h w -> b n h w c").cpu().numpy()
         model.save_grid(picture, images, names)
-        print(f"{args.n:,} trajectories in {args.out}, the first of them in {picture}")
+        print(f"{args.n:,} trajectories in {args.out}, the first {len(names)} also in {picture}")
         k = min(64, args.n)
         error_table(teacher, header, x[:k], y[:k])
 

@@ -26,7 +26,8 @@ This protocol was committed before the first run. It was changed seven times sin
      of the samples and logit-normal(-2, 2) times, those of its CIFAR-10 recipe. So this baseline was added.
      It is by Adam, which was the better optimizer there, and tuned like the others. Its first trials were far
      better than all of MeanFlow before. So CMT + MeanFlow is tuned with these times and Adam, too. Its p in
-     post-training is the one chosen for the baseline with one unit.
+     post-training is the one chosen for the baseline with one unit. In the trials for two units another
+     setting of the baseline was better, so one unit is repeated with that, as for plain ECT.
 
 Data      10,000 images of MNIST (data/mnist.npz, 28x28). The first 5,000 train; the other 5,000 are the
           reference.
@@ -37,8 +38,9 @@ Compute   in network forwards after the teacher; a backward counts as two, the t
           is in bf16, but in fp32 in posttrain_cm.py, as on a GPU.
 Methods   cm  CMT + ECT at 1, 2 and 4 units; plain ECT, with doubling, by RAdam at 1 and 2, by Adam at 1, 2
               and 4; KD (only pairs of noise and endpoint), then ECT, at 1
-          mf  CMT + MeanFlow at 1 unit; MeanFlow from the flow-matching weights at 1 and 2, and by Adam,
-              with 10 steps of warm-up, at 1; with the times of its CIFAR-10 recipe, also by Adam, at 1 and 2
+          mf  CMT + MeanFlow at 1 unit; MeanFlow from the flow-matching weights by RAdam at 1 and 2, and by
+              Adam, with 10 steps of warm-up, at 1; with the times of the CIFAR-10 recipe, by Adam, CMT +
+              MeanFlow at 1 and MeanFlow at 1 and 2
 Tuning    Each method at each budget, on seed 100, which is not reported. Two settings: the learning rate,
           from the same ladder for all, and one more. That is the share of mid-training for the chains and KD,
           the interval between two doublings for plain ECT, the exponent p of the adaptive weight for plain
@@ -95,10 +97,14 @@ BY_RADAM = "{}, post-training by RAdam"                    # the older results
 UNTIED = "{}, post-training by RAdam, tuned after the fact"
 BEST_TRIAL = "{}, settings of the best trial"
 FOR_TWO_UNITS = "{}, settings for two units"               # with four units
-BEST_SETTING = 1e-3, 1 / 8                                 # of the trials of plain ECT with one unit
+# one unit is repeated with the settings of a trial that was made for a larger budget and was better
+BEST_SETTINGS = {"plain ECT": (1e-3, 1 / 8), "MeanFlow, CIFAR-10 times": (1e-3, 0.75)}
 ON_GPU = "{}, on an H100"                                  # repeated there, teachers included
 VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL, FOR_TWO_UNITS, ON_GPU
 MEASURES = {"FD": 1, "FD-pixels": 2, "precision": 3, "recall": 3}             # and the decimals of a table
+# with mid-training, and without: the baseline that is better at one unit
+PAIRS = [("CMT + ECT", "plain ECT by Adam"), ("CMT + MeanFlow, CIFAR-10 times", "MeanFlow, CIFAR-10 times"),
+         ("CMT + MeanFlow", "MeanFlow")]
 BUDGETS = 1, 2, 4                                           # units, all that a method may have
 # method: (branch, budgets, name of the second setting, its ladder, first index in RATES and in its ladder)
 METHODS = {
@@ -331,7 +337,8 @@ def work(first=0):
         share({TEACHER_KEY.format(branch, seed): functools.partial(teacher_scores, branch, seed)
                for seed in (TUNING_SEED, *SEEDS)}, wait=False)
         run_seeds(method, method, units, tune(method, units))
-    if "plain ECT" in METHODS: run_seeds(BEST_TRIAL.format("plain ECT"), "plain ECT", 1, BEST_SETTING)
+    for method, settings in BEST_SETTINGS.items():
+        if method in METHODS: run_seeds(BEST_TRIAL.format(method), method, 1, settings)
 
 
 def results(found, method, seeds=SEEDS):
@@ -421,6 +428,8 @@ def report():
                              for k in "12" for m, decimals in MEASURES.items()]
                     seeds = f" ({len(runs)} of {len(SEEDS)} seeds)" if len(runs) < len(SEEDS) else ""
                     print(f"| {name}{seeds} | {units} | {setting} | " + " | ".join(cells) + " |")
+    print_pairs(found)
+    print_chosen(found)
     print("\n| method | units | trials | best trial | its settings |\n|---|---|---|---|---|")
     for method in (variant.format(method) for method in METHODS for variant in VARIANTS):
         for units in sorted({budget * part for budget in BUDGETS for part in TRIAL_PARTS}):
@@ -433,7 +442,6 @@ def report():
     for key in found:
         if key.startswith(("after the fact", "limits", "check")): print(key, found[key])
     print_ratios(found)
-    print_wins(found)
     draw(found)
 
 
@@ -463,16 +471,36 @@ def print_ratios(found):
                       f"{speed_up(*both(seeds))}; seeds {ratios}")
 
 
-def print_wins(found):
-    """In how many comparisons with equal compute a chain is ahead: all budgets and seeds, FD and FD-pixels"""
-    for chain, baseline in (("CMT + ECT", "plain ECT by Adam"),
-                            ("CMT + MeanFlow, CIFAR-10 times", "MeanFlow, CIFAR-10 times")):
-        keys = [[RESULT_KEY.format(method, units, seed) for method in (chain, baseline)]
-                for units in BUDGETS for seed in SEEDS]
-        pairs = [(found[a], found[b]) for a, b in keys if a in found and b in found]
-        for k in "12":
-            wins = [a[k][measure] < b[k][measure] for a, b in pairs for measure in ("FD", "FD-pixels")]
-            print(f"{chain} is ahead of {baseline} with {k} NFE in {sum(wins)} of {len(wins)} comparisons")
+def print_pairs(found):
+    """With and without mid-training at equal compute: means, and with how many seeds the former is ahead"""
+    columns = list(itertools.product("12", ("FD", "FD-pixels")))
+    print("\n| with / without mid-training | units | " + " | ".join(f"{m}, {k} NFE" for k, m in columns)
+          + " |\n" + "|---" * 6 + "|")
+    for chain, baseline in PAIRS:
+        wins = {k: [] for k in "12"}
+        for units in BUDGETS:
+            keys = [[RESULT_KEY.format(method, units, seed) for method in (chain, baseline)]
+                    for seed in SEEDS]
+            if not (pairs := [(found[a], found[b]) for a, b in keys if a in found and b in found]): continue
+            cells = []
+            for k, measure in columns:
+                a, b = zip(*((x[k][measure], y[k][measure]) for x, y in pairs))
+                means = " / ".join(f"{statistics.mean(values):.{MEASURES[measure]}f}" for values in (a, b))
+                ahead = [x < y for x, y in zip(a, b)]
+                cells.append(f"{means} ({sum(ahead)} of {len(ahead)})")
+                wins[k] += ahead
+            print(f"| {chain} / {baseline} | {units} | {' | '.join(cells)} |")
+        for k, ahead in wins.items(): print(f"{k} NFE: ahead in {sum(ahead)} of {len(ahead)} comparisons")
+
+
+def print_chosen(found):
+    """How many trials each method had, and the settings that they chose for each budget"""
+    print("\n| method | trials | one unit | two units | four units |\n" + "|---" * 5 + "|")
+    for method, (_, _, setting, *_) in METHODS.items():
+        trials = sum(bool(re.match(rf"tuning: {re.escape(method)}, [\d.]+ units", key)) for key in found)
+        chosen = [found.get(CHOSEN_KEY.format(method, units)) for units in BUDGETS]
+        cells = [f"lr {c[0]:g}, {setting} {c[1]:g}" if c else "" for c in chosen]
+        print(f"| {method} | {trials} | {' | '.join(cells)} |")
 
 
 def draw(found):
@@ -506,20 +534,19 @@ def draw(found):
 
 
 def picture(seed=1):
-    """docs/mnist.png or docs/mnist_x10.png, of the runs of one training seed with one unit of compute; a
-    column is one noise"""
+    """docs/mnist.png or docs/mnist_x10.png: of each branch the teacher, the chain and its best baseline, with
+    one unit of compute and one training seed; a column is one noise"""
     found, folder, shown = stored(), FOLDER / "picture", []
     folder.mkdir(exist_ok=True)
     def show(name, path, *calls):
         shutil.copy(path, folder / f"{name}.safetensors")
         shown.extend(f"{folder / name}.safetensors:{k}" for k in calls)
-    for method, (branch, *_) in METHODS.items():
-        if not (chosen := found.get(CHOSEN_KEY.format(method, 1))): continue
-        path = train(method, 1, *chosen, seed)
-        if method in ("CMT + ECT", "CMT + MeanFlow"):
-            show(f"teacher {branch}", teacher(branch, seed), 16, 1)
-            show(f"mid-training {branch}", before_post_training(path), 1)
-        show(method, path, 1, 2)
+    for branch in "cm", "mf":
+        pair = next(pair for pair in PAIRS if METHODS.get(pair[0], [None])[0] == branch)
+        files = {method: train(method, 1, *found[CHOSEN_KEY.format(method, 1)], seed) for method in pair}
+        show(f"teacher {branch}", teacher(branch, seed), 16, 1)
+        show(f"mid-training {branch}", before_post_training(files[pair[0]]), 1)
+        for method, path in files.items(): show(method, path, 1, 2)
     command("sample", *shown, "--real", "--labels", "balanced", "--n", 20,
             "--out", RESULTS.with_suffix(".png"))
 

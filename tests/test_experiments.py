@@ -227,8 +227,13 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
                      "MeanFlow by Adam": "plain MeanFlow by Adam"}.get(method, method)
             row = re.escape(f" | {units} | " + " | ".join(cells) + " | ")
             assert re.search(rf"\n\| {re.escape(label)}( \([^|]*\))?{row}", page), (method, units)
-    trials = page.partition("its settings |\n")[2].partition("\n\n")[0].splitlines()
-    assert len(trials) > 1 and set(trials) <= set(lines)
+    for head in "| with / without mid-training |", "| method | trials |":
+        table = (head + page.partition(head)[2]).partition("\n\n")[0].splitlines()
+        assert len(table) > 5 and set(table) <= set(lines)
+    (readme,) = re.findall(r"\n\| with / without mid-training \| units .*?\n\n", (ROOT / "README.md").read_text(), re.S)
+    pairs = [line.split(" | ") for line in lines if re.match(r"\| CMT .* / .* \| \d \| ", line)]
+    shown = [row.split(" | ")[1:] for row in readme.splitlines() if "NFE" not in row and "---" not in row and row]
+    assert shown == [[units, one, f"{two} |"] for _, units, one, _, two, _ in pairs]
 
 
 # --- tools/plot_log.py, docs/cmt.ipynb ----------------------------------------------------------------------

@@ -335,7 +335,7 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save_timer = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    if N == 1: model.say("warning: a trajectory has a single step of the solver. Give more --nfe.")
+    if N == 1: model.say("warning: the ODE of the teacher is solved in a single step. Give more --nfe.")
     batches = (batches_from_file(teacher_header, args, step, rank, local_batch, device) if args.trajectories
                else batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_batch, device))
     while True:

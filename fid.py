@@ -183,7 +183,8 @@ def main():
     p.add_argument("files", nargs="+", metavar="FILE[:STEPS]",
                    help="images, the NAME of prepared data, or checkpoints")
     p.add_argument("--ref", metavar="NAME|PATH",
-                   help="what to compare with (default: the data the checkpoint was trained on)")
+                   help="what to compare with: data/NAME.npz, an .npz, .pkl or .zip, or a folder, such as "
+                        "NAME/ (default: the data the checkpoint was trained on)")
     p.add_argument("--features", choices=["inception", "pixels"], default="inception",
                    help="FID, or FD-pixels")
     p.add_argument("--inception", default=f"data/{feature_networks.INCEPTION}", metavar="FILE",
@@ -228,7 +229,7 @@ def evaluate(file, args, features, rank, world, device):
         if not args.ref and not args.save_stats:
             raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")
     else:
-        net, header, steps, solver = sample.open_model(file, args, device)
+        net, header, steps, solver, args = sample.open_model(file, args, device)
         if "latents" in header and not args.ref and not args.save_stats:
             raise model.UserError(f"{file} was trained on latents, and a Frechet distance is between images; "
                                   "give --ref, images or their statistics.")

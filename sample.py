@@ -16,7 +16,8 @@
 For a given model, image k, its label and its noise are a function of seed k alone. The last bits of a
 convolution depend on the batch size, so seeds are sampled in whole blocks of 64 (block = seed // 64), and
 those not asked for are dropped. Any number of processes gives the same images. Images are written in parts of
-1,024; the same command continues an interrupted run. (torchrun takes --n for one of its own flags: use --seeds.)
+1,024; the same command continues an interrupted run. (torchrun takes --n for one of its own flags: use
+--seeds.)
 
 The best time of the second step depends on the data. On MNIST --mid-t 1.6 gives better samples than the
 default of posttrain_cm.py, 0.821 (docs/mnist.md, on one seed).
@@ -306,7 +307,8 @@ def path_of(text):
 
 def open_model(text, args, device):
     """FILE or FILE:STEPS -> the model, guided if the flags say so; header; steps, by default 16 for
-    pre-trained models and 1 for others; solver, None for a consistency model."""
+    pre-trained models and 1 for others; solver, None for a consistency model; args for this FILE. A flag
+    that has no effect on it is refused, or among several FILEs left out."""
     path = path_of(text)
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".pt", ".pkl"):
         raise model.UserError(f"{path} is no .safetensors checkpoint of this project. fid.py takes images as "
@@ -315,14 +317,22 @@ def open_model(text, args, device):
     net.backbone_dtype = model.DTYPES[args.precision]
     steps = int(text[len(path) + 1:] or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
-    if header["stage"] in solve.CONSISTENCY_STAGES:
-        if args.guidance != 1 or args.guide or args.solver:
-            raise model.UserError(f"{path} is a consistency model, and only its teacher has an ODE to solve. "
-                                  "Leave out --guidance, --guide and --solver.")
-        return net, header, steps, None
-    solver = args.solver or solve.default_solver(header)
-    solve.check_solver(solver, path, header)
-    return solve.guide_teacher(net, header, args, path), header, steps, solver
+    consistency = header["stage"] in solve.CONSISTENCY_STAGES
+    solver = None if consistency else args.solver or solve.default_solver(header)
+    without_effect = ["guidance", "guide", "solver"] if consistency else []        # only a teacher has an ODE
+    if steps == 1 or solver not in (None, "jump"): without_effect.append("mid_t")
+    without_effect = [flag for flag in without_effect if getattr(args, flag) not in (None, 1)]
+    if without_effect:
+        names = ", ".join("--" + flag.replace("_", "-") for flag in without_effect)
+        what = f"{names} has no effect on {text} ({header['stage']}, {solver or 'no'} solver, {steps} NFE)"
+        if len(args.files) == 1: raise model.UserError(f"{what}. Leave it out.")
+        model.say(what)
+        defaults = {flag: 1.0 if flag == "guidance" else None for flag in without_effect}
+        args = argparse.Namespace(**vars(args) | defaults)
+    if solver:
+        solve.check_solver(solver, path, header)
+        net = solve.guide_teacher(net, header, args, path)
+    return net, header, steps, solver, args
 
 
 def count_nfe(header, steps, solver, guidance=1):
@@ -413,7 +423,7 @@ def flags():
 
 def sampler(file, args, device):
     """FILE[:STEPS] -> header, autoencoder or None, name in a picture, function that draws a range of seeds"""
-    net, header, steps, solver = open_model(file, args, device)
+    net, header, steps, solver, args = open_model(file, args, device)
     vae = open_vae(header, args.vae, device)
     def draw(seeds):
         return generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, solver=solver)
@@ -453,20 +463,11 @@ def write_samples(file, args, rank, world, device):
     print(f"{', '.join(filter(None, names))}: {len(args.seeds):,} images in {result}, picture {out}.png")
 
 
-def fitting_flags(file, args):
-    """args for one of several FILEs: without --guidance, --guide, --solver or --mid-t if they do not fit"""
-    header, args = model.read(path_of(file), tensors=False)[1], argparse.Namespace(**vars(args))
-    consistency, few = header["stage"] in solve.CONSISTENCY_STAGES, not header["stage"].startswith("pretrain")
-    if consistency: args.guidance, args.guide, args.solver = 1.0, None, None
-    if not few or file in (path_of(file), f"{path_of(file)}:1"): args.mid_t = None
-    return args
-
-
 def write_comparison(args, device):
     """Draw a picture of several FILEs: up to 20 images of each, with the same seeds."""
     rows, names, stages, real_rows = [], [], [], []
     for file in args.files:
-        header, vae, name, draw = sampler(file, fitting_flags(file, args), device)
+        header, vae, name, draw = sampler(file, args, device)
         is_first = not rows
         if is_first:
             out, data = output_stem(args, header), open_real(args.data, header) if args.real else None

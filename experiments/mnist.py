@@ -490,7 +490,8 @@ def print_pairs(found):
                 cells.append(f"{means} ({sum(ahead)} of {len(ahead)})")
                 wins[k] += ahead
             print(f"| {chain} / {baseline} | {units} | {' | '.join(cells)} |")
-        for k, ahead in wins.items(): print(f"{k} NFE: ahead in {sum(ahead)} of {len(ahead)} comparisons")
+        for k, ahead in wins.items():
+            if ahead: print(f"{chain}, {k} NFE: ahead in {sum(ahead)} of {len(ahead)} comparisons")
 
 
 def print_chosen(found):
@@ -543,6 +544,7 @@ def picture(seed=1):
         shown.extend(f"{folder / name}.safetensors:{k}" for k in calls)
     for branch in "cm", "mf":
         pair = next(pair for pair in PAIRS if METHODS.get(pair[0], [None])[0] == branch)
+        if not all(CHOSEN_KEY.format(method, 1) in found for method in pair): continue
         files = {method: train(method, 1, *found[CHOSEN_KEY.format(method, 1)], seed) for method in pair}
         show(f"teacher {branch}", teacher(branch, seed), 16, 1)
         show(f"mid-training {branch}", before_post_training(files[pair[0]]), 1)

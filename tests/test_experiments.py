@@ -227,13 +227,16 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
                      "MeanFlow by Adam": "plain MeanFlow by Adam"}.get(method, method)
             row = re.escape(f" | {units} | " + " | ".join(cells) + " | ")
             assert re.search(rf"\n\| {re.escape(label)}( \([^|]*\))?{row}", page), (method, units)
-    for head in "| with / without mid-training |", "| method | trials |":
-        table = (head + page.partition(head)[2]).partition("\n\n")[0].splitlines()
-        assert len(table) > 5 and set(table) <= set(lines)
+    for head in "\n\n| with / without mid-training |", "\n\n| method | trials |":
+        tables = [(head + text.partition(head)[2]).strip().partition("\n\n")[0] for text in (page, "\n".join(lines))]
+        shown, printed = ([row for row in table.splitlines() if row.startswith("|")] for table in tables)
+        assert shown[2:] == printed[2:] and len(shown) > 5
     (readme,) = re.findall(r"\n\| with / without mid-training \| units .*?\n\n", (ROOT / "README.md").read_text(), re.S)
     pairs = [line.split(" | ") for line in lines if re.match(r"\| CMT .* / .* \| \d \| ", line)]
-    shown = [row.split(" | ")[1:] for row in readme.splitlines() if "NFE" not in row and "---" not in row and row]
-    assert shown == [[units, one, f"{two} |"] for _, units, one, _, two, _ in pairs]
+    shown = [row.split(" | ") for row in readme.splitlines() if "NFE" not in row and "---" not in row and row]
+    name = {"CMT + ECT": "| ECT", "CMT + MeanFlow": "| MeanFlow, r and t drawn as for ImageNet",
+            "CMT + MeanFlow, CIFAR-10 times": "| MeanFlow, r and t drawn as for CIFAR-10"}
+    assert shown == [[name[pair[2:].split(" / ")[0]], units, one, f"{two} |"] for pair, units, one, _, two, _ in pairs]
 
 
 # --- tools/plot_log.py, docs/cmt.ipynb ----------------------------------------------------------------------

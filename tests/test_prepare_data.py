@@ -610,6 +610,15 @@ def test_what_a_second_round_of_inputs_broke(prepare):
     assert prepare("photos").code == 0
     np.savez("a.npz", x=PIXELS, y=np.array(["", "a"] * 6))
     assert prepare("a.npz", "--overwrite").class_names.tolist() == ["", "a"]
+    np.savez("a.npz", x=PIXELS, info=LABELS)               # another program's array of this name
+    assert (prepare("a.npz", "--overwrite").arr_1 == LABELS).all()
+    Path("latents").mkdir()
+    Path("latents/0.npy").write_bytes(b"")
+    for i in (1, 2): np.save(f"latents/{i}.npy", RNG.normal(size=(4, 8, 8)).astype("f"))
+    done = prepare("latents", "--pixel-range", 0, 1, "--data", "l")
+    assert done.code == 2 and "0.npy cannot be used" in done.err and "--skip-bad" in done.err
+    done = prepare("latents", "--pixel-range", 0, 1, "--data", "l", "--skip-bad")
+    assert done.code == 0 and len(done.arr_0) == 2, done.err
 
 
 @pytest.mark.parametrize("arrays, flags, words", [
@@ -621,7 +630,11 @@ def test_what_a_second_round_of_inputs_broke(prepare):
     (dict(x=PIXELS, y=LABELS - 1), [], ["integers from 0 on"]), (dict(x=PIXELS, y=LABELS * 0.5), [], ["float64"]),
     (dict(x=PIXELS, y=LABELS), ["--classes", "none", "--labels", "y"], ["--labels has no effect"]),
     # the labels of x_train do not belong to x_test
-    (dict(x_train=PIXELS, y_train=LABELS, x_test=PIXELS, y_test=LABELS), ["--images", "x_test"], ["labels of x_test"]),
+    (dict(x_train=PIXELS, y_train=LABELS, x_test=PIXELS, y_test=LABELS), ["--images", "x_test"],
+     ["belongs to x_test", "--labels KEY"]),
+    (dict(x_train=PIXELS, y_train=LABELS, x_test=PIXELS, y_test=LABELS), ["--labels", "y_test"],
+     ["belongs to y_test", "--images KEY"]),
+    (dict(x=PIXELS, y=(LABELS == 1) * -1), [], ["such as -1"]), (dict(x=PIXELS, y=LABELS.astype("S1")), [], ["or strings"]),
     (dict(arr_0=PIXELS, info=json.dumps({"flip": True})), [], ["mirrored copies"])])
 def test_arrays_of_the_second_round(prepare, arrays, flags, words):
     np.savez("a.npz", **arrays)
@@ -695,8 +708,9 @@ def test_an_archive_is_known_by_its_content(prepare):
 def test_frames_and_turned_tiffs(prepare):
     frames = [Image.fromarray(x[:, :12]) for x in PIXELS[:3]]
     save("a/a.gif", frames[0], save_all=True, append_images=frames[1:])
-    done = prepare("a", "--size", 8)                       # the first frame
-    assert len(done.arr_0) == 1
+    done = prepare("a", "--size", 12)
+    first = np.asarray(frames[0].convert("P", palette=Image.ADAPTIVE).convert("RGB"), float)
+    assert len(done.arr_0) == 1 and np.abs(done.arr_0[0] - first[2:14]).mean() < 30                # not the others
     exif = Image.Exif()
     exif[0x0112] = 6
     for suffix in "tif", "png": save(f"b/x.{suffix}", frames[0], exif=exif)

@@ -472,8 +472,13 @@ def test_flags_of_a_comparison_apply_to_the_files_they_fit(run, here, tmp_path, 
     done = run("sample", f"{teacher}:4", student, f"{student}:1", f"{student}:2", *flags)
     assert done.code == 0 and seen == [("pretrain", 4, None, False), ("midtrain_cm", 1, None, True),
                                        ("midtrain_cm", 1, None, True), ("midtrain_cm", 2, [1.6], True)], done.err
-    for flag in ("--guidance", 2), ("--solver", "heun"):
-        refused(run("sample", student, *flag), "is a consistency model")
+    assert "--mid-t has no effect on" in done.out and "--guidance has no effect on" in done.out
+    for flag in ("--guidance", 2), ("--solver", "heun"), ("--mid-t", 0.5):
+        refused(run("sample", student, *flag), f"{flag[0]} has no effect")
+    refused(run("sample", "runs/digits/midtrain_mf.safetensors:2", "--solver", "heun", "--mid-t", 0.5), "heun solver")
+    done = run("fid", f"{teacher}:4", student, "--guidance", 2, "--n", 64, "--features", "pixels")
+    guidance = [json.loads(line).get("guidance") for line in done.out.splitlines() if line.startswith("{")]
+    assert guidance == [2, None], done.err
 
 
 def test_a_name_means_prepared_data_even_beside_a_folder(run, here, tmp_path, monkeypatch):

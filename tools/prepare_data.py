@@ -207,7 +207,7 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     [0, 1] or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
     if classes == "folders": raise UserError("--classes folders has no effect on arrays. Remove it.")
     class_names = [str(name) for name in arrays.pop("class_names", ())]
-    if '"flip": true' in str(arrays.pop("info", "")):
+    if "info" in arrays and arrays["info"].ndim == 0 and '"flip": true' in str(arrays.pop("info")):
         raise UserError("it has mirrored copies (--flip). Prepare the images that it was made from.")
     shapes = {key: x.shape for key, x in arrays.items()}
     key = choose("--images KEY", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
@@ -232,8 +232,10 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
         raise UserError(f"{vectors[0]} {shapes[vectors[0]]} has no label for each of {len(x):,} images. "
                         "Correct it, or pass --classes none.")
     fits = [] if classes == "none" else fits
-    if images and not labels and len(fits) > 1:            # "train" is a guess for both or for none
-        raise UserError(f"found {shapes}. Choose the labels of {images} with --labels KEY.")
+    several = [k for k in shapes if len(shapes[k]) in (3, 4)] if labels and not images else fits
+    if bool(images) != bool(labels) and len(several) > 1:  # "train" is a guess for both or for none
+        flag = "--labels KEY, or pass --classes none" if images else "--images KEY"
+        raise UserError(f"found {shapes}. Choose what belongs to {images or labels} with {flag}.")
     label_key = choose("--labels KEY", labels, fits, shapes)
     y = arrays[label_key] if label_key else None
     if y is not None and y.shape[1:] == (1,): y = y[:, 0]
@@ -332,7 +334,7 @@ def in_order(source, convert, workers=1, skip_bad=False):
         for i, result in enumerate(sample.progress(results, len(source), size=lambda _: 1)):
             if not isinstance(result, UserError): yield i, result
             elif skip_bad: print(f"left out: {result}")
-            else: raise UserError(f"{result} Remove it (--skip-bad leaves out what cannot be decoded).")
+            else: raise UserError(f"{result} Remove it (prepare_data.py --skip-bad leaves out such files).")
 
 
 def without_bad(source, workers):
@@ -417,8 +419,9 @@ def index_labels(source):
     is_text = values.dtype.kind == "U"
     fits = values.ndim == 1 and values.dtype.kind in ("iu" if len(names) else "iuU")
     if not fits or not is_text and values.min() < 0:
-        raise UserError(f"{source.path}: labels are {values.dtype} such as {values.flat[0]}, not integers "
-                        "from 0 on. Choose others with --labels KEY, or pass --classes none.")
+        example = values.min() if values.dtype.kind in "if" else values.flat[0]
+        raise UserError(f"{source.path}: labels are {values.dtype} such as {example}, not integers from 0 on "
+                        "or strings. Choose others with --labels KEY, or pass --classes none.")
     unique, y = np.unique(values, return_inverse=True)
     if len(names) and unique[-1] >= len(names):
         raise UserError(f"{source.path}: label {unique[-1]} has no name, there are {len(names)} class_names. "
@@ -448,8 +451,8 @@ def stored_chunks(samples, flip, encode, C, dtype, totals):
         if encode: x = encode(x)
         with np.errstate(over="ignore"): stored = x.astype(dtype)
         if not np.isfinite(stored).all():
-            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. Pass --fp32, or "
-                            "remove them (--skip-bad leaves them out).")
+            advice = "Pass --fp32." if np.isfinite(x).all() else "Remove them, or pass --skip-bad."
+            raise UserError(f"latents {batch[0][0]}-{batch[-1][0]} are not finite in {dtype}. {advice}")
         totals["largest"] = max(totals["largest"], x.max())
         if C:
             totals["count"] += x[:, 0].size
@@ -543,8 +546,8 @@ def check_flags(args, config, source, K):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
     if config and bool(latents) != ("latents" in config):
         expected = "latents" if "latents" in config else "pixels"
-        raise UserError(f"{args.data} holds {expected}, and SOURCE gives the other kind. Encode images with "
-                        "--vae PATH, or choose another NAME.")
+        raise UserError(f"{args.data} holds {expected}, and this would store the other kind. Encode images "
+                        "with --vae PATH, leave --vae out, or choose another NAME.")
     if config and config["classes"] not in (0, K):
         raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Choose "
                         "another NAME for a custom dataset.")

@@ -324,7 +324,8 @@ def open_model(text, args, device):
     without_effect = [flag for flag in without_effect if getattr(args, flag) not in (None, 1)]
     if without_effect:
         names = ", ".join("--" + flag.replace("_", "-") for flag in without_effect)
-        what = f"{names} has no effect on {text} ({header['stage']}, {solver or 'no'} solver, {steps} NFE)"
+        described = f"{header['stage']}, {solver or 'no ODE'} solver, {steps} NFE"
+        what = f"{names} has no effect on {text} ({described})"
         if len(args.files) == 1: raise model.UserError(f"{what}. Leave it out.")
         model.say(what)
         defaults = {flag: 1.0 if flag == "guidance" else None for flag in without_effect}

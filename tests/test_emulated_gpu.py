@@ -13,6 +13,7 @@ def emulated(root, chain, *args):
                           timeout=600)
 
 
+@pytest.mark.slow
 def test_every_script_on_an_emulated_gpu(chain):
     done = emulated(ROOT, chain)
     assert done.returncode in (0, 5), done.stdout[-3000:]

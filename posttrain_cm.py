@@ -17,9 +17,9 @@
 
 After mid-training f(x_r, r) is near the endpoint of the trajectory. It is a good target even where r is close
 to t, so the gap t - r can be small from the first step on. Without mid-training f(x_r, r) is a posterior
-mean, which is near the endpoint only at small r. So ECT has to start with a wide gap: with q = 2 (see below),
-r is at first 0 for all t below 1.95, and the target there is the image itself. The gap then narrows every
---double steps. This baseline, without mid-training, is run by
+mean, which is near the endpoint only at small r. So ECT starts with a wide gap: with q = 2 (see below), r is
+at first 0 for all t below 1.95, and the target there is the image itself. The gap then narrows every --double
+steps. This baseline, without mid-training, is run by
      python posttrain_cm.py --init runs/digits/pretrain.safetensors --q 2 --double 70 --steps 1500 \
                             --lr 3e-4 --out runs/digits/ect.safetensors
 
@@ -182,7 +182,7 @@ def main():
     net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
     mid_trained = header.get("stage") in ("midtrain_cm", "posttrain_cm")
     if args.loss == "ect" and not mid_trained and (args.q > 4 or not args.double):     # ECT's q is 2 or 4
-        model.say(f"warning: --init {args.init} is not mid-trained, so the gap has to start wide and to "
+        model.say(f"warning: --init {args.init} is not mid-trained, and then the gap should start wide and "
                   "narrow later. Give --q 2 and --double STEPS.")
     if args.precision == "bf16":
         model.say("warning: for a narrow gap f(x_t) - f(x_r) is lost in the rounding error of bf16 "

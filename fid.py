@@ -151,7 +151,7 @@ def reference(args, header, features, rank, world):
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
         raise model.UserError(f"--ref {path} is one image; give its folder.")
-    if not path.endswith(".pkl"): path = named(path)
+    path = named(path)
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"{path} does not exist; --ref names the images to compare with.")

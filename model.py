@@ -1148,8 +1148,8 @@ def optimizer(args, net):
 
 
 def reseed(*numbers):
-    """Seed torch from these numbers, in a step (seed, rank, step): its randomness is a function of them, so a
-    resumed run repeats it."""
+    """Seed torch from these numbers. In a training step they are (seed, rank, step), so a resumed run repeats
+    its randomness."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big"))
 
 

@@ -103,7 +103,8 @@ ON_GPU = "{}, on an H100"                                  # repeated there, tea
 VARIANTS = "{}", BY_RADAM, UNTIED, BEST_TRIAL, FOR_TWO_UNITS, ON_GPU
 MEASURES = {"FD": 1, "FD-pixels": 2, "precision": 3, "recall": 3}             # and the decimals of a table
 # with mid-training, and without
-PAIRS = [("CMT + ECT", "plain ECT by Adam"), ("CMT + MeanFlow, CIFAR-10 times", "MeanFlow, CIFAR-10 times"),
+PAIRS = [("CMT + ECT", "plain ECT by Adam"), (FOR_TWO_UNITS.format("CMT + ECT"), "plain ECT by Adam"),
+         ("CMT + MeanFlow, CIFAR-10 times", "MeanFlow, CIFAR-10 times"),
          ("CMT + MeanFlow, CIFAR-10 times", BEST_TRIAL.format("MeanFlow, CIFAR-10 times")),
          ("CMT + MeanFlow", "MeanFlow")]
 BUDGETS = 1, 2, 4                                           # units, all that a method may have

@@ -234,8 +234,8 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
     (readme,) = re.findall(r"\n\| with / without mid-training \| units .*?\n\n", (ROOT / "README.md").read_text(), re.S)
     pairs = [line.split(" | ") for line in lines if re.match(r"\| CMT .* / .* \| \d \| ", line)]
     shown = [row.split(" | ") for row in readme.splitlines() if "NFE" not in row and "---" not in row and row]
-    names = ["ECT", "MeanFlow, r and t drawn as for CIFAR-10", "the same, other settings for plain MeanFlow",
-             "MeanFlow, r and t drawn as for ImageNet"]
+    names = ["ECT", "the same, with the settings for two units", "MeanFlow, r and t drawn as for CIFAR-10",
+             "the same, other settings for plain MeanFlow", "MeanFlow, r and t drawn as for ImageNet"]
     name = {f"| {' / '.join(pair)}": f"| {name}" for pair, name in zip(mnist.PAIRS, names, strict=True)}
     assert shown == [[name[pair], units, one, f"{two} |"] for pair, units, one, _, two, _ in pairs]
 

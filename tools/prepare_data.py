@@ -207,10 +207,11 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     [0, 1] or [-1, 1]. Latents: floats (N,C,H,W) with C other than 1 and 3."""
     if classes == "folders": raise UserError("--classes folders has no effect on arrays. Remove it.")
     class_names = [str(name) for name in arrays.pop("class_names", ())]
-    if "info" in arrays and arrays["info"].ndim == 0 and '"flip": true' in str(arrays.pop("info")):
+    if '"flip": true' in str(arrays.get("info", "")):
         raise UserError("it has mirrored copies (--flip). Prepare the images that it was made from.")
     shapes = {key: x.shape for key, x in arrays.items()}
-    key = choose("--images KEY", images, [k for k in shapes if len(shapes[k]) in (3, 4)], shapes)
+    candidates = [k for k in shapes if len(shapes[k]) in (3, 4)]
+    key = choose("--images KEY", images, candidates, shapes)
     x = arrays[key] if key else np.empty(0)
     if x.ndim == 3 and x.shape[2] in (3, 4):
         raise UserError(f"{key} is {x.dtype} {x.shape}, one image. Store images as uint8 (N,H,W,C).")
@@ -226,14 +227,14 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
         image = x[i] if x.dtype == np.uint8 else np.round(x[i] * scale + offset).astype(np.uint8)
         if first: image = image.transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
-    vectors = [k for k in shapes if k != key and len(shapes[k]) in (1, 2) and k not in ("mu", "sigma")]
+    vectors = [] if classes == "none" else [
+        k for k in shapes if k != key and len(shapes[k]) in (1, 2) and k not in ("mu", "sigma")]
     fits = [k for k in vectors if shapes[k][0] == len(x)]
-    if vectors and not fits and classes != "none":
+    if vectors and not fits:
         raise UserError(f"{vectors[0]} {shapes[vectors[0]]} has no label for each of {len(x):,} images. "
                         "Correct it, or pass --classes none.")
-    fits = [] if classes == "none" else fits
-    several = [k for k in shapes if len(shapes[k]) in (3, 4)] if labels and not images else fits
-    if bool(images) != bool(labels) and len(several) > 1:  # "train" is a guess for both or for none
+    others = fits if images else candidates
+    if bool(images) != bool(labels) and len(others) > 1:   # "train" is a guess for both or for none
         flag = "--labels KEY, or pass --classes none" if images else "--images KEY"
         raise UserError(f"found {shapes}. Choose what belongs to {images or labels} with {flag}.")
     label_key = choose("--labels KEY", labels, fits, shapes)

@@ -12,7 +12,8 @@
 `--features inception` is the published FID (1706.08500): Inception-v3 with TensorFlow's weights of 2015,
 images resized to 299x299 by TensorFlow 1's bilinear filter (torch-fidelity's convention), fp32 features,
 float64 statistics. The weights are one file to download. The result is named after the number of samples, for
-example FID-10k, because FID is biased upwards for few samples.
+example FID-10k, because FID is biased upwards for few samples. (torchrun takes --n for one of its own flags:
+use --seeds.)
 
 `--features pixels` compares raw images in [-1, 1] of at most 3,072 values. The result is called FD-pixels; it
 is not FID. It is for images that are too small for Inception.

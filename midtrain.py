@@ -9,16 +9,16 @@
           python midtrain.py --branch mf                               # four minutes
           torchrun --nproc_per_node=8 midtrain.py --data cifar10       # 38.4M pairs, as the paper
   cost    per pair: one forward of the teacher (with Heun two), one forward and one backward of the student
-  expect  digits: the loss, summed over 64 pixels, falls from about 0.8 to about 0.33;
-          with --branch mf, where it is squared, from about 2.5 to about 0.35
+  expect  digits: the loss, about the norm of the error, falls from 0.8 to 0.33;
+          with --branch mf, the squared norm, from 2.5 to 0.35
 
 --branch cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
 --branch mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states.
 
-Any model that produces trajectories can be the teacher of a Mean Flow model: a flow-matching model, a small
-Mean Flow model in 8 steps (--solver jump), or a denoiser. A denoiser's trajectories are converted to flow
-time, in which a state is (1 - t) x_0 + t eps. A denoiser predicts x_0, not a velocity, so its weights cannot
-initialise the student: with --branch mf pass --teacher runs/digits/pretrain.safetensors --init none.
+The teacher of a Mean Flow model can be a flow-matching model, a small Mean Flow model in 8 steps (--solver
+jump), or a denoiser. A denoiser's trajectories are converted to flow time, in which a state is
+(1 - t) x_0 + t eps. A denoiser predicts x_0, not a velocity, so its weights cannot initialise the student:
+with --branch mf pass --teacher runs/digits/pretrain.safetensors --init none.
 
 All pairs have the same weight. In pseudocode:
 
@@ -47,7 +47,7 @@ from tools import dry_run, feature_networks
 # warmup    pairs over which the learning rate rises linearly
 # lr_decay  learning rate: "linear" (to 0), "constant", or T (falls as sqrt(T / step) after step T)
 # mid_t     time of the second of two sampling steps, stored in the result for sample.py
-# network   constructor arguments of the student that override those of the --init file, or with --init none
+# network   constructor arguments of the student. They override those of the --init file, or if it is none,
 #           those of model.DATASETS
 # The comment at the end of a line is the source of its values: the paper (2509.24526), its released code, ECT
 # (2406.14548), MeanFlow (2505.13447), or ours. The paper uses LPIPS as the distance, and ELatentLPIPS for
@@ -98,7 +98,8 @@ RECIPES = {
         "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),     # ours
     },
 }
-# Stages whose model can be the teacher. The first is the default teacher and initial student.
+# Stages whose model can be the teacher. The first is the default teacher and initial student, unless the
+# recipe names others.
 TEACHER_STAGES = {"cm": ["pretrain"], "mf": [*model.stages_of("MeanVelocity"), "pretrain"]}
 
 
@@ -179,7 +180,8 @@ def flags():
     p = model.parser(__doc__, RECIPES[branch], TEACHER_STAGES[branch][0], writes=f"midtrain_{branch}")
     p.add_argument("--branch", choices=RECIPES, default="cm", help="cm: consistency model; mf: Mean Flow")
     p.add_argument("--teacher", default=p.get_default("teacher") or p.get_default("init"), metavar="FILE",
-                   help="model whose trajectories are the targets; also the default of --init")
+                   help="model whose trajectories are the targets; also the default of --init, unless "
+                        "the recipe says none")
     if p.get_default("init") != "none":                    # the student starts from the teacher's weights
         p.set_defaults(init=model.peek_flag("--teacher", p.get_default("init")))
     p.add_argument("--nfe", type=model.positive_int, help="teacher evaluations per trajectory, at most")
@@ -203,13 +205,13 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    command = (solve.teacher_command(args.recipe_name, args.data) if branch == "cm" else
-               f"python pretrain.py --data {shlex.quote(args.data)} --objective flow")
+    flow = branch == "mf" and Path(args.teacher).name != "pretrain.safetensors"
+    command = solve.teacher_command(args.recipe_name, args.data, flow)
     args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
     if args.trajectories:
-        solving = f"python solve.py --teacher {args.teacher} --out {args.trajectories}"
-        if args.guidance != 1: solving += f" --guidance {args.guidance:g}"
-        if solve.guide_file(args): solving += f" --guide {args.guide}"
+        solving = (f"python solve.py --data {shlex.quote(args.data)} --teacher {shlex.quote(args.teacher)} "
+                   f"--out {shlex.quote(args.trajectories)} --guidance {args.guidance:g}")
+        if solve.guide_file(args): solving += f" --guide {shlex.quote(args.guide)}"
         args.command_for[args.trajectories] = solving
     if guide := solve.guide_file(args):
         args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
@@ -218,10 +220,10 @@ def flags():
     return args
 
 
-def pool_size(local_batch, pairs_per_trajectory, at_least=128):
+def pool_size(local_batch, pairs_per_trajectory):
     """Number of trajectories in a pool: 128, rounded up so that their pairs fill whole batches."""
     multiple = math.lcm(local_batch, pairs_per_trajectory) // pairs_per_trajectory
-    return math.ceil(at_least / multiple) * multiple
+    return math.ceil(128 / multiple) * multiple
 
 
 def to_student_time(states, times, teacher_header, branch):
@@ -232,11 +234,14 @@ def to_student_time(states, times, teacher_header, branch):
 
 @torch.no_grad()
 def solve_pool(teacher, teacher_header, P, args, device):
-    """Draw noise and labels, and solve the teacher's ODE from each.
+    """Draw noise and labels, and solve the teacher's ODE from each, --microbatch trajectories at a time.
     -> states (N+1,P,C,H,W), times (N+1,), y (P,), in the student's time"""
     x, y = solve.noise_and_labels(teacher_header, P, device)
-    states, times = solve.solve_teacher(teacher, teacher_header, x, y, args.nfe, args.solver)
-    return *to_student_time(states, times.to(device), teacher_header, args.branch), y
+    n = args.microbatch or P
+    solved = [solve.solve_teacher(teacher, teacher_header, *part, args.nfe, args.solver)
+              for part in zip(x.split(n), y.split(n))]
+    states, times = torch.cat([states for states, _ in solved], dim=1), solved[0][1].to(device)
+    return *to_student_time(states, times, teacher_header, args.branch), y
 
 
 def adopt_trajectory_file(args):
@@ -273,15 +278,17 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     yield them batch by batch, solve the next pool.
 
     The paper solves 8 trajectories in every step: their 8 * 16 pairs are its batch of 128. That starves a
-    GPU and fills a batch with strongly correlated states. Here each rank solves at least 128 trajectories of
-    N steps at once. It takes N pairs of each (mf: at random from all N (N+1) / 2), so a pair costs one step
-    of the solver, as in the paper. (--pairing kd and slow take one pair of each.) A pool is a function of
-    (seed, rank, its index), and a resumed run solves its pool again. All pools have one size, so a compiled
-    teacher is compiled once."""
+    GPU and fills a batch with strongly correlated states. Here the pool of a rank has at least 128
+    trajectories of N steps, and N pairs of each (mf: at random from all N (N+1) / 2), so a pair costs one
+    step of the solver, as in the paper. (--pairing kd and slow take one pair of each.) A pool is a function
+    of (seed, rank, its index), and a resumed run solves its pool again. All pools have one size, so a
+    compiled teacher is compiled once."""
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
     steps_per_pool = P * pairs_per_trajectory // local_batch
+    model.say(f"pairs per trajectory {pairs_per_trajectory}, so the whole run takes about "
+              f"{args.steps * args.batch // pairs_per_trajectory:,} trajectories")
     while True:
         pool_index, batches_used = divmod(step, steps_per_pool)
         model.reseed(args.seed, rank, "pool", pool_index)
@@ -315,7 +322,7 @@ def main():
     net, header = model.initial_model(args, model.KIND[teacher_stages[0]], dataset, device, **args.network)
     model.check_scale(args.init, header, args.teacher, teacher_header)
     distance = load_distance(args, header, device)
-    time_range = {k: teacher_header[k] for k in ("t_min", "t_max")}        # of the trajectories
+    time_range = {k: teacher_header[k] for k in ("t_min", "t_max")}        # of the teacher
     if branch == "mf" and teacher_header["kind"] == "Denoiser":
         time_range = {k: t / (1 + t) for k, t in time_range.items()}       # flow time
     header |= time_range
@@ -335,7 +342,7 @@ def main():
     if step == 0: model.normalise_weights(net)             # changes EDM2 networks only (2312.02696, eq. 66)
     log, stop, save_timer = model.Log(args, "pairs", world, step), model.Stop(world), model.SaveTimer(args)
     N = len(solve.solver_times(teacher_header, args.nfe, args.solver)) - 1         # steps of a trajectory
-    if N == 1: model.say("warning: the ODE of the teacher is solved in a single step. Give more --nfe.")
+    if N == 1: model.say("warning: the ODE of the teacher is solved in a single step. Use more NFE.")
     batches = (batches_from_file(teacher_header, args, step, rank, local_batch, device) if args.trajectories
                else batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_batch, device))
     while True:
@@ -353,7 +360,7 @@ def main():
                 losses = cmt_loss(wrapped_net, x_t, t, x_r, y, distance)                   # (microbatch,)
             else:
                 losses = cmt_meanflow_loss(wrapped_net, x_t, t, x_r, r, y)
-            loss = losses.sum() / local_batch
+            loss = losses.sum() / local_batch              # a microbatch's share of the mean
             loss.backward()
             mean_loss += loss.detach()
 

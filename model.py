@@ -15,7 +15,7 @@ eps ~ N(0, I). Labels y (B,) int64 in 0..K-1; y = K is the null label; None mean
 Sections: 1 networks, 2 parameterisation, 3 datasets, 4 checkpoints, 5 images, 6 running a stage.
 model.py imports nothing of this project.
 """
-import argparse, contextlib, functools, gc, hashlib, inspect, json, math, os
+import argparse, contextlib, functools, gc, hashlib, json, math, os
 import re, shlex, shutil, signal, struct, sys, time, traceback, uuid, warnings, zipfile, zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -45,11 +45,13 @@ class Diverged(UserError):
 
 
 # === 1. networks ============================================================================================
-# Every network is called as net(x, t, y, gap) -> (B,C,H,W). x (B,C,H,W) has the backbone's dtype; y (B,) or
-# None. t (B,) is noise_scale ln(t) / 4 from `Denoiser`, time_scale t from `MeanVelocity`. gap (B,), from
-# `MeanVelocity` only, is time_scale (t - r); networks built without `interval` ignore it. Both are fp32 or
-# float64. Each layer casts its weights to the dtype of its input: bf16, fp32, or float64 in exact tests.
-# Autocast is not used.
+# Every network is called as net(x, t, y, gap) -> (B,C,H,W).
+#   x    (B,C,H,W), in the backbone's dtype
+#   t    (B,) fp32 or float64, scaled: noise_scale ln(t)/4 from `Denoiser`, time_scale t from `MeanVelocity`
+#   y    (B,) or None
+#   gap  (B,) like t, time_scale (t - r), from `MeanVelocity` only. Networks without `interval` ignore it
+# Each layer casts its weights to the dtype of its input: bf16, fp32, or float64 in exact tests. Autocast is
+# not used.
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -78,41 +80,34 @@ def initialised(layer, gain=1.0):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding of a time, then two layers, named as in SiT. t (B,) -> (B, dim) in t's dtype."""
-    def __init__(self, dim, frequencies=128):
+    """Sinusoidal embedding of a time, then two layers, named as in SiT. t (B,) -> (B, dim) in t's dtype.
+    starts_at_zero: for the embedding of t - r, which turns v(z, t) into u(z, r, t); at first u = v."""
+    def __init__(self, dim, starts_at_zero=False):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(Linear(2 * frequencies, dim), nn.SiLU(), Linear(dim, dim))
+        self.mlp = nn.Sequential(Linear(256, dim), nn.SiLU(), Linear(dim, dim))
         for layer in self.mlp[::2]:
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+        if starts_at_zero: nn.init.zeros_(self.mlp[2].weight)
 
     def forward(self, t):
-        i = torch.arange(self.frequencies, device=t.device, dtype=t.dtype)
-        angles = t[:, None] * 1e-4 ** (i / self.frequencies)                 # (B, frequencies)
+        angles = t[:, None] * 1e-4 ** (torch.arange(128, device=t.device, dtype=t.dtype) / 128)  # (B, 128)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
-
-
-def interval_embedding(dim):
-    """The embedding of t - r that turns v(z, t) into u(z, r, t). It starts at zero, so u = v at first."""
-    embedding = TimeEmbedding(dim)
-    nn.init.zeros_(embedding.mlp[2].weight)
-    return embedding
 
 
 def resize(x, resample):
     """Halve ("down"), double ("up") or keep (None) the resolution. x (B,C,H,W)"""
     if resample == "down": return F.avg_pool2d(x, 2)
     if resample == "up":
-        # Nearest neighbour. F.interpolate computes wrong gradients when torch 2.13 compiles it for a CPU, and
-        # its backward pass on CUDA uses atomic additions.
+        # Nearest neighbour. F.interpolate, compiled by torch 2.13, has wrong gradients on a CPU, and on CUDA
+        # gradients that vary, from atomic additions.
         return repeat(x, "b c h w -> b c (h 2) (w 2)")
     return x
 
 
-def attention(qkv, heads, norm=lambda x: x):
-    """Self-attention over pixels. qkv (B,3C,H,W), its channels ordered head, channel, q k v; norm is applied
-    to q, k and v -> (B,C,H,W)"""
+def self_attention(qkv, heads, norm=lambda x: x):
+    """Attention between all pixels. qkv (B,3C,H,W), its channels ordered head, channel, q k v; norm is
+    applied to q, k and v -> (B,C,H,W)"""
     H, W = qkv.shape[2:]
     qkv = rearrange(qkv, "b (n c three) h w -> three b n (h w) c", n=heads, three=3)
     q, k, v = norm(qkv.contiguous())                       # fused kernels need contiguous channels
@@ -143,7 +138,7 @@ class Block(nn.Module):
         h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
         x = ((self.skip(resize(x, self.resample)) if self.skip else x) + h) * 0.5 ** 0.5
         if self.attention:
-            x = (x + self.proj(attention(self.qkv(self.norm2(x)), heads=1))) * 0.5 ** 0.5
+            x = (x + self.proj(self_attention(self.qkv(self.norm2(x)), heads=1))) * 0.5 ** 0.5
         return x
 
 
@@ -206,7 +201,7 @@ class DDPMpp(nn.Module):
             self.map_label = initialised(Linear(label_dim, model_channels))
         self.map_layer0 = initialised(Linear(model_channels, emb_dim))
         self.map_layer1 = initialised(Linear(emb_dim, emb_dim))
-        self.r_embedder = interval_embedding(emb_dim) if interval else None
+        self.r_embedder = TimeEmbedding(emb_dim, starts_at_zero=True) if interval else None
         block = functools.partial(Block, emb_dim=emb_dim, dropout=dropout)
         conv_in = initialised(Conv(img_channels, model_channels, 3, padding=1))
         widths = [model_channels * m for m in channel_mult]
@@ -317,7 +312,7 @@ class MPBlock(nn.Module):
         if not self.encoder and self.conv_skip: x = self.conv_skip(x)
         x = mp_sum(x, h, self.res_balance)
         if self.attention:
-            a = attention(self.attn_qkv(x), self.heads, lambda qkv: normalise(qkv, -1))
+            a = self_attention(self.attn_qkv(x), self.heads, lambda qkv: normalise(qkv, -1))
             x = mp_sum(x, self.attn_proj(a), self.attn_balance)
         return x.clamp(-self.clip, self.clip) if self.clip else x
 
@@ -339,7 +334,7 @@ class EDM2UNet(nn.Module):
         self.emb_fourier = MPFourier(noise_dim)
         self.emb_noise = MPConv(noise_dim, emb_dim)
         self.emb_label = MPConv(label_dim, emb_dim) if label_dim else None
-        self.r_embedder = interval_embedding(emb_dim) if interval else None
+        self.r_embedder = TimeEmbedding(emb_dim, starts_at_zero=True) if interval else None
         block = functools.partial(MPBlock, emb_dim=emb_dim, **block)
         conv_in = MPConv(img_channels + 1, widths[0], 3)                         # + 1: a channel of ones
         self.enc, self.dec = unet(conv_in, widths[0], img_resolution, widths, num_blocks, attn_resolutions,
@@ -407,7 +402,7 @@ class SiT(nn.Module):
         self.x_embedder = nn.ModuleDict({
             "proj": initialised(Conv(img_channels, dim, patch_size, stride=patch_size))})
         self.t_embedder = TimeEmbedding(dim)
-        self.r_embedder = interval_embedding(dim) if interval else None
+        self.r_embedder = TimeEmbedding(dim, starts_at_zero=True) if interval else None
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(label_dim + 1, dim)})
         nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         self.register_buffer("pos_embed", positions(side, dim)[None])        # (1, T, D)
@@ -441,7 +436,7 @@ class Denoiser(nn.Module):
     c_noise = noise_scale ln(t)/4; EDM's is noise_scale = 1.
 
     x (B,C,H,W), t (B,), y (B,) int64 or None -> (B,C,H,W). fp32 in, fp32 out; only the backbone F runs in
-    `backbone_dtype`. bf16 would merge the values ln(t)/4 of times that differ by up to 1.5 %, and at small t
+    `backbone_dtype`. bf16 would merge the values ln(t)/4 of times that differ by up to 3 %, and at small t
     the sum would lose c_out F. A float64 input stays float64 throughout.
     """
     def __init__(self, net, sigma_data=0.5, noise_scale=1.0):
@@ -482,13 +477,14 @@ class MeanVelocity(nn.Module):
 
 
 # === 3. datasets ============================================================================================
-# network: the architecture that a stage builds without an --init file, with the dropout of pre-training. It
-# is the paper's; digits' is ours, and for imagenet64 the paper's size is unknown. public: a checkpoint for
-# tools/import_checkpoint.py. label_dropout: probability of the null label. noise_scale: multiplies ln(t)/4; 4
-# is ours, for small networks (digits: a little better than 1, one seed). time_scale: multiplies flow time; 1
-# is SiT's, 16 is ours, for U-Nets (digits: better than 4). latents: networks see (z - mean) * scale, per
-# channel, where z is the autoencoder's output. pixel_range: the pixels that the autoencoder encodes. EDM2
-# uses [0, 1], SiT and MeanFlow [-1, 1].
+# network        is built without an --init file, with the dropout of pre-training. It is the paper's, except
+#                for digits (ours) and imagenet64 (EDM2-S; the paper gives no size)
+# public         a checkpoint for tools/import_checkpoint.py
+# label_dropout  probability of the null label
+# noise_scale    multiplies ln(t)/4. EDM's is 1; 4 is ours, for small networks (digits: a little better)
+# time_scale     multiplies flow time. SiT's is 1; 16 is ours, for U-Nets (digits: better than 4)
+# latents        networks see (z - mean) * scale, per channel; z is the autoencoder's output. pixel_range: of
+#                the pixels that the autoencoder encodes. EDM2 uses [0, 1], SiT and MeanFlow [-1, 1]
 
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENTS = {
@@ -556,7 +552,7 @@ def find_data(data, flag="--data"):
 
 
 def prepare_command(name, source="SOURCE"):
-    name = re.sub(r"[^\w.-]+", "-", name)                  # prepare_data.py takes no spaces
+    name = re.sub(r"[^\w.-]+", "-", name.removesuffix(".tar"))         # prepare_data.py takes no spaces
     vae = " --vae PATH" if "latents" in DATASETS.get(name, {}) else ""
     return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}{vae}"
 
@@ -771,11 +767,10 @@ def load(path, device="cpu", **network):
         with torch.device("meta"): model = build(header)
         model.load_state_dict({k: v.float() for k, v in tensors.items()}, assign=True)
     except Exception as e:
-        raise UserError(f"{path}: its weights do not fit its header ({str(e).splitlines()[0]}); "
-                        "it is damaged or was written by another program.")
+        raise UserError(f"{path}: its weights do not fit its network ({str(e).partition(chr(10))[0]}); it is "
+                        "damaged, was written by another program, or its network lacks what a flag sets.")
     if header.get("step", 0) < header.get("steps", 0):
-        say(f"warning: {path} stopped at step {header['step']:,} of {header['steps']:,}; "
-            "the command that made it continues it.")
+        say(f"warning: {path} is from step {header['step']:,} of {header['steps']:,}, not from the last one.")
     return model.to(device).eval(), header
 
 
@@ -867,12 +862,8 @@ def epoch_order(n, seed, epoch):
 def batch_indices(n, seed, start, count):
     """Indices start..start+count-1 of the endless stream "permutation of epoch 0, of epoch 1, ..."
     -> (count,) int64. A function of its arguments alone, so a resumed run sees the same images."""
-    parts = []
-    while count > 0:
-        epoch, first = divmod(start, n)
-        parts.append(epoch_order(n, seed, epoch)[first:first + count])
-        start, count = start + len(parts[-1]), count - len(parts[-1])
-    return torch.cat(parts)
+    epochs = range(start // n, (start + count - 1) // n + 1)
+    return torch.cat([epoch_order(n, seed, k)[max(start - k * n, 0):start - k * n + count] for k in epochs])
 
 
 def read_batches(data, args, step, rank, batch, device):
@@ -933,7 +924,8 @@ fraction_or_1 = number(float, 0, math.nextafter(1, 2), "a number in [0, 1]")
 
 
 def lr_decay(text):
-    return text if text in ("constant", "linear") else positive_int(text)
+    if text in ("constant", "linear"): return text
+    return number(int, 1, math.inf, "constant, linear or a positive integer")(text)
 
 
 def existing_parent(path):
@@ -1023,7 +1015,8 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
         add("--dropout", type=fraction, action=SetNetwork, metavar="P",
             help="of the network (default: RECIPES, else --init, else model.DATASETS)")
     add("--microbatch", type=positive_int, metavar="N",
-        help="samples per forward and backward pass of a GPU, to save memory (default: all of its batch)")
+        help="samples per forward and backward pass of a GPU, and trajectories that it solves at a time, to "
+             "save memory (default: all)")
     add("--seed", type=not_negative_int, default=0, help="random seed")
     add("--save-every", type=positive_int, metavar="STEPS",
         help="steps between saves (default: a save every 10 minutes)")
@@ -1032,7 +1025,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # its run is too short
+        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # too short a run
     add("--preview", action=argparse.BooleanOptionalAction, default=True, help="draw samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
         add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of the preview")
@@ -1113,11 +1106,9 @@ def say(text):
 def parallel(net, world):
     """DDP around `net` if there are several processes: it averages gradients over the global batch."""
     if world == 1: return net
-    ddp = nn.parallel.DistributedDataParallel
-    # Our buffers are constants: no exchange in forward. torch 2.13 renames the argument that says so.
-    renamed = "forward_sync_buffers" in inspect.signature(ddp).parameters
-    no_exchange = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
-    return ddp(net, gradient_as_bucket_view=True, **no_exchange)
+    ddp = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False                          # our buffers are constants: no exchange in forward
+    return ddp
 
 
 def compiled(function, wanted):
@@ -1246,13 +1237,13 @@ def check_scale(path, header, other_path, other_header):
                         "agree.")
 
 
-# Settings that a continued run need not share: they do not change the result, or their content is compared
-# instead (sha256, identity, network).
+# Settings that are not compared with those of a continued run: they do not change the result, or what they
+# name is compared instead (files by sha256, data by identity, the network by its arguments).
 NOT_COMPARED = {"kind", "stage", "command_for", "name", "out", "save_every", "keep", "log_every", "data",
                 "npz", "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "recipe", "preview",
                 "vae", "network", "teacher_network", "teacher_command"}
 # Settings that a continued run may change, although the result is then not bit-identical.
-HARDWARE = {"microbatch", "world", "precision", "compile", "device"}
+MAY_CHANGE = {"microbatch", "world", "precision", "compile", "device", "torch"}
 
 
 def run_metadata(args, stage, unit, world, data_identity=None, **files):
@@ -1260,7 +1251,8 @@ def run_metadata(args, stage, unit, world, data_identity=None, **files):
     these are the files that it reads, by sha256, and the data, by identity (midtrain.py passes its
     teacher's). unit: what the batch counts, "images" or "pairs"."""
     settings = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED}
-    settings |= {"world": world, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    settings |= {"world": world, "device": "cuda" if torch.cuda.is_available() else "cpu",
+                 "torch": torch.__version__}
     settings |= {f"sha256 of {k}": sha256(v) if v and v != "none" else None for k, v in files.items()}
     for flag, file in files.items():
         if file and os.path.realpath(file) == os.path.realpath(args.out):
@@ -1268,7 +1260,7 @@ def run_metadata(args, stage, unit, world, data_identity=None, **files):
     settings["data_identity"] = data_identity
     return {"stage": stage, "data": args.name, "data_path": args.npz, "data_identity": data_identity,
             "steps": args.steps, "unit": unit, "settings": json.loads(json.dumps(settings)), "argv": sys.argv,
-            "torch": torch.__version__, "python": sys.version.split()[0],
+            "python": sys.version.split()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
@@ -1340,29 +1332,33 @@ def start_run(out, net, header):
     check_replaceable(out, header["stage"], header["data"])
     parameters = sum(p.numel() for p in net.parameters())
     folder = existing_parent(out)
-    needed, free = 20 * parameters, shutil.disk_usage(folder).free       # weights, two moments, twice the EMA
+    # weights, two moments and twice the EMA, and while a save replaces the first four, these again
+    needed, free = 36 * parameters, shutil.disk_usage(folder).free
     if 0 < free < needed:                                  # some network disks say 0
         raise UserError(f"{out} and its resume file need {needed / 1e6:,.0f} MB, and {folder} has "
                         f"{free / 1e6:,.0f} MB free; make room, or choose another --out.")
-    say(f"starting {out}: {header['network']['class']}, {parameters:,} parameters")
     settings = header["settings"]
+    say(f"starting {out}: {header['network']['class']}, {parameters:,} parameters, on {settings['world']} x "
+        f"{header['device']}, {settings['precision']}, torch {settings['torch']}")
     if settings["warmup"] > settings["steps"] * settings["batch"]:
         say(f"warning: the learning rate warms up over {settings['warmup']:,} {header['unit']}, and the run "
             "ends before. Give more --steps, or a smaller --warmup.")
 
 
-def hold(out, new=False):
+def lock_log(out, new=False):
     """Lock the log NAME.jsonl, on rank 0, so that no second run writes to `out`; `run` unlocks it. Raises
-    UserError if another run holds it. new: empty the log."""
-    hold.log = None                                        # closes that of an earlier run of this process
-    if fcntl is None or not is_rank_0(): return
-    with contextlib.suppress(OSError):                     # not every file system has locks
+    UserError if another run has locked it. new: also empty the log."""
+    lock_log.file = None                                   # closes that of an earlier run of this process
+    if not is_rank_0(): return
+    with contextlib.suppress(OSError):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        hold.log = open(beside(out, ".jsonl"), "a")
-        try: fcntl.flock(hold.log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_log.file = open(beside(out, ".jsonl"), "a")
+        try:
+            if fcntl: fcntl.flock(lock_log.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run writes to {out}; wait for it, end it, or choose another --out.")
-        if new: hold.log.truncate(0)
+        except OSError: pass                               # not every file system has locks
+        if new: lock_log.file.truncate(0)
 
 
 def check_settings(path, old, header):
@@ -1373,7 +1369,7 @@ def check_settings(path, old, header):
     # Shared keys only: a file from before a flag was added lacks the flag.
     different = {k for k in was.keys() & now.keys() - may_differ if was[k] != now[k]}
     if changed := [f"the {k[10:]} file is another" if k.startswith("sha256 of ") else
-                   f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - HARDWARE)]:
+                   f"{k} was {was[k]}, is {now[k]}" for k in sorted(different - MAY_CHANGE)]:
         raise UserError(f"{path} belongs to a run with other settings ({'; '.join(changed)}); give the old "
                         "settings to continue it, another --out to keep both, or delete it to start over.")
     if now["steps"] < old["step"]:
@@ -1402,12 +1398,13 @@ def resume_run(out, net, ema, opt, header):
     check_ranks(path, header)
     if not os.path.exists(path):
         start_run(out, net, header)
-        hold(out, new=True)
+        lock_log(out, new=True)
         return 0
-    hold(out)                                              # first: another run may be about to end
+    lock_log(out)                          # before reading: another run may be writing its last save
     try: state, old = read(path)
-    except UserError:
-        raise UserError(f"{path} is damaged; delete it to start over. {out} keeps the model saved last.")
+    except UserError as e:
+        raise UserError(f"{e} If that is not possible, delete it to start over; {out} keeps the model saved "
+                        "last.")
     if old.get("stage") != header["stage"]:
         raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
                         "choose another --out.")
@@ -1415,9 +1412,9 @@ def resume_run(out, net, ema, opt, header):
     current = old
     if is_rank_0():
         try: current = read(out)[1]
-        except UserError: current = {}                       # killed before the second save, or damaged since
+        except UserError: current = {}     # killed between the two files of the first save, or damaged since
         def run_of(h): return h.get("stage"), h.get("network"), {
-            k: v for k, v in h.get("settings", {}).items() if k not in HARDWARE | {"steps"}}
+            k: v for k, v in h.get("settings", {}).items() if k not in MAY_CHANGE | {"steps"}}
         if current and (run_of(current) != run_of(old) or current["step"] > old["step"]):
             raise UserError(f"{out} is not of the run whose state is in {path}; move one of the two away, or "
                             "choose another --out.")
@@ -1471,9 +1468,9 @@ def peak_memory():
 class Log:
     """Rank 0 prints a line every --log-every steps, at the first steps and at the last, and writes it as JSON
     to NAME.jsonl beside the checkpoint: the loss and its parts, as means over all ranks since the last line;
-    the step's gradient norm and learning rate; speed, time left, peak memory. A resumed run appends, so of
-    two lines with one step the last counts. Warns if the loss has grown a hundredfold. Raises Diverged after
-    10 skipped steps in a row, and at the end if all were skipped."""
+    the step's gradient norm and learning rate; speed, time left, peak memory. A resumed run repeats the steps
+    after the last save, so of several lines for a step the last one is valid. Warns if the loss has grown a
+    hundredfold. Raises Diverged after 10 skipped steps in a row, and at the end if all were skipped."""
     def __init__(self, args, unit, world, step):
         self.args, self.unit, self.world = args, unit, world
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
@@ -1487,7 +1484,7 @@ class Log:
             self.in_a_row = 0
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row == 10 or step == self.args.steps and self.in_a_row == step - self.start:
+        if self.in_a_row == 10 or step == self.args.steps == self.in_a_row:
             saved = "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
             raise Diverged(f"the gradient was not finite for {self.in_a_row} steps in a row, up to step "
                            f"{step}; {saved}. Try a smaller --lr or --precision fp32, with another --out.")
@@ -1528,7 +1525,7 @@ def run(main):
     name, Stop.ended_by = Path(sys.argv[0]).name, 0
     try:
         try: main()
-        finally: hold.log = None                           # frees --out for another run
+        finally: lock_log.file = None                      # frees --out for another run
         if dist.is_initialized():
             dist.barrier()                                 # rank 0 may still be writing the last save
             # DDP's reference cycles hold the group's threads; gloo aborts if they outlive the interpreter.

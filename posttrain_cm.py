@@ -230,7 +230,7 @@ def main():
                 losses = ect_loss(wrapped_net, x0, eps, t, r, y, weight, args.c)
             else:
                 losses = ecd_loss(wrapped_net, x0, eps, t, r, y, weight, args.c, teacher, args.solver)
-            loss = losses.sum() / local_batch
+            loss = losses.sum() / local_batch              # a microbatch's share of the mean
             loss.backward()
             mean_loss += loss.detach()
 

@@ -24,8 +24,9 @@ and from scratch, with the compute of pre-, mid- and post-training.
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
-On a GPU the backbone runs in bf16, which is precise enough for the JVP (`make precision` checked it, on a
-CPU). With --derivative difference it runs in fp32.
+On a GPU the backbone runs in bf16, which was precise enough for the JVP of two small U-Nets without guidance
+(`make precision`). With --derivative difference it runs in fp32. If imagenet256 diverges, begin without
+guidance (--omega 1 --kappa 0), or use --precision fp32.
 """
 import copy, math, shlex
 
@@ -189,6 +190,7 @@ def main():
     teacher, files = None, dict(init=args.init)
     if args.velocity == "teacher":
         teacher, _ = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
+        teacher.backbone_dtype = model.DTYPES[args.precision]
         teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
     header |= model.run_metadata(args, "posttrain_mf", "images", world, data.identity, **files)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -235,7 +237,7 @@ def main():
             dudt = derivative(net, *samples_below)
             loss_below = meanflow_loss(wrapped_net, *samples_below, dudt, args.p, args.c)
             loss_equal = meanflow_loss(wrapped_net, *samples_equal, 0, args.p, args.c)
-            loss = torch.cat([loss_below, loss_equal]).sum() / local_batch
+            loss = torch.cat([loss_below, loss_equal]).sum() / local_batch # a microbatch's share
             loss.backward()
             mean_loss += loss.detach()
             parts["loss r<t"] += loss_below.detach().sum() / (local_batch * args.r_neq_t)

@@ -135,7 +135,7 @@ def main():
                 losses = edm_loss(wrapped_net, x0, eps, t, y, header["sigma_data"])        # (microbatch,)
             else:
                 losses = flow_loss(wrapped_net, x0, eps, t, y)
-            loss = losses.sum() / local_batch
+            loss = losses.sum() / local_batch              # a microbatch's share of the mean
             loss.backward()
             mean_loss += loss.detach()
 

@@ -40,7 +40,7 @@ def consistency_sampler(f, eps, times, y):
     -> (B,C,H,W)"""
     x = torch.zeros_like(eps[0])
     for t, noise in zip(times, eps, strict=True):
-        x = f(x + t * noise, torch.full((len(x),), t, dtype=x.dtype, device=x.device), y)
+        x = f(x + t * noise, x.new_full((len(x),), t), y)
     return x
 
 

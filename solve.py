@@ -24,8 +24,8 @@ import model
 # A solver takes a function f(x, t) with t (B,) (flow_map: u(z, r, t)), a start x (B, ...) at times[0], and
 # N+1 times. It returns
 #     states (N+1, B, ...), states[0] = x,      times (N+1,) float64.
-# x and the states are fp32 or float64. Pass times.to(x) to losses. Coefficients are computed in float64 and
-# rounded once, when they multiply x. Call solvers under torch.no_grad(), because they keep the graph.
+# x and the states are fp32 or float64. Losses take times.to(x). Coefficients are computed in float64 and
+# rounded once, when they multiply x. Outside torch.no_grad() a solver keeps the graph of all its steps.
 #   EDM time    x_t = x_0 + t eps               dx/dt = (x - D(x, t)) / t
 #   flow time   z_t = (1 - t) x_0 + t eps       dz/dt = v(z, t)
 
@@ -61,7 +61,7 @@ def dpm_solver_pp(denoise, x, times, order=3):
     phi1_all, h, t = torch.expm1(-h).tolist(), h.tolist(), t.tolist()
     N, states, outputs = len(h), [x], []                    # outputs of denoise, newest first
     for i in range(N):
-        outputs = [denoise(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device)), *outputs[:2]]
+        outputs = [denoise(x, x.new_full((len(x),), t[i])), *outputs[:2]]
         k = min(order, i + 1, N - i)
         phi1 = phi1_all[i]
         x = t[i + 1] / t[i] * x - phi1 * outputs[0]         # order 1: (s/t) x + (1 - s/t) D_i,  s = t_{i+1}
@@ -83,7 +83,7 @@ def euler(velocity, x, times):
     """x_s = x_t + (s - t) dx/dt. N calls of velocity(x, t). -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
-        x = x + (t[i + 1] - t[i]) * velocity(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device))
+        x = x + (t[i + 1] - t[i]) * velocity(x, x.new_full((len(x),), t[i]))
         states.append(x)
     return torch.stack(states), times.double()
 
@@ -94,10 +94,10 @@ def heun(velocity, x, times):
     -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [x]
     for i in range(len(t) - 1):
-        v = velocity(x, torch.full((len(x),), t[i], dtype=x.dtype, device=x.device))
+        v = velocity(x, x.new_full((len(x),), t[i]))
         x_s = x + (t[i + 1] - t[i]) * v
         if t[i + 1] != 0:
-            v_s = velocity(x_s, torch.full((len(x),), t[i + 1], dtype=x.dtype, device=x.device))
+            v_s = velocity(x_s, x.new_full((len(x),), t[i + 1]))
             x_s = x + (t[i + 1] - t[i]) * (v + v_s) / 2
         x = x_s
         states.append(x)
@@ -109,7 +109,7 @@ def flow_map(u, z, times):
     u(z, r, t), r and t (B,). -> states (N+1, B, ...), times (N+1,) float64"""
     t, states = times.double().tolist(), [z]
     for i in range(len(t) - 1):
-        t_, r_ = (torch.full((len(z),), s, dtype=z.dtype, device=z.device) for s in t[i:i + 2])
+        t_, r_ = (z.new_full((len(z),), s) for s in t[i:i + 2])
         z = z - (t[i] - t[i + 1]) * u(z, r_, t_)
         states.append(z)
     return torch.stack(states), times.double()
@@ -135,8 +135,8 @@ def without_label(teacher, null):
     """teacher: a function of (x, t, y) or (z, r, t, y), null: its null label -> a function of the same
     arguments that ignores y"""
     def unlabelled(*inputs):
-        x, *_, y = inputs
-        return teacher(*inputs[:-1], torch.full((len(x),), null, dtype=torch.int64, device=x.device))
+        x = inputs[0]
+        return teacher(*inputs[:-1], x.new_full((len(x),), null, dtype=torch.int64))
     return unlabelled
 
 
@@ -182,7 +182,7 @@ def solver_times(header, nfe, solver):
     flow-matching teachers, an even nfe takes only nfe - 1 evaluations."""
     ends, grid = (header["t_max"], header["t_min"]), grid_of(header, solver)
     if solver == "heun" and header["t_min"] > 0 and nfe % 2:
-        above_0 = grid(nfe // 2, *ends) if nfe > 1 else torch.tensor([header["t_max"]]).double()
+        above_0 = grid(max(nfe // 2, 1), *ends)[:nfe // 2 + 1]             # with 1 NFE only t_max
         return torch.cat([above_0, torch.zeros(1).double()])
     return grid(math.ceil(nfe / CALLS_PER_STEP.get(solver, 1)), *ends)
 
@@ -193,8 +193,7 @@ def count_calls(times, solver):
 
 
 def noise_and_labels(header, n, device):
-    """The starts of n trajectories: noise (n,C,H,W) at t_max, and labels (n,). As in pre-training, some are
-    the null label."""
+    """The starts of n trajectories: noise (n,C,H,W) at t_max, and labels (n,), dropped as in pre-training."""
     x = header["t_max"] * torch.randn(n, *model.image_shape(header), device=device)
     y = torch.randint(max(1, header["network"]["label_dim"]), (n,), device=device)
     return x, model.drop_labels(y, header)
@@ -235,8 +234,10 @@ def import_command(url, name, out=None):
     return command + (f" --out {shlex.quote(out)}" if out else "")
 
 
-def teacher_command(recipe, name):
-    """The command that makes the diffusion model: download and import a public one, or pre-train."""
+def teacher_command(recipe, name, flow=False):
+    """The command that makes a diffusion model: download and import a public one, or pre-train. flow: that
+    pre-trains a flow-matching model"""
+    if flow: return f"python pretrain.py --data {shlex.quote(name)} --objective flow"
     if url := model.DATASETS.get(recipe, {}).get("public"): return import_command(url, name)
     return f"python pretrain.py --data {shlex.quote(name)}"
 
@@ -294,8 +295,7 @@ def error_table(teacher, header, x, y):
     print(f"RMS error of the endpoint for each budget of NFE, {len(x)} trajectories, pixels in [-1, 1]")
     print("  solver  grid       " + "".join(f"{n:>11} NFE" for n in budgets) + "   order")
     for solver in solvers_of(header):
-        errors = [endpoint(n, solver) - reference for n in budgets]
-        errors = [e.square().mean().sqrt().item() for e in errors]
+        errors = [(endpoint(n, solver) - reference).square().mean().sqrt().item() for n in budgets]
         grid = grid_of(header, solver).__name__.removesuffix("_times")
         order = math.log2(errors[-2] / errors[-1]) if errors[-1] and solver != "jump" else math.nan
         print(f"  {solver:<8}{grid:<11}" + "".join(f"{e:>15.6f}" for e in errors) + f"{order:>8.2f}")
@@ -323,7 +323,8 @@ def main():
 
     model.check_replaceable(args.out, "solve", name)
     device = model.setup(one_process=True)[2]
-    args.npz, args.command_for = path, {args.teacher: teacher_command(recipe, args.data)}
+    is_flow = Path(args.teacher).name == "pretrain_flow.safetensors"
+    args.npz, args.command_for = path, {args.teacher: teacher_command(recipe, args.data, is_flow)}
     teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)

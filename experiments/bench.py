@@ -151,7 +151,7 @@ def mid_training(name, batch, device, turns, compile=False, precision="fp32"):
     one."""
     dataset, teacher, _ = networks(name, device)
     header = model.fresh_header(dataset)
-    args = SimpleNamespace(nfe=16, solver="dpm3", branch="cm")
+    args = SimpleNamespace(nfe=16, solver="dpm3", branch="cm", microbatch=None)
     size = midtrain.pool_size(batch, 16)
     count = size * 16 // batch                                                     # batches of a pool
     table = [k.to(device) for k in midtrain.pair_table(16, "cm")]

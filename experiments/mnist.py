@@ -460,6 +460,7 @@ def report():
                     print(f"| {name}{seeds} | {units} | {setting} | " + " | ".join(cells) + " |")
     print_pairs(found)
     print_chosen(found)
+    print_finalists(found)
     print("\n| method | units | trials | best trial | its settings |\n|---|---|---|---|---|")
     for method in (variant.format(method) for method in METHODS for variant in VARIANTS):
         for units in sorted({budget * part for budget in BUDGETS for part in TRIAL_PARTS}):
@@ -539,6 +540,34 @@ def print_chosen(found):
         chosen = [found.get(CHOSEN_KEY.format(method, units)) for units in BUDGETS]
         cells = [f"lr {c[0]:g}, {setting} {c[1]:g}" if c else "" for c in chosen]
         print(f"| {method} | {trials} | {' | '.join(cells)} |")
+
+
+def print_finalists(found):
+    """The results of change 8: of each setting, of the mean over the settings of a method, and of the setting
+    that is best on the other seed. A cell has the mean of the two seeds, and the two."""
+    columns = list(itertools.product("12", ("FD", "FD-pixels")))
+    def cells(runs):                                       # {seed: [results of settings]} -> text of a row
+        of_seed = [[statistics.mean(run[k][m] for run in runs[seed]) for seed in FINAL_SEEDS]
+                   for k, m in columns]
+        texts = [[f"{value:.{MEASURES[m]}f}" for value in (statistics.mean(pair), *pair)]
+                 for (_, m), pair in zip(columns, of_seed)]
+        return " | ".join("{} ({}, {})".format(*text) for text in texts)
+    print("\n| four settings, two seeds, one unit | settings | "
+          + " | ".join(f"{m}, {k} NFE" for k, m in columns) + " |\n" + "|---" * 6 + "|")
+    for method in FINALISTS:
+        runs = {seed: {} for seed in FINAL_SEEDS}          # seed: {setting: result}
+        for seed, (rate, value) in itertools.product(FINAL_SEEDS, best_settings(found, method, 1)):
+            key = FINAL_KEY.format(method, rate, METHODS[method][2], value, seed)
+            if key not in found: return
+            runs[seed][f"lr {rate:g}, {METHODS[method][2]} {value:g}"] = found[key]
+        for setting in runs[FINAL_SEEDS[0]]:
+            print(f"| {method} | {setting} | {cells({seed: [runs[seed][setting]] for seed in runs})} |")
+        print(f"| {method} | mean of the four | {cells({seed: [*runs[seed].values()] for seed in runs})} |")
+        def best_of(results): return min(results, key=lambda name: results[name]["1"]["FD"]
+                                         * results[name]["2"]["FD"])
+        chosen = {a: best_of(runs[b]) for a, b in zip(FINAL_SEEDS, reversed(FINAL_SEEDS))}
+        print(f"| {method} | best on the other seed | "
+              f"{cells({seed: [runs[seed][chosen[seed]]] for seed in runs})} |")
 
 
 def draw(found):

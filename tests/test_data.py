@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import model
+import model, solve
 from conftest import ROOT, latents_npz, refused, relerr, write_npz
 
 RNG = np.random.default_rng(0)
@@ -236,6 +236,15 @@ def test_custom_data_on_a_small_machine(run, tmp_path, monkeypatch):
     assert (network["model_channels"], network["num_blocks"]) == (16, 3)
 
 
+def test_a_resumed_run_ends_as_an_uninterrupted_one_if_its_last_step_is_skipped(tmp_path):
+    args = SimpleNamespace(out=str(tmp_path / "a"), steps=8, batch=8, log_every=50, compile=False)
+    nan = torch.tensor(torch.nan)
+    model.Log(args, "images", 1, 7)(8, nan, torch.nan, 1e-4)
+    log = model.Log(args, "images", 1, 0)
+    for step in range(1, 8): log(step, nan, torch.nan, 1e-4)
+    with pytest.raises(model.Diverged, match="8 steps in a row"): log(8, nan, torch.nan, 1e-4)
+
+
 @pytest.mark.parametrize("compiles", [False, True])
 def test_the_time_of_compiling_is_not_taken_for_that_of_a_step(tmp_path, capsys, compiles):
     """On an H100 the first line said 183,241 s left, of a run of three minutes."""
@@ -260,6 +269,11 @@ def test_microbatches_add_up_to_the_batch(run, chain, tmp_path, monkeypatch, sta
     monkeypatch.setattr(model, "gradient_norm", look)
     pixels = model.to_network                             # in float64: ECT's residual drowns in fp32
     monkeypatch.setattr(model, "to_network", lambda x, header: pixels(x, header).double())
+    noise_and_labels = solve.noise_and_labels             # the teacher takes microbatches as well
+    def double_noise(*args):
+        x, y = noise_and_labels(*args)
+        return x.double(), y
+    monkeypatch.setattr(solve, "noise_and_labels", double_noise)
     for i, flags in enumerate(([], ["--microbatch", 4])):
         done = run(*STAGES[stage], "--steps", 1, "--batch", 16, *flags,
                    "--out", tmp_path / f"{i}.safetensors")

@@ -478,6 +478,11 @@ def test_a_damaged_part_and_another_guide_are_sampled_again(run, here, tmp_path,
 
 @pytest.mark.parametrize("command, words", [
     (("midtrain", *FILE[:1], "nope.safetensors"), "nope.safetensors: python solve.py"),
+    (("midtrain", *FILE[:1], "a b.safetensors"), "solve.py --data digits --teacher runs/digits/pretrain.safetensors "
+     "--out 'a b.safetensors'"),
+    (("midtrain", "--branch", "mf", "--teacher", "x/pretrain.safetensors", "--init", "none"),
+     "x/pretrain.safetensors: python pretrain.py --data digits\n"),
+    (("midtrain", "--branch", "mf", "--teacher", "x.safetensors"), "python pretrain.py --data digits --objective flow"),
     (("midtrain", "--guidance", 2, "--guide", "nope.safetensors"), "nope.safetensors"),
     (("posttrain_cm", "--data", "cifar10"), "edm-cifar10-32x32-uncond-vp.pkl")])
 def test_a_dry_run_lists_every_missing_file(run, here, command, words):
@@ -537,7 +542,9 @@ def test_other_files_are_not_replaced(run, here, tmp_path):
     (("sample", "runs/digits/posttrain_mf.safetensors:1", "--guidance", 2,         # u(z, r, t) needs a guide with r
       "--guide", "runs/digits/pretrain_flow.safetensors"), "cannot guide"),
     (("fid", "digits", "--ref", "digits", "--features", "pixels", "--n", 5), "no effect"),
-    (("posttrain_cm", "--q", 1), "65536"), (("solve", "--data", "my data"), "--data 'my data'")],
+    (("pretrain", "--data", "cifar-10-python.tar.gz"), "cifar-10-python.tar.gz --data cifar-10-python`"),
+    (("posttrain_cm", "--q", 1), "65536"), (("solve", "--data", "my data"), "--data 'my data'"),
+    (("solve", "--teacher", "x/pretrain_flow.safetensors"), "--data digits --objective flow`")],
     ids=lambda c: " ".join(map(str, c)) if isinstance(c, tuple) else c)
 def test_more_refusals(run, here, tmp_path, command, words):
     out = () if command[0] in ("fid", "solve") else ("--out", tmp_path / "a.safetensors")

@@ -1,4 +1,6 @@
 """The mid-training loss against closed forms and the reference, and the pool of trajectories."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -86,6 +88,21 @@ def test_huber_is_the_pseudo_huber_norm_without_cancellation():
 def test_pool_is_a_whole_number_of_batches(batch, nfe):
     size = midtrain.pool_size(batch, nfe)
     assert size * nfe % batch == 0 and 128 <= size < 128 + batch
+
+
+def test_microbatch_limits_what_the_teacher_solves_at_a_time():
+    header = model.fresh_header(model.DATASETS["digits"])
+    torch.manual_seed(0)
+    net, sizes, pools = model.build(header).eval(), [], []
+    def teacher(x, t, y):
+        sizes.append(len(x))
+        return net(x, t, y)
+    for microbatch in None, 3:
+        torch.manual_seed(1)
+        args = SimpleNamespace(nfe=4, solver="dpm3", branch="cm", microbatch=microbatch)
+        pools.append(midtrain.solve_pool(teacher, header, 8, args, torch.device("cpu")))
+    assert sizes == [8] * 4 + [3] * 8 + [2] * 4
+    for whole, sliced in zip(*pools): assert torch.allclose(whole, sliced, atol=1e-5)
 
 
 @pytest.mark.parametrize("source", ["solved", "file"])

@@ -217,6 +217,12 @@ def test_ffhq_and_afhq_are_resized_as_by_edm(prepare):
     assert np.array_equal(done.arr_0, prepare("faces", "--data", "afhqv2-64").arr_0)
 
 
+def test_images_that_are_not_resized_have_the_filter_of_their_source(prepare):
+    for k in range(3): save(f"small/n01440764/{k}.png", RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    done = prepare("small", "--data", "imagenet64")
+    assert done.info["filter"] == "as in SOURCE" and "resized as by ADM" in done.out, done.err
+
+
 def test_a_known_dataset_with_another_number_of_images_gives_a_warning(prepare):
     """Test images, or FFHQ's thumbnails, beside the training images would be trained on, and be the reference."""
     for part in "train", "test": save(f"cifar/{part}/0.png", RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8))

@@ -1,5 +1,5 @@
 """Every command in the README and in the scripts' docstrings names a script and flags that exist."""
-import argparse, importlib, re, shlex, sys
+import argparse, importlib, math, re, shlex, sys
 
 import pytest
 import torch
@@ -82,6 +82,25 @@ def test_own_teacher_as_shown():
     for loss in ("cmt_loss(f", "cmt_meanflow_loss(u"):
         exec(next(s for s in snippets() if f"loss = midtrain.{loss}" in s), space)
         assert space["loss"].isfinite() and len(space["x" if "cmt_loss" in loss else "x_t"]) == 128
+
+
+def test_conversions_of_teachers_as_shown():
+    """Each formula gets a teacher that knows x_0 and eps, and checks that its input is the one it was made for."""
+    x0, noise, t, sigma = 0.7, -1.3, 2.5, 0.5
+    a, tau = (1 + t ** 2) ** -0.5, math.atan(t / sigma)
+    b, s = t * a, t / (1 + t)
+    def exact(answer, expected_input, expected_time):
+        def teacher(z, time):
+            assert (z, time) == (pytest.approx(expected_input), pytest.approx(expected_time))
+            return answer
+        return teacher
+    vp, trig = a * x0 + b * noise, math.cos(tau) * x0 / sigma + math.sin(tau) * noise
+    teachers = [exact(noise - x0, (1 - s) * x0 + s * noise, s), exact(noise, vp, t), exact(a * noise - b * x0, vp, t),
+                exact(math.cos(tau) * noise - math.sin(tau) * x0 / sigma, trig, tau)]
+    rows = re.findall(r"^\| (\w+)\b.*`(.*)` \|$", (ROOT / "docs/reuse.md").read_text(), re.MULTILINE)
+    for (name, formula), teacher in zip(rows, teachers, strict=True):
+        space = {name: teacher, "x": x0 + t * noise, "t": t, "s2": sigma ** 2, "atan": math.atan}
+        assert eval(formula, space) == pytest.approx(x0), formula
 
 
 def test_a_checkpoint_makes_images_as_shown(chain, monkeypatch):

@@ -192,12 +192,21 @@ def test_a_new_run_starts_a_new_log(run, tmp_path):
     assert steps == [1, 2]
 
 
+def test_a_new_run_empties_the_log_where_files_cannot_be_locked(run, tmp_path, monkeypatch):
+    def no_locks(*args): raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(model.fcntl, "flock", no_locks)
+    (tmp_path / "a.jsonl").write_text('{"step": 900}\n')
+    flags = "--batch", 8, "--steps", 1, "--no-preview", "--out", tmp_path / "a.safetensors"
+    assert run("pretrain", *flags).code == 0
+    assert [json.loads(line)["step"] for line in (tmp_path / "a.jsonl").read_text().splitlines()] == [1]
+
+
 def test_a_disk_without_room_is_refused_at_the_start(run, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 10_000_000})
     monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: usage)
     flags = "--batch", 8, "--steps", 1, "--no-preview", "--out", tmp_path / "new/a.safetensors"
-    refused(run("pretrain", *flags), "need 15 MB", "10 MB free")           # 749,089 parameters
-    usage.free = 20_000_000
+    refused(run("pretrain", *flags), "need 27 MB", "10 MB free")           # 749,089 parameters
+    usage.free = 30_000_000
     assert run("pretrain", *flags).code == 0
     files = sum(os.path.getsize(tmp_path / "new" / f) for f in ("a.safetensors", "a.resume.safetensors"))
     assert 0.9 < files / (20 * 749_089) < 1.1              # the estimate

@@ -190,9 +190,9 @@ def load_lpips(files, header):
 
 def load_elatentlpips(header, device):
     """--distance elatentlpips -> E-LatentLPIPS (2405.05967) for latents scaled as the header says. The
-    package downloads its weights, for the latents of Stable Diffusion 1.5 (pixels in [-1, 1]), into ckpt/.
-    The paper has the same kind of distance, with a network that its authors trained on EDM2's latents. Not
-    tried with these weights yet. Raises UserError."""
+    package downloads its weights, for the latents of Stable Diffusion 1.5 (pixels in [-1, 1]), into ckpt/;
+    mind their licence. The paper has the same kind of distance, with a network that its authors trained on
+    EDM2's latents. Not tried with these weights yet. Raises UserError."""
     if "latents" not in header:
         raise model.UserError("--distance elatentlpips is for latents; images have --distance lpips.")
     try: from elatentlpips import ELatentLPIPS
@@ -201,7 +201,10 @@ def load_elatentlpips(header, device):
     if header["latents"]["pixel_range"] != [-1, 1]:
         print("warning: E-LatentLPIPS was trained for latents of pixels in [-1, 1], not in "
               f"{header['latents']['pixel_range']}.")
-    net = ELatentLPIPS(encoder="sd15", augment="bg", verbose=False).to(device).requires_grad_(False)
+    try: net = ELatentLPIPS(encoder="sd15", augment="bg", verbose=False).to(device).requires_grad_(False)
+    except Exception as e:                                 # without a network, or with a damaged file
+        raise model.UserError(f"--distance elatentlpips: its weights cannot be loaded ({e}); run once where "
+                              "they can be downloaded, and keep the folder ckpt/.")
     def distance(a, b):
         a, b = model.to_latents(a, header), model.to_latents(b, header)
         return net(a, b, normalize=True).flatten()                                         # (B,1,1,1) -> (B,)

@@ -644,13 +644,13 @@ def main():
     if not source.latents:
         size, channels = image_shape(args, config, source)
         crop = lanczos_crop if args.data in LANCZOS else centre_crop
-        info |= {"size": size, "crop": "center", "flip": args.flip,
-                 "filter": "Lanczos" if crop is lanczos_crop else "ADM"}
+        info |= {"size": size, "crop": "center", "flip": args.flip}
         shape = size, size, channels
-    enlarged = []                          # an item for each image that was enlarged
+    resized, enlarged = [], []             # an item for each image that was
     def convert(sample):
         if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
         if source.latents: return sample
+        if sample.size != (size, size): resized.append(1)
         if min(sample.size) < size: enlarged.append(1)
         return to_pixels(sample, size, channels, args.background, crop)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
@@ -675,6 +675,11 @@ def main():
     totals = defaultdict(float)
     def finish():
         if enlarged: print(f"{len(enlarged):,} images are smaller than {size} pixels and were enlarged")
+        if not source.latents:
+            info["filter"] = "as in SOURCE" if not resized else "Lanczos" if crop is lanczos_crop else "ADM"
+            if args.data == "imagenet64" and not resized:
+                print("The images have 64x64 pixels already. Public teachers of imagenet64, and FID's usual "
+                      "reference, are for ImageNet resized as by ADM, not with a Lanczos filter as by EDM.")
         if not C and totals["largest"] < 32:
             raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
                             "them to 0..255.")

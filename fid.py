@@ -1,13 +1,14 @@
 """Evaluation: the Frechet distance between two sets of images.
 
-  reads   FILE ...: images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint FILE[:STEPS];
+  reads   FILE ...: NAME of prepared data, images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint
+          FILE[:STEPS];
           --ref: NAME of prepared data, images, or statistics (an .npz with mu and sigma, or EDM2's .pkl)
   prints  for each FILE one line, and then the same as JSON
   writes  with --save-stats X.npz the statistics of FILE, mu and sigma in EDM's layout, for a later --ref
   run     torchrun --nproc_per_node=8 fid.py runs/cifar10/posttrain_cm.safetensors:2    # 50,000 samples
           python fid.py runs/digits/midtrain_cm.safetensors:1 --n 10000 --features pixels
           python fid.py runs/digits/samples.npz --ref digits --features pixels         # images that exist
-  expect  digits, FD-pixels of 10,000 samples: teacher 0.09, after mid-training 0.16, teacher in one step 3.6
+  expect  digits, FD-pixels of 10,000 samples: teacher 0.09, after mid-training 0.16, teacher in one step 3.7
 
 `--features inception` is the published FID (1706.08500): Inception-v3 with TensorFlow's weights of 2015,
 images resized to 299x299 by TensorFlow 1's bilinear filter (torch-fidelity's convention), fp32 features,
@@ -19,6 +20,7 @@ use --seeds.)
 is not FID. It is for images that are too small for Inception.
 """
 import argparse, hashlib, json, os
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -93,17 +95,17 @@ def read_images(path, rank, world):
         yield from prepare_data.image_batches(prepare_data.open_source(path, classes="none"), 64, rank, world)
 
 
-def named(text):
-    """data/NAME.npz for a NAME, whatever else has this name, else the text"""
+def prepared_path(text):
+    """NAME of prepared data -> data/NAME.npz, even beside a folder NAME; other text unchanged"""
     return f"data/{text}.npz" if "/" not in text and os.path.exists(f"data/{text}.npz") else text
 
 
 def is_images(path):
-    """Can `path` hold images, or statistics of images? By its name."""
+    """An .npz, .zip or folder: images, or in an .npz statistics of images"""
     return path.endswith((".npz", ".zip")) or os.path.isdir(path)
 
 
-def over_ranks(n, total, sum_outer):
+def moments_of_all_ranks(n, total, sum_outer):
     """Add up the output of `sums` of all ranks. -> number, mean, covariance. Raises UserError for fewer than
     two images."""
     if dist.is_initialized():
@@ -152,7 +154,7 @@ def reference(args, header, features, rank, world):
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
         raise model.UserError(f"--ref {path} is one image; give its folder.")
-    path = named(path)
+    path = prepared_path(path)
     if not is_images(path) and not path.endswith(".pkl"): path = model.find_data(path, "--ref")[2]
     if not os.path.exists(path):
         raise model.UserError(f"{path} does not exist; --ref names the images to compare with.")
@@ -169,7 +171,7 @@ def reference(args, header, features, rank, world):
     is_cached = [cache and sample.is_whole_npz(cache)]
     if dist.is_initialized(): dist.broadcast_object_list(is_cached, device="cpu")          # rank 0 decides
     if not is_cached[0]:
-        n, mu, cov = over_ranks(*sums(features(x) for x in read_images(path, rank, world)))
+        n, mu, cov = moments_of_all_ranks(*sums(features(x) for x in read_images(path, rank, world)))
         if cache and rank == 0:
             try: save_statistics(cache, n, mu, cov)        # also over a damaged file
             except model.UserError as e: model.say(f"{path}: its statistics are not cached ({e})")
@@ -198,23 +200,25 @@ def main():
                             or not model.can_write(args.save_stats)):
         raise model.UserError("--save-stats needs one FILE, and the name of an .npz in a folder that can be "
                               "written.")
-    if args.save_stats and os.path.exists(args.save_stats) and not read_statistics(args.save_stats):
-        raise model.UserError(f"{args.save_stats} exists and holds no statistics; choose another "
-                              "--save-stats.")
-    if args.features == "pixels": model.reject_if_typed("--inception", because="--features is pixels")
-    args.files = [named(file) for file in args.files]
     if args.save_stats and args.ref and os.path.realpath(args.save_stats) == os.path.realpath(args.ref):
         raise model.UserError(f"--save-stats {args.save_stats} is the file that is read for --ref.")
+    if args.save_stats and os.path.exists(args.save_stats):
+        if set(sample.zip_members(args.save_stats)) != {"n.npy", "mu.npy", "sigma.npy"}:
+            raise model.UserError(f"{args.save_stats} exists and holds no statistics of this script; choose "
+                                  "another --save-stats.")
+    if args.features == "pixels": model.reject_if_typed("--inception", because="--features is pixels")
+    args.files = [prepared_path(file) for file in args.files]
+    if any(map(is_images, args.files)) and not (args.ref or args.save_stats):
+        raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")
     if all(is_images(file) for file in args.files):
         model.reject_if_typed("--n", "--seeds", "--labels", "--mid-t", "--vae", "--guidance",
                               "--guide", "--solver", "--precision",
                               because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
-    rank, world, device, _ = model.setup(precision=args.precision)
+    rank, world, device, _ = model.setup(precision=args.precision, timeout=timedelta(days=7))
     features = pixels
     if args.features == "inception":
-        net = feature_networks.load_inception(args.inception).to(device)
-        features = lambda images: net(torch.as_tensor(images).to(device))
+        features = feature_networks.load_inception(args.inception).to(device)
     for file in args.files: evaluate(file, args, features, rank, world, device)
 
 
@@ -223,12 +227,10 @@ def evaluate(file, args, features, rank, world, device):
     """Print a line about FILE[:STEPS], and one of JSON."""
     header = None
     if is_images(file):
-        has_images = "arr_0.npy" in sample.zip_members(file)          # ADM's batches hold statistics as well
-        if file.endswith(".npz") and os.path.isfile(file) and not has_images and read_statistics(file):
+        members = sample.zip_members(file)                 # ADM's reference batches hold both
+        if "mu.npy" in members and "arr_0.npy" not in members:
             raise model.UserError(f"{file} holds statistics, not images; give it as --ref.")
         batches, details = read_images(file, rank, world), {"file": file}
-        if not args.ref and not args.save_stats:
-            raise model.UserError("--ref is missing; name the data, images or statistics to compare with.")
     else:
         net, header, steps, solver, args = sample.open_model(file, args, device)
         if "latents" in header and not args.ref and not args.save_stats:
@@ -250,7 +252,7 @@ def evaluate(file, args, features, rank, world, device):
     ref_statistics = None
     if args.ref or not args.save_stats:
         ref_statistics = reference(args, header, features, rank, world)
-    n, mu, cov = over_ranks(*sums(features(x) for x in batches))
+    n, mu, cov = moments_of_all_ranks(*sums(features(x) for x in batches))
     if rank: return
     if args.save_stats:
         save_statistics(args.save_stats, n, mu, cov)

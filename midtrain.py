@@ -80,7 +80,7 @@ RECIPES = {
     "mf": {
         "digits":      MF | dict(steps=2000, batch=64, lr=1.5e-3, ema=0.99, optimizer="RAdam"),   # ours
         "cifar10":     MF | dict(steps=100_000,                                                   # ours
-                                 batch=1024, lr=6e-4, ema=0.99995, warmup=10**7,                  # MeanFlow
+                                 batch=1024, lr=6e-4, ema=0.99995, warmup=10_000 * 1024,          # MeanFlow
                                  network=dict(dropout=0.2)),                                      # MeanFlow
         "imagenet256": MF | dict(steps=400_000,                                                   # ours
                                  batch=256, lr=1e-4, beta2=0.95, ema=0.9999,                      # MeanFlow
@@ -92,7 +92,7 @@ RECIPES = {
                                                       num_heads=12, interval=True),
                                  teacher_command="python pretrain.py --data imagenet256 --objective flow && "
                                      "python posttrain_mf.py --data imagenet256 --omega 1 --kappa 0.5 "
-                                     "--guide-times 0 1 "
+                                     "--guidance-interval 0 1 "
                                      "--init runs/imagenet256/pretrain_flow.safetensors "
                                      "--out runs/imagenet256/teacher_mf.safetensors"),
         "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, warmup=12_800),     # ours
@@ -214,7 +214,7 @@ def flags():
         if solve.guide_file(args): solving += f" --guide {shlex.quote(args.guide)}"
         args.command_for[args.trajectories] = solving
     if guide := solve.guide_file(args):
-        args.command_for[guide] = "pre-train a smaller model, or this one for fewer steps"
+        args.command_for[guide] = solve.GUIDE_COMMAND
     if branch == "mf":            # u also takes r: `interval` adds an embedding of t - r, zero at first
         args.network = args.network | {"interval": True}
     return args

@@ -1037,7 +1037,7 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     return p
 
 
-def setup(batch=0, precision="fp32", one_process=False):
+def setup(batch=0, precision="fp32", one_process=False, timeout=timedelta(minutes=30)):
     """Read torchrun's variables, choose the device, and start a process group if there are several processes.
     Plain `python` is one process. batch: the global batch, if there is one. one_process: raise UserError if
     there are several. -> rank, world, device, this rank's share of the batch"""
@@ -1064,7 +1064,7 @@ def setup(batch=0, precision="fp32", one_process=False):
         store = store_of_this_start(store, rank, world)
         # gloo as well: exchanges of CPU tensors do not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(minutes=30),
+                                world_size=world, timeout=timeout,
                                 device_id=device if cuda else None)
     return rank, world, device, batch // world
 
@@ -1545,8 +1545,8 @@ def run(main):
     except Exception as e:
         text = str(e).partition("\n")[0]
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-            print(f"{name}: out of memory ({text}). Try a smaller --batch or, in training, --microbatch N; "
-                  "--dry-run estimates the memory of a run.", file=sys.stderr)
+            print(f"{name}: out of memory ({text}). In training try --microbatch N, or --dry-run, which "
+                  "estimates the memory; in sampling --precision bf16.", file=sys.stderr)
         else: traceback.print_exc()
         code = 1
     if dist.is_initialized():

@@ -7,8 +7,8 @@
           torchrun --nproc_per_node=8 posttrain_cm.py --data cifar10       # the paper's recipe, 12.8M images
   cost    per image: two forwards and one backward; --loss ecd: also two forwards of the teacher (euler: one),
           with guidance twice as many
-  expect  digits: a loss of about 3. In a healthy run it does not fall: x_t does not determine x_r, so part of
-          the target is noise. Judge by samples
+  expect  digits: a loss of about 3. With ect a healthy run's loss does not fall: x_t does not determine x_r,
+          so part of the target is noise. Judge by samples
 
 --loss ect   f(x_t, t), x_t = x_0 + t eps, is trained to match f(x_r, r): the same image and noise, r < t.
 --loss ecd   x_r is x_t after one step of the teacher's ODE. It depends on x_t alone; ECT's x_r depends on x_0
@@ -27,14 +27,15 @@ The backbones run in fp32, even on a GPU: for large q the difference f(x_t) - f(
 rounding error of bf16. Only imagenet512 runs in TF32, as in the authors' code.
 """
 import copy, math, os, shlex
+from pathlib import Path
 
 import torch
 
 import model, sample, solve
 from tools import dry_run
 
-# q              the gap is t - r = t n(t) / q^(k+1), at most t, n(t) between 1 and 5, see `ect_r`; k = 0 at
-#                the start
+# q              sets the gap t - r = t n(t) / q^(k+1), or t if that is less; 1 < n(t) < 5, see `ect_r`. At
+#                the start k = 0
 # double         k grows by 1 every `double` steps, which divides the gap by q. (ECT calls this doubling, as
 #                its q is mostly 2.) 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
@@ -94,17 +95,17 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
 
 
 def ect_loss(f, x0, eps, t, r, y, weight, c):
-    """Easy Consistency Tuning (2406.14548): x_t and x_r are an image with the same noise at two levels. Given
-    x_t, the mean of x_r is one Euler step of the ODE. x0, eps (B,C,H,W), the others as in `consistency_loss`
-    -> (B,)"""
+    """Easy Consistency Tuning (2406.14548): x_t and x_r are an image with the same noise at two levels. The
+    mean of x_r given x_t is one Euler step of the ODE from x_t. x0, eps (B,C,H,W), the others as in
+    `consistency_loss` -> (B,)"""
     x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     x_r = x0 + r.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
 
 
 def ecd_loss(f, x0, eps, t, r, y, weight, c, D, solver="heun"):
-    """Consistency distillation (2303.01469): x_r is x_t after one step of the ODE of the teacher D, because
-    the points of a trajectory share their endpoint. The others as in `ect_loss` -> (B,)"""
+    """Consistency distillation (2303.01469): x_r is one step of the ODE of the teacher D from x_t. Points of
+    a trajectory share their endpoint, so f(x_r, r) is a target. The others as in `ect_loss` -> (B,)"""
     x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     return consistency_loss(f, x_t, ode_step(D, x_t, t, r, y, solver), t, r, y, weight, c)
 
@@ -149,7 +150,8 @@ def flags():
                    help="steps after which k grows by 1, which narrows the gap; 0: it stays fixed")
     p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
                    help="constant of pseudo-Huber; 0: the plain l2 norm")
-    p.add_argument("--weight", choices=["gap", "denoising"], help="1/(t-r), or that of pre-training")
+    p.add_argument("--weight", choices=["gap", "denoising"],
+                   help="gap: 1/(t-r); denoising: 1/c_out^2, as in pre-training")
     p.add_argument("--loss", choices=["ect", "ecd"], help="ect: x_r from data; ecd: from the teacher's ODE")
     p.add_argument("--solver", choices=["euler", "heun"], help="ODE solver of the one step in ecd")
     teacher_path = f"runs/{p.get_default('name')}/pretrain.safetensors"
@@ -163,12 +165,14 @@ def flags():
     teacher_command = solve.teacher_command(args.recipe_name, args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
                         args.init: f"python midtrain.py --data {shlex.quote(args.data)}"}
+    if Path(args.init).name == "pretrain.safetensors": args.command_for[args.init] = teacher_command
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
         args.command_for = {teacher_path: teacher_command} | args.command_for
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
             url = PUBLIC_TEACHERS.get(file)
-            args.command_for[file] = solve.import_command(url, args.data, file) if url else teacher_command
+            command = teacher_command if file == args.teacher else solve.GUIDE_COMMAND
+            args.command_for[file] = solve.import_command(url, args.data, file) if url else command
     return args
 
 
@@ -180,8 +184,9 @@ def main():
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
     net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
-    mid_trained = header.get("stage") in ("midtrain_cm", "posttrain_cm")
-    if args.loss == "ect" and not mid_trained and (args.q > 4 or not args.double):     # ECT's q is 2 or 4
+    is_consistency_model = header.get("stage") in solve.CONSISTENCY_STAGES
+    wide_at_first = args.q <= 4 and args.double            # ECT's q is 2 or 4
+    if args.loss == "ect" and not is_consistency_model and not wide_at_first:
         model.say(f"warning: --init {args.init} is not mid-trained, and then the gap should start wide and "
                   "narrow later. Give --q 2 and --double STEPS.")
     if args.precision == "bf16":

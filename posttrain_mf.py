@@ -4,9 +4,9 @@
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
   u = v - (t - r) du/dt                                                   d/dt of both sides, r fixed
 
-  du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
-  uses eps - x_0 for v (without guidance and teacher). Its mean given z_t is v(z_t, t), and the target is
-  affine in v, so the mean of the target is unchanged.
+  du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). Without
+  guidance or teacher the loss uses v = eps - x_0. Its mean given z_t is v(z_t, t), and the target is affine
+  in v, so the mean of the target is unchanged (and if p = 0, that of the gradient).
 
   reads   runs/NAME/midtrain_mf.safetensors and the images of --data
   writes  runs/NAME/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps
@@ -15,7 +15,7 @@
   cost    per image: one forward and one backward. Samples with r < t also need the derivative: a JVP, or two
           forwards. Guidance adds two forwards, and --velocity teacher adds one
   expect  digits: a loss of about 23, summed over 64 pixels. Most of it is the variance of eps - x_0 given
-          z_t, which no model can predict. With --p 1 (imagenet256) every loss is divided by its own value,
+          z_t, which no model can reduce. With --p 1 (imagenet256) every loss is divided by its own value,
           and stays near 1. Judge by samples
 
 Two baselines: MeanFlow from the flow-matching weights, with the compute of mid- and post-training together;
@@ -29,6 +29,7 @@ On a GPU the backbone runs in bf16, which was precise enough for the JVP of two 
 guidance (--omega 1 --kappa 0), or use --precision fp32.
 """
 import copy, math, shlex
+from pathlib import Path
 
 import torch
 
@@ -38,24 +39,24 @@ from tools import dry_run
 # r_neq_t        fraction of samples with r < t: 0.25, 0.5 or 0.75
 # P_mean, P_std  r and t are two draws with logit ~ N(P_mean, P_std^2), sorted
 # p, c           exponent and constant of the adaptive weight; p = 0 turns it off
-# omega, kappa, guide_times   guidance, see `guided_velocity`; omega = 1, kappa = 0 is none
+# omega, kappa, guidance_interval   see `guided_velocity`; omega = 1, kappa = 0 is no guidance
 # warmup         images over which the learning rate rises
 # network        constructor arguments that differ from those of --init
 # The comment at the end of a line is the source of its values: MeanFlow (2505.13447), or ours. The CMT paper
 # does not state its settings for this stage.
 MF = dict(optimizer="Adam", beta2=0.999, P_mean=-0.4, P_std=1.0, r_neq_t=0.25, p=1.0, c=1e-3,     # MeanFlow
-          omega=1.0, kappa=0.0, guide_times=(0.0, 1.0),                                           # MeanFlow
+          omega=1.0, kappa=0.0, guidance_interval=(0.0, 1.0),                                     # MeanFlow
           lr_decay="linear", warmup=0, network={})                                                # ours
 RECIPES = {
     # p = 1 gave better one-step and worse two-step samples of digits than p = 0 (one seed).
     "digits":      MF | dict(steps=1200, batch=64, lr=2e-4, ema=0.99, p=0.0, optimizer="RAdam"),  # ours
     "cifar10":     MF | dict(steps=200_000,                                                       # ours
                              batch=1024, lr=6e-4, ema=0.99995, p=0.75, lr_decay="constant",       # MeanFlow
-                             warmup=10**7, P_mean=-2.0, P_std=2.0, r_neq_t=0.75,                  # MeanFlow
+                             warmup=10_000 * 1024, P_mean=-2.0, P_std=2.0, r_neq_t=0.75,          # MeanFlow
                              network=dict(dropout=0.2)),                                          # MeanFlow
     "imagenet256": MF | dict(steps=400_000,                                                       # ours
                              batch=256, lr=1e-4, ema=0.9999, beta2=0.95, lr_decay="constant",     # MeanFlow
-                             c=1e-2, omega=0.2, kappa=0.92, guide_times=(0.0, 0.75)),             # MeanFlow
+                             c=1e-2, omega=0.2, kappa=0.92, guidance_interval=(0.0, 0.75)),       # MeanFlow
     # CIFAR-10's times are better than ImageNet's on MNIST. Adam, because the first five steps of RAdam are
     # those of SGD, which broke a model of MNIST (p = 0.25).
     "custom":      MF | dict(steps=10_000, batch=128, lr=3e-4, ema=0.999, p=0.5, warmup=12_800,   # ours
@@ -104,7 +105,7 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
     """The velocity with guidance (2505.13447, eq. 20): v_g for samples with a label and t in [low, high], v
     for the others. z, v (B,C,H,W), t, y (B,) -> (B,C,H,W), without gradient"""
     # v_g = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t | null)
-    # The loss pulls u(z, t, t | y) to the mean of v_g, which contains u itself. The fixed point is
+    # For p = 0 the loss pulls u(z, t, t | y) to the mean of v_g, which contains u itself. The fixed point is
     # u = w E[v | z_t, y] + (1 - w) u(z, t, t | null): guidance with the scale w = omega / (1 - kappa).
     if (omega, kappa) == (1.0, 0.0): return v
     with torch.no_grad():
@@ -115,8 +116,8 @@ def guided_velocity(u, z, t, y, v, omega, kappa, null, low=0.0, high=1.0):
 
 
 def drop_labels_where_equal(y, r_equals_t, label_dropout, null):
-    """Replace labels by the null label, only where r = t, because only there guidance evaluates the
-    unlabelled model. On average a fraction `label_dropout` of the whole batch loses its label.
+    """Replace labels by the null label, only where r = t, because guidance evaluates the unlabelled model
+    only at equal times. On average a fraction `label_dropout` of the whole batch loses its label.
     y (B,), r_equals_t (B,) bool -> (B,)"""
     probability = label_dropout * len(y) / r_equals_t.sum().clamp(min=1)
     return torch.where(r_equals_t & (torch.rand(len(y), device=y.device) < probability), null, y)
@@ -151,8 +152,8 @@ def flags():
     p.add_argument("--omega", type=model.finite, help="guidance: weight of v")
     p.add_argument("--kappa", type=model.fraction,
                    help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
-    p.add_argument("--guide-times", type=model.fraction_or_1, nargs=2, metavar=("LOW", "HIGH"),
-                   help="guidance only for t in between")
+    p.add_argument("--guidance-interval", type=model.fraction_or_1, nargs=2, metavar=("LOW", "HIGH"),
+                   help="guidance only where LOW <= t <= HIGH")
     args = p.parse_args()
     if args.p == 0: model.reject_if_typed("--c", because="p is 0, which means no adaptive weight")
     for flag, size in ("--batch", args.batch), ("--microbatch", args.microbatch or 4):
@@ -161,17 +162,18 @@ def flags():
                                   "r < t, the others r = t.")
     if args.velocity == "data": model.reject_if_typed("--teacher", because="--velocity is data")
     if (args.omega, args.kappa) == (1, 0):
-        model.reject_if_typed("--guide-times", because="--omega 1 and --kappa 0 mean no guidance")
-    if args.guide_times[0] >= args.guide_times[1]:
-        raise model.UserError(f"--guide-times {args.guide_times[0]} is not below {args.guide_times[1]}.")
+        model.reject_if_typed("--guidance-interval", because="--omega 1 and --kappa 0 mean no guidance")
+    low, high = args.guidance_interval
+    if low >= high: raise model.UserError(f"--guidance-interval {low} is not below {high}.")
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
     data = shlex.quote(args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
                         args.init: f"python midtrain.py --branch mf --data {data}"}
-    if args.velocity == "teacher":
-        args.command_for[args.teacher] = f"python pretrain.py --objective flow --data {data}"
+    flow_command = f"python pretrain.py --objective flow --data {data}"
+    if Path(args.init).name == "pretrain_flow.safetensors": args.command_for[args.init] = flow_command
+    if args.velocity == "teacher": args.command_for[args.teacher] = flow_command
     return args
 
 
@@ -189,7 +191,8 @@ def main():
     net, header = model.initial_model(args, "MeanVelocity", dataset, device, interval=True, **args.network)
     teacher, files = None, dict(init=args.init)
     if args.velocity == "teacher":
-        teacher, _ = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
+        teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain_flow"], device, dataset)
+        model.check_scale(args.init, header, args.teacher, teacher_header)
         teacher.backbone_dtype = model.DTYPES[args.precision]
         teacher, files["teacher"] = model.compiled(teacher, args.compile), args.teacher
     header |= model.run_metadata(args, "posttrain_mf", "images", world, data.identity, **files)
@@ -227,7 +230,7 @@ def main():
         for z, r, t, y, v in model.microbatches(wrapped_net, args.microbatch, *batch):
             if teacher:
                 with torch.no_grad(): v = teacher(z, t, t, y)
-            v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guide_times)
+            v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guidance_interval)
 
             # Only samples with r < t need du/dt. Their loss has to draw the same dropout masks as du/dt, so
             # it follows at once, on the same batch. The JVP is of `net`: DDP has no forward-mode derivative.

@@ -48,7 +48,7 @@ RECIPES = {
         "digits":      FLOW | dict(steps=1600, batch=64, lr=2e-3, lr_decay="linear", warmup=0,    # ours
                                    ema=0.99),                                                     # ours
         "cifar10":     FLOW | dict(steps=200_000,                                                 # ours
-                                   batch=1024, lr=6e-4, warmup=10**7, ema=0.99995),               # MeanFlow
+                                   batch=1024, lr=6e-4, warmup=10_000 * 1024, ema=0.99995),       # MeanFlow
         "imagenet256": FLOW | dict(steps=400_000,                                                 # ours
                                    batch=256, lr=1e-4, beta2=0.95, warmup=0, ema=0.9999,          # MeanFlow
                                    network={"patch_size": 4, "hidden_size": 768, "depth": 12,     # paper

@@ -1,17 +1,16 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
-  reads   FILE[:STEPS] ...       STEPS is the number of function evaluations (NFE), also for a teacher, by
-                                 default 16 for a pre-trained model, else 1. Heun takes one less for a
-                                 flow-matching teacher if STEPS is even
+  reads   FILE[:STEPS] ...       STEPS: function evaluations (NFE), by default 16 for a pre-trained model,
+                                 else 1. Of an even STEPS Heun takes one less for a flow-matching teacher
   writes  runs/NAME/samples.npz  of one FILE: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
-          runs/NAME/samples.png  one FILE: its first 64 images. Several FILEs: up to 20 images of each, a row
-                                 per FILE:STEPS, a column per seed
+          runs/NAME/samples.png  one FILE: its first 64 images (with --real 20). Several FILEs: up to 20
+                                 images of each, a row per FILE:STEPS, a column per seed
   run     python sample.py data/digits_cmt.safetensors:1 --n 64        # a trained model, ten seconds
           python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
-  cost    STEPS forward passes per image, with --guidance twice as many
+  cost    STEPS forward passes per image, with --guidance twice as many, in whole blocks of 64 images
 
 For a given model, image k, its label and its noise are a function of seed k alone. The last bits of a
 convolution depend on the batch size, so seeds are sampled in whole blocks of 64 (block = seed // 64), and
@@ -23,6 +22,7 @@ The best time of the second step depends on the data. On MNIST --mid-t 1.6 gives
 default of posttrain_cm.py, 0.821 (docs/mnist.md, on one seed).
 """
 import argparse, contextlib, hashlib, itertools, json, os, sys, time, zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,7 @@ def step_times(header, steps, mid_t=None):
     """The times of a few-step model: t_max, then the list mid_t. By default they fall geometrically to the
     number header["mid_t"] for a consistency model, uniformly for Mean Flow. -> list of `steps` numbers.
     Raises UserError if mid_t does not fit."""
-    if mid_t and steps > 1:
+    if mid_t:
         times = [header["t_max"], *mid_t]
         if len(times) != steps or sorted(set(times), reverse=True) != times or times[-1] <= header["t_min"]:
             raise model.UserError(f"--mid-t {','.join(map(str, mid_t))}: {steps} steps need {steps - 1} "
@@ -102,10 +102,8 @@ def to_images(x, header, vae):
     """Samples of a model (B,C,H,W) -> uint8 (B,H,W,C). Latents x = (z - mean) * scale are decoded to pixels
     in the autoencoder's range. EDM2's pixels in [0, 1] become clamp(0, 1) * 255, truncated. Raises Diverged
     if x is not finite."""
-    pixel_range = [-1, 1]
-    if vae:
-        pixel_range, latents = header["latents"]["pixel_range"], model.to_latents(x, header)
-        x = torch.cat([vae.decode(z[None]).sample for z in latents])                # one by one: memory
+    pixel_range = header["latents"]["pixel_range"] if vae else [-1, 1]
+    if vae: x = torch.cat([vae.decode(z[None]).sample for z in model.to_latents(x, header)])  # saves memory
     if not x.isfinite().all():
         raise model.Diverged("the model's samples are not finite: its training diverged, the file is of "
                              "another network, or --guidance is too large.")
@@ -125,8 +123,8 @@ def draw_samples(net, header, eps, y, steps, times, solver):
 
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
              rank=0, world=1, solver=None):
-    """Generate images of the range `seeds`, one block of 64 seeds at a time, in order: the blocks rank,
-    rank + world, ... net, header as from model.load; net may be a plain function if `device` is given; steps:
+    """Generate images of the range `seeds` in blocks of 64 seeds, in order: blocks rank, rank + world, ...
+    net, header as from model.load; net may be a plain function if `device` is given; steps:
     the NFE; labels "random" | "balanced" | a class; mid_t: list of the times of steps 2, 3, ...; vae as from
     open_vae; solver of a teacher's ODE, by default solve.default_solver's. -> iterator over numpy arrays
     (images uint8 (n,H,W,C), labels int64 (n,)). Raises UserError at once, and Diverged for samples that are
@@ -164,7 +162,6 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
 
 # The label of a row in a picture, by the first word of the stage.
 ROW_NAMES = {"pretrain": "teacher", "midtrain": "after mid-training", "posttrain": "after post-training"}
-PART = 1024                                                # images per part, a multiple of 64
 
 
 def write_preview(ema, header, args):
@@ -217,9 +214,12 @@ def check_overwrites(path, seeds):
         others = set(os.listdir(path)) - {f"{seed:06d}.png" for seed in seeds}
         if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
         return
-    if not os.path.exists(path) or os.path.isfile(path) and os.path.getsize(path) == 0: return
-    if set(zip_members(path)) != {"arr_0.npy", "arr_1.npy"} or Path(path).absolute().parent.name == "data":
+    if not path.exists(): return
+    if set(zip_members(path)) != {"arr_0.npy", "arr_1.npy"} or path.absolute().parent.name == "data":
         raise model.UserError(f"{path} holds other data than samples; choose another --out.")
+
+
+PART = 1024                                                # images per part, a multiple of 64
 
 
 def draw_parts(draw, seeds, folder, key, rank, world):
@@ -267,23 +267,27 @@ def write_npz(path, shape, dtype, chunks, others):
 
 
 def write_folder(folder, parts, seeds):
-    """Write every image of `parts`, arrays of images, as `folder`/SEED.png."""
+    """Write every image of `parts`, arrays of images, as `folder`/SEED.png. Raises UserError."""
     from PIL import Image
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{seed:06d}.png" for seed in seeds]
-    for file in files: file.unlink(missing_ok=True)        # it may be of another model
-    for file, image in zip(files, itertools.chain.from_iterable(parts)):
-        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files: file.unlink(missing_ok=True)    # it may be of another model
+        for file, image in zip(files, itertools.chain.from_iterable(parts)):
+            Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file)
+    except OSError as e:
+        raise model.UserError(f"{folder}/ could not be written ({e}). Free some space; the same command "
+                              "continues.")
 
 
 def collect(parts, seeds, out, rank, world):
-    """Write all parts to `out`, an .npz or a folder, one in memory at a time, then remove them.
+    """Write all parts to `out`, an .npz or a folder, a few in memory at a time, then remove them.
     -> the first 64 images, all labels; (None, None) on other ranks than 0"""
     labels, first = [], []
     def arriving():
         for images, y in gather_parts(parts, rank, world):
             labels.append(y)
-            if len(labels) <= 2: first.append(images[:64])             # the first part may have fewer
+            if len(labels) <= 2: first.append(images[:64].copy())      # the first part may have fewer
             yield images
     images = arriving()
     if rank:
@@ -307,24 +311,24 @@ def path_of(text):
 
 def open_model(text, args, device):
     """FILE or FILE:STEPS -> the model, guided if the flags say so; header; steps, by default 16 for
-    pre-trained models and 1 for others; solver, None for a consistency model; args for this FILE. A flag
-    that has no effect on it is refused, or among several FILEs left out."""
+    pre-trained models and 1 for others; solver, None for a consistency model; args for this FILE. A flag of
+    the solver, guidance or times without effect on it is an error, with several FILEs only a note."""
     path = path_of(text)
-    if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg", ".pt", ".pkl"):
+    if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
         raise model.UserError(f"{path} is no .safetensors checkpoint of this project. fid.py takes images as "
-                              "a folder or .npz; tools/import_checkpoint.py imports public checkpoints.")
+                              "a folder or .npz.")
     net, header = model.load(path, device)
     net.backbone_dtype = model.DTYPES[args.precision]
     steps = int(text[len(path) + 1:] or (16 if header["stage"].startswith("pretrain") else 1))
     if steps < 1: raise model.UserError(f"{text}: at least one step is needed.")
     consistency = header["stage"] in solve.CONSISTENCY_STAGES
     solver = None if consistency else args.solver or solve.default_solver(header)
-    without_effect = ["guidance", "guide", "solver"] if consistency else []        # only a teacher has an ODE
-    if steps == 1 or solver not in (None, "jump"): without_effect.append("mid_t")
-    without_effect = [flag for flag in without_effect if getattr(args, flag) not in (None, 1)]
+    unused = ["guidance", "guide", "solver"] if consistency else []                # only a teacher has an ODE
+    if steps == 1 or solver not in (None, "jump"): unused.append("mid_t")
+    without_effect = [flag for flag in unused if getattr(args, flag) not in (None, 1)]
     if without_effect:
-        names = ", ".join("--" + flag.replace("_", "-") for flag in without_effect)
-        described = f"{header['stage']}, {solver or 'no ODE'} solver, {steps} NFE"
+        names = " and ".join("--" + flag.replace("_", "-") for flag in without_effect)
+        described = f"{header['stage']}, {f'{solver} solver' if solver else 'no ODE'}, {steps} NFE"
         what = f"{names} has no effect on {text} ({described})"
         if len(args.files) == 1: raise model.UserError(f"{what}. Leave it out.")
         model.say(what)
@@ -350,10 +354,6 @@ def seed_range(text):
     return range(int(first), int(last) + 1)
 
 
-def numbers(text):
-    return [model.positive_float(t) for t in text.split(",")]
-
-
 def open_real(name, header):
     """The data of --data NAME, by default those that a model was trained on. -> model.Data"""
     path = model.find_data(name)[2] if name else header["data_path"]
@@ -369,13 +369,13 @@ def open_real(name, header):
 
 @torch.no_grad()
 def real_images(data, labels, header, vae):
-    """For each label the next real image of its class; without classes any image. -> uint8 (n,H,W,C)"""
+    """For each label the next real image of its class, without classes of all. -> uint8 (n,H,W,C)"""
     y, K = data.labels, header["network"]["label_dim"]
     indices = {k: (y == k).nonzero().flatten().tolist() for k in range(K)} if K else {0: range(len(data))}
     queues = {k: itertools.cycle(found) for k, found in indices.items() if len(found)}
     if not set(labels.tolist()) <= queues.keys():
-        raise model.UserError("--real: the data have no images of some classes; leave it out, or choose "
-                              "--labels.")
+        raise model.UserError("--real: the data have no images of some classes, so there is no picture; "
+                              "leave it out, or choose --labels.")
     x = data.batch([next(queues[k]) for k in labels.tolist()])[0]
     return to_images(model.to_network(x, header).to(vae.device if vae else "cpu"), header, vae)
 
@@ -388,7 +388,8 @@ def sampling_flags(p):
     p.add_argument("--solver", choices=solve.SOLVERS,
                    help="ODE solver, not for consistency models (default: dpm3 for denoisers, heun for flow "
                         "matching, jump for Mean Flow); heun with an odd NFE is EDM's sampler")
-    p.add_argument("--mid-t", type=numbers, metavar="T,T,...",
+    p.add_argument("--mid-t", type=lambda text: [model.positive_float(t) for t in text.split(",")],
+                   metavar="T,T,...",
                    help="times of steps 2, 3, ... (default: from the file; for Mean Flow uniform)")
     p.add_argument("--precision", choices=model.DTYPES, default="fp32", help="of the network's backbone")
     p.add_argument("--vae", metavar="PATH", help="autoencoder (diffusers) for models of latents")
@@ -399,8 +400,8 @@ def flags():
     """The command line -> args, with args.seeds a range"""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=model.Help, allow_abbrev=False)
     p.add_argument("files", nargs="+", metavar="FILE[:STEPS]", help="checkpoints")
-    p.add_argument("--n", type=model.positive_int, default=64,
-                   help="number of images; of several FILEs at most 20 each")
+    p.add_argument("--n", type=model.positive_int,
+                   help="number of images (default: 64; of several FILEs 20 each, which is the most)")
     sampling_flags(p)
     p.add_argument("--real", action="store_true", help="a first row of real images of the same classes")
     p.add_argument("--data", metavar="NAME|PATH.npz",
@@ -410,19 +411,19 @@ def flags():
                         "(default: runs/NAME/samples.npz or .png)")
     args = p.parse_args()
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
-    if not args.real: model.reject_if_typed("--data", because="it says where --real finds its images")
+    if not args.real: model.reject_if_typed("--data", because="only --real reads it")
     one_file, is_picture = len(args.files) == 1, (args.out or "").lower().endswith((".png", ".jpg", ".jpeg"))
     if args.out and (is_picture if one_file else not args.out.endswith(".png")):
         raise model.UserError(f"--out {args.out}: the images of one FILE go to X.npz or FOLDER/; of several "
                               "FILEs only a picture is drawn, X.png.")
-    n_is_typed, args.seeds = args.seeds or model.typed("--n"), args.seeds or range(args.n)
-    if not one_file and len(args.seeds) > 20 and n_is_typed:
+    args.seeds = args.seeds or range(args.n or (64 if one_file else 20))
+    if not one_file and len(args.seeds) > 20:
         raise model.UserError(f"{len(args.seeds):,} images of each FILE: a picture of several has at most 20."
                               " Choose a smaller --n, or sample one FILE at a time.")
     return args
 
 
-def sampler(file, args, device):
+def open_for_drawing(file, args, device):
     """FILE[:STEPS] -> header, autoencoder or None, name in a picture, function that draws a range of seeds"""
     net, header, steps, solver, args = open_model(file, args, device)
     vae = open_vae(header, args.vae, device)
@@ -437,14 +438,15 @@ def output_stem(args, header, is_folder=False):
     """--out without its ending. Raises UserError if it cannot be written."""
     out = args.out or f"runs/{header['data']}/samples"
     out = os.path.normpath(out if is_folder else out.removesuffix(".npz").removesuffix(".png"))
-    if not model.can_write(Path(out, "0.png") if is_folder else out):
+    # parts and picture of a FOLDER/ lie beside it
+    if not model.can_write(out) or is_folder and not model.can_write(Path(out, "0.png")):
         raise model.UserError(f"--out {out} is in a folder that cannot be written.")
     return out
 
 
 def write_samples(file, args, rank, world, device):
     """Write all images of one FILE, as an .npz or a folder, and a picture of the first 64."""
-    header, vae, name, draw = sampler(file, args, device)
+    header, vae, name, draw = open_for_drawing(file, args, device)
     is_folder = bool(args.out) and (args.out.endswith(os.sep) or os.path.isdir(args.out))
     out = output_stem(args, header, is_folder)
     result = Path(out if is_folder else f"{out}.npz")
@@ -466,32 +468,29 @@ def write_samples(file, args, rank, world, device):
 
 def write_comparison(args, device):
     """Draw a picture of several FILEs: up to 20 images of each, with the same seeds."""
-    rows, names, stages, real_rows = [], [], [], []
+    rows, names, stage_of = [], [], {}
     for file in args.files:
-        header, vae, name, draw = sampler(file, args, device)
+        header, vae, name, draw = open_for_drawing(file, args, device)
+        stage_of[path_of(file)] = header["stage"]          # each file once
         is_first = not rows
         if is_first:
             out, data = output_stem(args, header), open_real(args.data, header) if args.real else None
-        images, labels = (np.concatenate(a) for a in zip(*draw(args.seeds[:20])))
-        if is_first and data: real_rows = [real_images(data, labels, header, vae)]
+        images, labels = (np.concatenate(a) for a in zip(*draw(args.seeds)))
+        if is_first and data: rows, names = [real_images(data, labels, header, vae)], ["real"]
         rows.append(images)
         names.append(name)
-        stages.append(header["stage"])
-    paths = [path_of(file) for file in args.files]
-    stage_of = dict(zip(paths, stages))                    # each file once
     stems = [Path(path).stem for path in stage_of]
-    for i, path in enumerate(paths):                       # several files of one stage: add their names
-        if list(stage_of.values()).count(stages[i]) > 1:
+    for i, path in enumerate(map(path_of, args.files), len(names) - len(args.files)):
+        if list(stage_of.values()).count(stage_of[path]) > 1:          # several files of a stage: add names
             stem = Path(path).stem
             names[i] += f", {stem if stems.count(stem) == 1 else path}"
-    names = ["real"] * len(real_rows) + names
-    model.save_grid(f"{out}.png", real_rows + rows, names)
+    model.save_grid(f"{out}.png", rows, names)
     print(f"{', '.join(names)}: picture {out}.png")
 
 
 def main():
     args = flags()
-    rank, world, device, _ = model.setup(precision=args.precision)
+    rank, world, device, _ = model.setup(precision=args.precision, timeout=timedelta(days=7))
     if len(args.files) == 1: write_samples(args.files[0], args, rank, world, device)
     elif rank == 0:          write_comparison(args, device)
 

@@ -242,6 +242,9 @@ def teacher_command(recipe, name, flow=False):
     return f"python pretrain.py --data {shlex.quote(name)}"
 
 
+GUIDE_COMMAND = "pre-train a smaller model, or this one for fewer steps"       # that makes a guide
+
+
 def guidance_flags(p):
     """Add --guidance and --guide, the flags of every script that calls a teacher."""
     p.add_argument("--guidance", type=model.finite, default=p.get_default("guidance") or 1.0, metavar="W",

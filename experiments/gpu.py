@@ -188,7 +188,7 @@ def stage_loss(stage, args, net, header, teacher, batch, device):
         return loss, (x0, eps, t, r, y, weight)
     r, t = posttrain_mf.sample_r_t(batch, args.r_neq_t, args.P_mean, args.P_std, device)
     def loss(f, z, r, t, y, v):
-        v = posttrain_mf.guided_velocity(net, z, t, y, v, args.omega, args.kappa, K, *args.guide_times)
+        v = posttrain_mf.guided_velocity(net, z, t, y, v, args.omega, args.kappa, K, *args.guidance_interval)
         k = round(len(z) * args.r_neq_t)
         below, equal = ([a[part] for a in (z, r, t, y, v)] for part in (slice(k), slice(k, None)))
         dudt = posttrain_mf.derivative_jvp(net, *below)

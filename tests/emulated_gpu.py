@@ -190,4 +190,4 @@ def test_inception(on_gpu):
     with EmulatedGPU():
         net = feature_networks.Inception().to(GPU0).eval().requires_grad_(False)
         n, *sums = fid.sums([net(torch.zeros(2, 8, 8, 1, dtype=torch.uint8).to(GPU0))])
-        assert all(m.device == GPU0 for m in fid.over_ranks(n, *sums)[1:])
+        assert all(m.device == GPU0 for m in fid.moments_of_all_ranks(n, *sums)[1:])

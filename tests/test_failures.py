@@ -54,7 +54,7 @@ def test_samples_that_are_not_finite_are_refused(run, here, tmp_path, script):
 @pytest.mark.parametrize("command", [
     ("pretrain", "--ema", "nan"), ("pretrain", "--ema", 1.5), ("pretrain", "--ema=-1"), ("pretrain", "--lr", "inf"),
     ("midtrain", "--guidance", "nan"), ("posttrain_cm", "--double=-1"), ("posttrain_mf", "--omega", "inf"),
-    ("posttrain_mf", "--guide-times", 0.8, 0.2, "--omega", 0.5), ("posttrain_mf", "--guide-times", 0, 2),
+    ("posttrain_mf", "--guidance-interval", 0.8, 0.2, "--omega", 0.5), ("posttrain_mf", "--guidance-interval", 0, 2),
     ("pretrain", "--beta1", 1), ("pretrain", "--P-std", 0), ("pretrain", "--seed=-1"), ("pretrain", "--dropout", 1),
     ("sample", "runs/digits/midtrain_cm.safetensors:2", "--mid-t", "nan"), ("pretrain", "--optimizer", "SGD")],
     ids=lambda c: " ".join(map(str, c)))
@@ -71,7 +71,7 @@ FILE = "--trajectories", "runs/digits/trajectories.safetensors"
     ("midtrain", *FILE, "--nfe", 64), ("midtrain", *FILE, "--solver", "heun"), ("midtrain", "--guide", "x"),
     ("midtrain", "--lpips", "a", "b"), ("posttrain_cm", "--guidance", 2), ("posttrain_cm", "--teacher", "x"),
     ("posttrain_cm", "--solver", "euler"), ("posttrain_cm", "--loss", "ecd", "--guide", "x"),
-    ("posttrain_mf", "--teacher", "x"), ("posttrain_mf", "--guide-times", 0, 0.5), ("pretrain", "--world", 8),
+    ("posttrain_mf", "--teacher", "x"), ("posttrain_mf", "--guidance-interval", 0, 0.5), ("pretrain", "--world", 8),
     ("sample", "runs/digits/pretrain.safetensors", "--mid-t", 0.5),
     ("sample", "runs/digits/midtrain_cm.safetensors", "--n", 8, "--seeds", "0-7"),
     ("sample", "runs/digits/midtrain_cm.safetensors", "--data", "digits"),

@@ -306,7 +306,7 @@ def test_where_post_training_starts():
 
 # --- questions the paper leaves open ------------------------------------------------------------------------
 
-NEAR = lambda t: posttrain_cm.ect_r(t, 16, 0)              # ECT's pairs
+NEAR = lambda t: posttrain_cm.ect_r(t, 16, 0)              # ECT's times
 pseudo_huber = lambda c: lambda a, b, t: (SQUARE(a, b, t) + c ** 2).sqrt()
 LOSSES = {"squared l2, weight 1":        SQUARE,
           "squared l2, weight 1/(t-r)":  lambda a, b, t: SQUARE(a, b, t) / (t - NEAR(t)),
@@ -318,7 +318,7 @@ LOSSES = {"squared l2, weight 1":        SQUARE,
 
 
 def test_other_weights_and_distances():
-    """||grad L* - grad L|| where post-training starts, with ECT's pairs, for what the theory leaves out."""
+    """||grad L* - grad L|| where post-training starts, at ECT's times, for what the theory leaves out."""
     start, end = (next(f for name, f in reversed(trained(1).items()) if name.startswith(what))
                   for what in ("diffusion", "CMT"))
     found = {}

@@ -185,7 +185,7 @@ def test_hub(prepare, monkeypatch):
         def __getitem__(self, k):
             return LABELS.tolist() if k == "animal" else {"picture": Image.fromarray(PIXELS[k])}
     hub = types.ModuleType("datasets")
-    hub.load_dataset = lambda name: {"train": Rows(), "test": None}
+    hub.load_dataset = lambda name, config: {"train": Rows(), "test": None}
     monkeypatch.setitem(sys.modules, "datasets", hub)
     for source in ("hf:owner/name", "hf:owner/name:train"):
         done = prepare(source, "--overwrite")
@@ -217,8 +217,23 @@ def test_ffhq_and_afhq_are_resized_as_by_edm(prepare):
     assert np.array_equal(done.arr_0, prepare("faces", "--data", "afhqv2-64").arr_0)
 
 
+def test_published_datasets_are_not_turned(prepare):
+    """Neither ADM nor EDM read EXIF's rotation."""
+    x, exif = RNG.integers(0, 256, (32, 32, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    save("turned/0.png", x, exif=exif)
+    assert np.array_equal(prepare("turned", "--data", "cifar10").arr_0[0], x)
+    assert np.array_equal(prepare("turned", "--data", "mine").arr_0[0], np.rot90(x, -1))
+
+
+def test_a_photo_with_damaged_exif_data_is_read(prepare):
+    for k in range(2): save(f"photos/{k}.jpg", np.full((16, 16, 3), 200, np.uint8), exif=b"Exif\0\0 damaged block")
+    done = prepare("photos")
+    assert done.arr_0.shape == (2, 16, 16, 3) and (abs(done.arr_0.astype(int) - 200) < 3).all(), done.err
+
+
 def test_images_that_are_not_resized_have_the_filter_of_their_source(prepare):
-    for k in range(3): save(f"small/n01440764/{k}.png", RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for k in range(1000): save(f"small/n{k:08d}/0.png", np.full((64, 64, 3), 200, np.uint8))
     done = prepare("small", "--data", "imagenet64")
     assert done.info["filter"] == "as in SOURCE" and "resized as by ADM" in done.out, done.err
 
@@ -675,7 +690,7 @@ def test_flags_for_arrays_do_something_or_are_refused(prepare):
 
 
 def test_statistics_beside_images_are_no_labels(prepare):
-    np.savez("adm.npz", arr_0=PIXELS, mu=np.zeros(5), sigma=np.eye(5))
+    np.savez("adm.npz", arr_0=PIXELS, mu=np.zeros(5), sigma=np.eye(5), mu_s=np.zeros(7), sigma_s=np.eye(7))
     assert prepare("adm.npz").arr_0.shape == PIXELS.shape
 
 
@@ -698,7 +713,8 @@ def test_files_that_other_systems_add(prepare):
 
 
 @pytest.mark.parametrize("a, b", [("train_images", "test_images"), ("fold1", "fold2"), ("train", "unlabeled"),
-                                  ("images", "annotations"), ("images-train", "images_val")])
+                                  ("images", "annotations"), ("images-train", "images_val"), ("seg_train", "seg_test"),
+                                  ("asl_alphabet_train", "asl_alphabet_test")])
 def test_folders_that_are_parts(prepare, a, b):
     class_tree(names=(a, b, a))
     refused(prepare("photos"), "look like parts")

@@ -49,7 +49,7 @@ def posttrain_mf(args):
     header = expected_header(args, "init", stages, dataset, **args.network, interval=True)
     if args.velocity == "teacher": teacher = expected_header(args, "teacher", ["pretrain_flow"], dataset)
     guided = (args.omega, args.kappa) != (1, 0)
-    report(args, "images", header, 2 * args.r_neq_t + 2 * guided, teacher, 1)
+    report(args, "images", header, 2 * args.r_neq_t + 2 * guided, teacher, 1, multiple=4)
 
 
 def expected_header(args, flag, stages, dataset, **network):
@@ -94,13 +94,15 @@ def memory_parts(parameters, activations, teacher_parameters=0):
             "EMA": 4 * parameters, "teacher": 4 * teacher_parameters, "activations": activations}
 
 
-def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0):
+def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0, multiple=1):
     """Print what a run would be, do and need. header: as `expected_header`, of the student; forwards: passes
-    per sample without gradient; teacher: its header, with teacher_nfe forwards per sample."""
+    per sample without gradient; teacher: its header, with teacher_nfe forwards per sample; multiple: of which
+    the batch of a process has to be."""
     gpus = 1 if args.recipe_name in ("digits", "custom") else 8
     world = args.world or int(os.environ.get("WORLD_SIZE", gpus))
-    if args.batch % world:
-        raise model.UserError(f"--batch {args.batch} cannot be split evenly over {world} processes.")
+    if args.batch % (multiple * world):
+        raise model.UserError(f"--batch {args.batch} for {world} processes has to be a multiple of "
+                              f"{multiple * world}.")
     print(f"{Path(sys.argv[0]).name} on {args.data}, {world} GPU{'s' * (world > 1)}; a dry run")
     hidden = {"teacher_network", "teacher_command", "init", "teacher", "guide", "precision"}
     for k in [*(k for k in args.recipe if k not in hidden), "precision"]:

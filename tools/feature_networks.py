@@ -131,8 +131,8 @@ def load_inception(path):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc.")})
     except Exception as e:                                 # damaged, or another network
-        raise model.UserError(f"{path} is not {INCEPTION} ({type(e).__name__}: {str(e).splitlines()[0]}); "
-                              f"fetch {WHERE}.")
+        reason = str(e).partition("\n")[0]
+        raise model.UserError(f"{path} is not {INCEPTION} ({type(e).__name__}: {reason}); fetch {WHERE}.")
     return net.eval().requires_grad_(False)
 
 
@@ -184,8 +184,8 @@ def load_lpips(files, header):
     try:
         return LPIPS(*(torch.load(file, map_location="cpu", weights_only=True) for file in files))
     except Exception as e:                                 # missing, damaged, or of another network
-        raise model.UserError(f"--lpips {' '.join(files)}: {type(e).__name__} ({str(e).splitlines()[0]}); "
-                              f"{LPIPS_FILES}")
+        reason = str(e).partition("\n")[0]
+        raise model.UserError(f"--lpips {' '.join(files)}: {type(e).__name__} ({reason}); {LPIPS_FILES}")
 
 
 def load_elatentlpips(header, device):

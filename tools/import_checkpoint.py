@@ -1,8 +1,7 @@
 """Convert a public checkpoint into a checkpoint of this project. No code from the public file is run.
 
-  reads   FILE, which is a network pickle of EDM, EDM2 or ECT (.pkl), or holds the weights of a SiT, also of
-          REPA or MeanFlow-PyTorch (.pt, .pth, .pth.tar, .ckpt, .bin), or is a .safetensors whose metadata
-          give the constructor arguments of the network
+  reads   FILE: a network pickle of EDM, EDM2 or ECT (.pkl); weights of SiT, REPA or MeanFlow-PyTorch (.pt,
+          .pth, .pth.tar, .ckpt, .bin); or a .safetensors with the network's arguments in its metadata
   writes  runs/NAME/pretrain.safetensors         for a denoiser (EDM, EDM2)
           runs/NAME/pretrain_flow.safetensors    for a velocity model (SiT, REPA)
           runs/NAME/posttrain_cm.safetensors     for a consistency model (ECT)
@@ -303,6 +302,9 @@ def convert(path, time):
     if header["stage"] == "pretrain_flow": tensors = velocity_weights(tensors, args, time)
     elif time: raise model.UserError("--time is only for a SiT without r_embedder; leave it out")
     network = header["network"]
+    if network["img_channels"] not in (1, 3, 4):
+        raise model.UserError(f"its latents have {network['img_channels']} channels, and only those of Stable "
+                              "Diffusion's autoencoder, with 4, are known")
     if network["img_channels"] == 4:
         header["latents"] = model.LATENTS.get(network["class"], model.LATENTS["EDM2UNet"])
     with torch.device("meta"): net = model.build(header)
@@ -322,6 +324,7 @@ def import_checkpoint(path, time=None):
     except Exception as e:     # A damaged pickle can raise anything.
         text = str(e)
         if isinstance(e, FileNotFoundError): text = "it does not exist; download it from its publisher"
+        elif isinstance(e, OSError): pass
         elif not isinstance(e, model.UserError):
             reason = f"{type(e).__name__}: " + re.split(r"\.\s", text)[0]
             text = f"it is incomplete or of an unknown format ({reason}); download it again"

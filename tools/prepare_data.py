@@ -1,8 +1,8 @@
-"""Turn images in any form into data/NAME.npz, the one format that training reads.
+"""Turn images into data/NAME.npz, the one format that training reads.
 
   reads   SOURCE: a folder, .zip or .zip/FOLDER of images, classes from sub-folders or dataset.json (EDM);
           the same with latents (.npy, EDM2); CIFAR-10's python archive; MNIST's idx files; an .npz or .npy;
-          hf:NAME[:SPLIT], a dataset of the Hugging Face hub or a folder that the package `datasets` reads
+          hf:NAME[:SPLIT[:CONFIG]], a dataset of the Hugging Face hub or a folder that `datasets` reads
   writes  data/NAME.npz   arr_0: uint8 (N,H,W,C), or latents (N,C,H,W), or means and deviations (N,2C,H,W)
                           arr_1: int64 (N,), labels 0..K-1, if there are classes; class_names (K,)
                           info: JSON (source, size, crop, counts, date; for latents the autoencoder)
@@ -14,11 +14,12 @@
           python tools/prepare_data.py --check data/photos.npz
 
 A NAME of model.DATASETS fixes the size, crop, channels, number of classes, and for latents the pixel range of
-the autoencoder. Any other NAME is a custom dataset. Memory does not grow with the number of images. Colour
-profiles are ignored, as in the preparation of the published datasets.
+the autoencoder. Any other NAME is a custom dataset. Images are read one by one, except from a compressed
+.npz. Colour profiles are ignored, and for a NAME of DATASETS also EXIF's rotation, as in the preparation of
+the published datasets.
 """
-import argparse, datetime, functools, gzip, io, itertools, json, math, os, pickle, posixpath, re, shutil
-import struct, sys, tarfile, time, warnings, zipfile
+import argparse, contextlib, datetime, functools, gzip, io, itertools, json, math, os, pickle, posixpath, re
+import shutil, struct, sys, tarfile, time, warnings, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,8 @@ PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm
 TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()         # files that may list labels
 HIDDEN = r"(?i)\.(?!\.?$)|__MACOSX$|thumbs\.db$|desktop\.ini$|@eaDir$|#recycle$|\$RECYCLE\.BIN$"
 # Folders with such names are parts of a dataset. FFHQ stores a thousand images in each of 00000/, 01000/, ...
-PART = (r"(?i)((train|val|test|dev|eval|fold|split|unlabell?ed|images?|masks?|annotations?|labels?)"
+PART = (r"(?i)(.+[-_ ](?=train|val|test))?"
+        r"((train|val|test|dev|eval|fold|split|unlabell?ed|images?|masks?|annotations?|labels?)"
         r"(ing|id|idation)?[-_ ]?(set|data|[ab]|\d+)?[-_ ]?)+|\d{5,}")
 CIFAR = r"data_batch_\d|batches\.meta"
 IDX = r"(?i).*(images|labels)[-.]idx\d[-.]ubyte(\.gz)?"
@@ -45,6 +47,7 @@ TRAINING_IMAGES = {"cifar10": 50_000, "ffhq64": 70_000, "afhqv2-64": 15_803, "im
                    "imagenet256": 1_281_167, "imagenet512": 1_281_167}
 LANCZOS = "ffhq64", "afhqv2-64"            # resized so by EDM, for its teachers and the published FIDs
 Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, no error
+BAD_EXIF = SyntaxError, ValueError, struct.error           # what Pillow raises for it
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30       # a PNG may hold long texts
 
 
@@ -71,8 +74,8 @@ def list_folder(folder, prefix="", above=()):
     real = os.path.realpath(folder)
     if real in above: return
     for entry in os.scandir(folder):
-        is_folder = os.path.isdir(entry.path)
-        if os.path.exists(entry.path) and not is_folder and not os.path.isfile(entry.path): continue  # a pipe
+        is_folder = entry.is_dir()
+        if not (is_folder or entry.is_file() or entry.is_symlink()): continue      # a pipe
         yield prefix + entry.name + "/" * is_folder
         if is_folder: yield from list_folder(entry.path, f"{prefix}{entry.name}/", (*above, real))
 
@@ -228,13 +231,14 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
         if first: image = image.transpose(1, 2, 0)
         return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2:] == (1,) else image))
     vectors = [] if classes == "none" else [
-        k for k in shapes if k != key and len(shapes[k]) in (1, 2) and k not in ("mu", "sigma")]
+        k for k in shapes if k != key and len(shapes[k]) in (1, 2)
+        and k not in ("mu", "sigma", "mu_s", "sigma_s")]   # statistics in ADM's reference batches
     fits = [k for k in vectors if shapes[k][0] == len(x)]
     if vectors and not fits:
         raise UserError(f"{vectors[0]} {shapes[vectors[0]]} has no label for each of {len(x):,} images. "
                         "Correct it, or pass --classes none.")
     others = fits if images else candidates
-    if bool(images) != bool(labels) and len(others) > 1:   # "train" is a guess for both or for none
+    if bool(images) != bool(labels) and len(others) > 1:   # one is typed: "train" must not guess the other
         flag = "--labels KEY, or pass --classes none" if images else "--images KEY"
         raise UserError(f"found {shapes}. Choose what belongs to {images or labels} with {flag}.")
     label_key = choose("--labels KEY", labels, fits, shapes)
@@ -256,18 +260,20 @@ def float_range(x):
 
 
 def open_hub(path, classes, images, labels):
-    """hf:NAME[:SPLIT] or hf:FOLDER[:SPLIT]"""
+    """hf:NAME[:SPLIT[:CONFIG]] or hf:FOLDER[:SPLIT]"""
     try: import datasets
     except ImportError: raise UserError("the package datasets is missing. Run `pip install datasets`.")
-    name, _, split = path.removeprefix("hf:").partition(":")
+    name, split, config = (path.removeprefix("hf:").split(":") + ["", ""])[:3]
     saved = any(os.path.isfile(f"{name}/{file}.json") for file in ("dataset_dict", "state"))
-    data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config or None)
     if isinstance(data, dict): data = data[choose("hf:NAME:SPLIT", split, list(data), list(data))]
     kinds = {key: type(feature).__name__ for key, feature in data.features.items()}
     images = choose("--images KEY", images, [k for k in kinds if kinds[k] == "Image"], kinds)
     if not images: raise UserError(f"no column of {kinds} holds images. Choose with --images KEY.")
     candidates = [k for k in kinds if kinds[k] == "ClassLabel" and classes != "none"]
     labels = choose("--labels KEY", labels, candidates, kinds)
+    if not labels and classes != "none":
+        print(f"no ClassLabel among the columns {kinds}, so no classes; --labels KEY chooses a column")
     return Source(path, [f"image {i}" for i in range(len(data))], lambda i: data[i][images],
                   list(data[labels]) if labels else None, getattr(data.features.get(labels), "names", ()))
 
@@ -315,7 +321,8 @@ def open_source(path, classes="auto", images=None, labels=None):
     except UserError as e: raise UserError(f"{path}: {e}")
     except PermissionError as e: raise UserError(f"{path} cannot be read ({e}). Change its permissions.")
     except Exception as e:                 # damaged files raise anything
-        raise UserError(f"{path} cannot be read ({e!r}). Download or create it again.")
+        raise UserError(f"{path} cannot be read ({e!r}). Download or create it again, with labels that are "
+                        "integers or text, not objects.")
 
 
 # === images =================================================================================================
@@ -335,6 +342,7 @@ def in_order(source, convert, workers=1, skip_bad=False):
         for i, result in enumerate(sample.progress(results, len(source), size=lambda _: 1)):
             if not isinstance(result, UserError): yield i, result
             elif skip_bad: print(f"left out: {result}")
+            elif "not decodable" in source.skipped: raise UserError(f"{result} Remove it.")
             else: raise UserError(f"{result} Remove it (prepare_data.py --skip-bad leaves out such files).")
 
 
@@ -352,9 +360,10 @@ def without_bad(source, workers):
 
 
 def survey(source, workers=1):
-    """Read the headers of all images -> {(width, height): name of one such image}, whether all are grey"""
+    """The sizes of all images -> {(width, height): name of one such image}, whether all are grey"""
     def header(image):
-        turned = image.getexif().get(0x0112, 1) >= 5 and image.format != "TIFF"     # Pillow turns a TIFF
+        try: turned = image.getexif().get(0x0112, 1) >= 5 and image.format != "TIFF"     # Pillow turns a TIFF
+        except BAD_EXIF: turned = False
         grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
         return image.size[::-1] if turned else image.size, grey
     sizes, all_grey = {}, True
@@ -371,14 +380,16 @@ def image_batches(source, batch=64, rank=0, world=1):
     all processes together yield every image once. n is `batch`, and may be smaller in the last batch.
     Raises UserError for images of two sizes, a damaged image, or latents."""
     if source.latents: raise UserError(f"{source.path} holds latents, not images. Decode them first.")
-    sizes, grey = survey(source)
+    workers = min(8, os.cpu_count())
+    sizes, grey = survey(source, workers)
     if len(sizes) > 1:
         (a, first), (b, second) = list(sizes.items())[:2]
         raise UserError(f"{source.path}: {first} has {a[0]}x{a[1]} pixels, and {second} has {b[0]}x{b[1]}. "
                         "Use images of one size.")
     for start in range(rank * batch, len(source), world * batch):
         part = Source(source.path, source.names[start:start + batch], lambda i: source.read(start + i))
-        yield np.stack([x for _, x in in_order(part, lambda image: to_pixels(image, None, 1 if grey else 3))])
+        images = in_order(part, lambda image: to_pixels(image, None, 1 if grey else 3), workers)
+        yield np.stack([x for _, x in images])
 
 
 def centre_crop(image, size):
@@ -396,11 +407,13 @@ def lanczos_crop(image, size):
     return ImageOps.fit(image, (size, size), Image.LANCZOS)
 
 
-def to_pixels(image, size, channels, background="white", crop=centre_crop):
+def to_pixels(image, size, channels, background="white", crop=centre_crop, turn=True):
     """PIL image of any mode -> uint8 (H,W,channels). size: None to keep the image, or the side of the square
-    that crop(image, size) makes."""
+    that crop(image, size) makes. turn: as its EXIF data say"""
     if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))    # large JPEG
-    image = ImageOps.exif_transpose(image)
+    image.load()                                           # a damaged image raises here
+    with contextlib.suppress(*BAD_EXIF):
+        if turn: image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"): raise ValueError(f"pixels of mode {image.mode} have no fixed range")
@@ -547,11 +560,12 @@ def check_flags(args, config, source, K):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
     if config and bool(latents) != ("latents" in config):
         expected = "latents" if "latents" in config else "pixels"
-        raise UserError(f"{args.data} holds {expected}, and this would store the other kind. Encode images "
-                        "with --vae PATH, leave --vae out, or choose another NAME.")
+        advice = "Leave out --vae" if args.vae else "Encode images with --vae PATH"
+        raise UserError(f"{args.data} holds {expected}, and this would store the other kind. {advice}, or "
+                        "choose another NAME.")
     if config and config["classes"] not in (0, K):
-        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Choose "
-                        "another NAME for a custom dataset.")
+        raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Give a "
+                        "folder for each class, or choose another NAME for a custom dataset.")
     if latents and not config and args.pixel_range not in ([0, 1], [-1, 1]):
         raise UserError("Latents need the pixel range of their autoencoder. Pass --pixel-range 0 1 (as EDM2) "
                         "or --pixel-range -1 1 (as SiT).")
@@ -646,13 +660,14 @@ def main():
         crop = lanczos_crop if args.data in LANCZOS else centre_crop
         info |= {"size": size, "crop": "center", "flip": args.flip}
         shape = size, size, channels
-    resized, enlarged = [], []             # an item for each image that was
+    resized, enlarged = [], []             # an entry for each such image
     def convert(sample):
         if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
+        if source.latents and (sample[C:] < 0).any(): raise ValueError("a standard deviation is negative")
         if source.latents: return sample
         if sample.size != (size, size): resized.append(1)
         if min(sample.size) < size: enlarged.append(1)
-        return to_pixels(sample, size, channels, args.background, crop)
+        return to_pixels(sample, size, channels, args.background, crop, turn=not config)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
     vae = sample.load_vae(args.vae, "cuda" if torch.cuda.is_available() else "cpu") if args.vae else None
     encode = None
@@ -663,7 +678,8 @@ def main():
         C = shape[0] // 2
     if config and C and (C, *shape[1:]) != tuple(config["shape"]):
         raise UserError(f"{args.source}: the latents are {(C, *shape[1:])}, and {args.data} needs "
-                        f"{config['shape']}. Choose another NAME.")
+                        f"{config['shape']}. Choose another NAME. (Latents with variance are means and "
+                        "standard deviations, not log-variances.)")
     dtype = np.dtype(np.uint8 if not C else np.float32 if args.fp32 else np.float16)
     full_shape = len(source) * (1 + args.flip), *shape
     try: out.parent.mkdir(exist_ok=True)

@@ -479,7 +479,7 @@ def test_the_output_appears_whole_or_not_at_all(prepare, monkeypatch):
     assert stat.S_IMODE(os.stat("data/n.npz").st_mode) == 0o640
     before = Path("data/n.npz").read_bytes()
     assert "--overwrite" in prepare("a").err
-    def interrupted(*_): raise KeyboardInterrupt
+    def interrupted(*_, **__): raise KeyboardInterrupt
     monkeypatch.setattr(prepare_data, "to_pixels", interrupted)
     assert prepare("a", "--overwrite").code == 130 and Path("data/n.npz").read_bytes() == before
     assert sorted(os.listdir("data")) == ["n.npz", "n.png"]

@@ -1,7 +1,7 @@
 """What the tests share: the stored reference outputs, a Gaussian mixture with a closed-form denoiser, and a
 way to run a script's real command line inside this process (starting Python and torch anew costs seconds
 each time)."""
-import importlib, json, os, signal, sys, zlib
+import importlib, json, math, os, signal, sys, zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +137,17 @@ def latents_npz(path, latents, scale, labels=None):
     return str(path)
 
 
+def small_pool(local_batch, pairs_per_trajectory):
+    """As midtrain.pool_size, for two batches"""
+    return 2 * math.lcm(local_batch, pairs_per_trajectory) // pairs_per_trajectory
+
+
+@pytest.fixture(autouse=True)
+def small_pools(monkeypatch):
+    """128 trajectories take a second."""
+    monkeypatch.setattr("midtrain.pool_size", small_pool)
+
+
 def make_chain(run, folder):
     """Run the whole chain for a few steps on the embedded digits in `folder`, all paths default. -> folder"""
     before = os.getcwd()
@@ -148,7 +159,10 @@ def make_chain(run, folder):
                               ("midtrain", "--branch", "mf", "--nfe", 4), ("posttrain_mf",)]:
             small = "--steps", 4, "--batch", 8, "--save-every", 2, "--log-every", 2
             if script == "solve": small = ()
-            done = run(script, *small, *args)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("solve.error_table", lambda *_: None)    # 900 forward passes
+                patch.setattr("midtrain.pool_size", small_pool)
+                done = run(script, *small, *args)
             assert done.code == 0, done.err
     finally:
         os.chdir(before)

@@ -24,13 +24,11 @@ if change == "aot_eager":
     torch.nn.parallel.DistributedDataParallel = functools.partial(ddp, bucket_cap_mb=1)
 if change == "eager":
     midtrain.pool_size = lambda batch, pairs: 4
-if change in ("raise", "memory") and rank == 1:
+if change == "raise" and rank == 1:
     update_ema, calls = model.update_ema, []
     def fails(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:
-            if change == "memory": raise torch.OutOfMemoryError("CUDA out of memory")
-            raise RuntimeError("something unexpected")
+        if len(calls) == 3: raise RuntimeError("something unexpected")
         return update_ema(*args, **kwargs)
     model.update_ema = fails
 model.run(importlib.import_module(sys.argv[0].removesuffix(".py")).main)
@@ -120,18 +118,19 @@ def test_a_signal_during_the_exchange_counts_at_the_next_step(handlers, monkeypa
     assert [stop(1), stop(2), stop(3)] == [False, True, True] and arrived == [0, signal.SIGTERM, signal.SIGTERM]
 
 
-@pytest.mark.parametrize("sign", ["SIGTERM", "SIGHUP"])
-def test_a_signal_to_all_processes_leaves_the_compiler_alive(sign):
+def test_a_signal_to_all_processes_leaves_the_compiler_alive():
     """torch's compiler processes belong to the run's process group. If a signal ended them, the run would wait for
     them forever."""
-    code = (f"import model, os, signal; signal.signal(signal.{sign}, lambda *_: print('asked to stop'))\n"
+    code = ("import model, os, signal\nfor sign in signal.SIGTERM, signal.SIGHUP:\n"
+            "    signal.signal(sign, lambda *_: print('asked to stop'))\n"
             "model.compiled(len, True); from torch._inductor.async_compile import AsyncCompile\n"
             "submit = AsyncCompile.process_pool().submit; before = submit(os.getpid).result(60)\n"
-            f"os.killpg(0, signal.{sign}); print(before, submit(os.getpid).result(60), os.getpid())")
+            "os.killpg(0, signal.SIGTERM), os.killpg(0, signal.SIGHUP)\n"
+            "print(before, submit(os.getpid).result(60), os.getpid())")
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, start_new_session=True,
                           capture_output=True, text=True)
-    assert done.returncode == 0 and "asked to stop" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stdout.count("asked to stop") == 2, done.stderr
     assert len(set(done.stdout.split()[-3:])) >= 2                         # another process did the work
 
 
@@ -177,14 +176,13 @@ def test_no_sigterm_is_lost(chain, tmp_path):
 
 # --- failures -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change, words", [("raise", "something unexpected"), ("memory", "out of memory")])
-def test_an_exception_on_one_rank_ends_the_job(chain, tmp_path, change, words):
-    process = torchrun(tmp_path, change, "midtrain", "--steps", 10 ** 6, "--batch", 8, "--nfe", 4,
+def test_an_exception_on_one_rank_ends_the_job(chain, tmp_path):
+    process = torchrun(tmp_path, "raise", "midtrain", "--steps", 10 ** 6, "--batch", 8, "--nfe", 4,
                        "--log-every", 1, "--out", tmp_path / "a.safetensors", cwd=chain)
     while not (line := process.stdout.readline()).startswith("step"): assert line, process.stderr.read()
     started = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - started < 35 and process.returncode != 0 and words in err
+    assert time.monotonic() - started < 35 and process.returncode != 0 and "something unexpected" in err
 
 
 def test_processes_of_one_start_share_what_no_earlier_start_wrote():
@@ -262,21 +260,22 @@ def test_two_nodes_with_different_commands_do_not_start(chain, tmp_path):
 
 def test_ranks_without_a_common_disk_sample_and_evaluate_together(run, chain, tmp_path, monkeypatch):
     import numpy as np
-    monkeypatch.setattr("sample.PART", 64)
     for rank in "0", "1":
         (tmp_path / rank / "runs").mkdir(parents=True)
         (tmp_path / rank / "data").symlink_to(ROOT / "data")
         (tmp_path / rank / "runs/digits").symlink_to(chain / "runs/digits")
     file = "runs/digits/midtrain_cm.safetensors:1"
     monkeypatch.chdir(chain)
-    assert run("sample", file, "--n", 1500, "--out", tmp_path / "one.npz").code == 0
-    two_ranks_on_two_disks(tmp_path, "sample", file, "--seeds", "0-1499", "--out", "two.npz")
+    assert run("sample", file, "--n", 2500, "--out", tmp_path / "one.npz").code == 0
+    two_ranks_on_two_disks(tmp_path, "sample", file, "--seeds", "0-2499", "--out", "two.npz")        # three parts
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "0/two.npz")
     assert all((one[k] == two[k]).all() for k in ("arr_0", "arr_1")) and one.files == two.files
     assert not list((tmp_path / "0").glob("*.parts")) and not list((tmp_path / "1").glob("*.parts"))
+    alone = json.loads(run("fid", file, "--n", 200, "--features", "pixels").out.splitlines()[-1])
     for _ in range(2):                                     # the second time with kept reference statistics
         out = two_ranks_on_two_disks(tmp_path, "fid", file, "--seeds", "0-199", "--features", "pixels")
-        assert json.loads(out.splitlines()[-1])["n"] == 200
+        found = json.loads(out.splitlines()[-1])
+        assert found["n"] == 200 and found["fd"] == pytest.approx(alone["fd"], rel=1e-8)     # summed in another order
 
 
 def test_a_part_that_disappeared_is_explained(run, chain, tmp_path, monkeypatch):
@@ -312,7 +311,7 @@ def test_the_slurm_script_saves_and_is_queued_again(chain, tmp_path):
     env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "SLURM_NNODES": "1",
                         "SLURM_JOB_ID": str(free_port() - 20000), "SLURM_JOB_NODELIST": "here"}
     command = ["bash", ROOT / "docs/train.slurm", ROOT / "midtrain.py", "--steps", "300", "--batch", "8",
-               "--log-every", "5", "--out", "a.safetensors"]
+               "--nfe", "4", "--no-preview", "--log-every", "5", "--out", "a.safetensors"]
     job = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     for line in job.stdout:
         if line.startswith("step      20/"): break

@@ -227,7 +227,8 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
                      "MeanFlow by Adam": "plain MeanFlow by Adam"}.get(method, method)
             row = re.escape(f" | {units} | " + " | ".join(cells) + " | ")
             assert re.search(rf"\n\| {re.escape(label)}( \([^|]*\))?{row}", page), (method, units)
-    for head in "\n\n| with / without mid-training |", "\n\n| method | trials |":
+    for head in ("\n\n| with / without mid-training |", "\n\n| method | trials |",
+                 "\n\n| four settings, two seeds, one unit |"):
         tables = [(head + text.partition(head)[2]).strip().partition("\n\n")[0] for text in (page, "\n".join(lines))]
         shown, printed = ([row for row in table.splitlines() if row.startswith("|")] for table in tables)
         assert shown[2:] == printed[2:] and len(shown) > 5
@@ -235,7 +236,7 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
     pairs = [line.split(" | ") for line in lines if re.match(r"\| CMT .* / .* \| \d \| ", line)]
     shown = [row.split(" | ") for row in readme.splitlines() if "NFE" not in row and "---" not in row and row]
     names = ["ECT", "the same, with the settings for two units", "MeanFlow, r and t drawn as for CIFAR-10",
-             "the same, other settings for plain MeanFlow", "MeanFlow, r and t drawn as for ImageNet"]
+             "the same, other settings for plain MeanFlow", "MeanFlow by RAdam, r and t drawn as for ImageNet"]
     name = {f"| {' / '.join(pair)}": f"| {name}" for pair, name in zip(mnist.PAIRS, names, strict=True)}
     assert shown == [[name[pair], units, one, f"{two} |"] for pair, units, one, _, two, _ in pairs]
 

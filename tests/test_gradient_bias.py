@@ -287,6 +287,7 @@ def table(longer=1, dt=1 / 16):
     return found
 
 
+@pytest.mark.slow
 def test_where_post_training_starts():
     found = table()
     print("\n| initial weights | E‖f - Psi‖² | E‖rho‖² | B | 4 E‖J‖² E‖rho‖² |\n|---|---|---|---|---|")
@@ -317,6 +318,7 @@ LOSSES = {"squared l2, weight 1":        SQUARE,
           "pseudo-huber, c = 0.00076":   lambda a, b, t: midtrain.huber(a, b)}          # 0.00054 sqrt(2)
 
 
+@pytest.mark.slow
 def test_other_weights_and_distances():
     """||grad L* - grad L|| where post-training starts, at ECT's times, for what the theory leaves out."""
     start, end = (next(f for name, f in reversed(trained(1).items()) if name.startswith(what))

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import midtrain, model, solve
+from midtrain import pool_size
 from tools import feature_networks
 from conftest import mixture_denoiser, refused, relerr, vector_weights, vectors, write_npz
 
@@ -86,7 +87,7 @@ def test_huber_is_the_pseudo_huber_norm_without_cancellation():
 
 @pytest.mark.parametrize("batch, nfe", [(128, 16), (8, 16), (24, 16), (6, 4), (100, 7)])
 def test_pool_is_a_whole_number_of_batches(batch, nfe):
-    size = midtrain.pool_size(batch, nfe)
+    size = pool_size(batch, nfe)
     assert size * nfe % batch == 0 and 128 <= size < 128 + batch
 
 

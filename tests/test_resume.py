@@ -47,6 +47,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def small_pools():
+    """Not here: the processes that die have pools of the usual size."""
+
+
 def killed(folder, sign, event, count, script, *args, python=(sys.executable,), **env):
     """Run a stage until `event` has happened `count` times -> the finished process"""
     wrapper = folder / "wrapped.py"
@@ -248,6 +253,7 @@ def test_a_rank_that_dies_takes_the_job_down_and_a_restart_continues(run, chain,
         return done, time.time() - started
     whole, _ = torchrun("whole", 0, "SIGKILL", "step", 10 ** 6)
     assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("\nstep ") == 8             # one line a period, not one a rank
     dead, seconds = torchrun("cut", 0, "SIGKILL", "step", 4)
     assert dead.returncode != 0 and seconds < 60
     assert model.read(model.resume_file(tmp_path / "cut.safetensors"))[1]["step"] == 2

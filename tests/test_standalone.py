@@ -1,4 +1,4 @@
-"""Anybody can lift one function: each method function runs alone in a file that imports torch and einops."""
+"""Anybody can lift one function: each method function runs alone in a file that imports torch."""
 import ast
 
 import pytest
@@ -78,6 +78,6 @@ def test_runs_alone_and_is_short(name, source, lines):
     needs = {"posttrain_cm.ect_loss": ["consistency_loss"],
              "posttrain_cm.ecd_loss": ["consistency_loss", "ode_step"]}.get(name, [])
     source = "\n".join([source, *(sources[f"posttrain_cm.{needed}"] for needed in needs)])
-    exec("import torch, einops\n" + source, space)
+    exec("import torch\n" + source, space)
     assert space[name.split(".")[1]](*CALLS[name]) is not None
     assert lines <= 35 if name == "solve.dpm_solver_pp" else lines <= 30

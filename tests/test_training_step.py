@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import model, posttrain_cm, pretrain
+from tools import dry_run
 from conftest import write_npz
 from test_runs import STAGES
 
@@ -66,6 +67,7 @@ def test_edm_loss_of_simple_denoisers():
     ("posttrain_cm --data imagenet512", "tf32"), ("posttrain_mf --data cifar10 --derivative difference", "fp32")])
 def test_precision_on_a_gpu(run, tmp_path, monkeypatch, words, precision):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dry_run, "cost", lambda *a: (1, 1, 1))         # seconds, for a large network
     done = run(*words.split(), "--dry-run")
     assert ["precision", precision] in [line.split() for line in done.out.splitlines()], done.out
 

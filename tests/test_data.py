@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import model, solve
+from tools import dry_run
 from conftest import ROOT, latents_npz, refused, relerr, write_npz
 
 RNG = np.random.default_rng(0)
@@ -225,13 +226,13 @@ def test_a_run_is_not_continued_with_another_network(run, tmp_path, monkeypatch)
 def test_custom_data_on_a_small_machine(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_npz("a.npz", size=32)
-    done = run("pretrain", "--data", "a.npz", "--steps", 12, "--batch", 4, "--log-every", 100)
+    done = run("pretrain", "--data", "a.npz", "--steps", 12, "--batch", 4, "--log-every", 100, "--no-preview")
     assert "parameters" in done.out and [int(line.split("/")[0].split()[1]) for line in done.out.splitlines()
                                          if line.startswith("step ")] == [1, 2, 5, 10, 12]
     assert "warms up over 12,800 images" in done.out
     assert model.read("runs/a/pretrain.safetensors")[1]["network"]["model_channels"] == 32
     run("pretrain", "--data", "a.npz", "--steps", 1, "--batch", 4, "--width", 16, "--blocks", 3,
-        "--out", "b.safetensors")
+        "--no-preview", "--out", "b.safetensors")
     network = model.read("b.safetensors")[1]["network"]
     assert (network["model_channels"], network["num_blocks"]) == (16, 3)
 
@@ -336,6 +337,11 @@ ROWS = {"pretrain": ["cifar10", "ffhq64", "afhqv2-64", "imagenet64", "imagenet51
 
 def test_every_recipe_of_every_stage_in_a_dry_run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    cost, known = dry_run.cost, {}                         # stages share networks, and a large one takes seconds
+    def cost_once(header, *a):
+        key = json.dumps([header["kind"], header["network"], *a])
+        return known[key] if key in known else known.setdefault(key, cost(header, *a))
+    monkeypatch.setattr(dry_run, "cost", cost_once)
     millions = {"cifar10": 55.7, "ffhq64": 61.8, "afhqv2-64": 61.8, "imagenet64": 280.2,
                 "imagenet512": 1523.2, "imagenet256": 676.6}
     for stage, rows in ROWS.items():

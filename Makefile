@@ -1,7 +1,7 @@
 # make demo         the consistency branch on the embedded digits: a table and a picture (9 minutes on two CPU cores)
 # make demo-mf      the Mean Flow branch (18 minutes)
 # make test         the fast tests (7 minutes)
-# make test-slow    killed runs, damaged files, compiled networks on two ranks, an emulated GPU (17 minutes)
+# make test-slow    killed runs, damaged files, compiled networks on two ranks, an emulated GPU, theory (17 minutes)
 # make gpu          on a GPU: tests, compile, one step of every recipe, bench, the digits demo (under an hour)
 # make NAME         another experiment: bench (10 minutes), precision (1 hour), compare (2 hours), compare-mf
 #                   (1 hour), ablation (3 hours), share (2 hours), curves (5 hours), choose (1 hour), mnist

@@ -20,7 +20,6 @@ use --seeds.)
 is not FID. It is for images that are too small for Inception.
 """
 import argparse, hashlib, json, os
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +214,7 @@ def main():
                               "--guide", "--solver", "--precision",
                               because="FILE is a set of images, not a checkpoint")
     if args.seeds: model.reject_if_typed("--n", because="--seeds says which images to draw")
-    rank, world, device, _ = model.setup(precision=args.precision, timeout=timedelta(days=7))
+    rank, world, device, _ = model.setup(precision=args.precision, timeout=sample.PATIENCE)
     features = pixels
     if args.features == "inception":
         features = feature_networks.load_inception(args.inception).to(device)

@@ -214,7 +214,7 @@ def flags():
         if solve.guide_file(args): solving += f" --guide {shlex.quote(args.guide)}"
         args.command_for[args.trajectories] = solving
     if guide := solve.guide_file(args):
-        args.command_for[guide] = solve.GUIDE_COMMAND
+        args.command_for[guide] = solve.GUIDE_ADVICE
     if branch == "mf":            # u also takes r: `interval` adds an embedding of t - r, zero at first
         args.network = args.network | {"interval": True}
     return args
@@ -282,7 +282,7 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     trajectories of N steps, and N pairs of each (mf: at random from all N (N+1) / 2), so a pair costs one
     step of the solver, as in the paper. (--pairing kd and slow take one pair of each.) A pool is a function
     of (seed, rank, its index), and a resumed run solves its pool again. All pools have one size, so a
-    compiled teacher is compiled once."""
+    compiled teacher is compiled once (twice if --microbatch does not divide it)."""
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories

@@ -99,8 +99,8 @@ def resize(x, resample):
     """Halve ("down"), double ("up") or keep (None) the resolution. x (B,C,H,W)"""
     if resample == "down": return F.avg_pool2d(x, 2)
     if resample == "up":
-        # Nearest neighbour. F.interpolate, compiled by torch 2.13, has wrong gradients on a CPU, and on CUDA
-        # gradients that vary, from atomic additions.
+        # Nearest neighbour. F.interpolate has wrong gradients if torch 2.13 compiles it for a CPU; on CUDA
+        # its compiled gradients vary (atomic additions).
         return repeat(x, "b c h w -> b c (h 2) (w 2)")
     return x
 
@@ -1332,10 +1332,10 @@ def start_run(out, net, header):
     check_replaceable(out, header["stage"], header["data"])
     parameters = sum(p.numel() for p in net.parameters())
     folder = existing_parent(out)
-    # weights, two moments and twice the EMA, and while a save replaces the first four, these again
+    # bytes per parameter: 16 of the resume file (weights, two moments, EMA), 16 while a save replaces it, 4
     needed, free = 36 * parameters, shutil.disk_usage(folder).free
     if 0 < free < needed:                                  # some network disks say 0
-        raise UserError(f"{out} and its resume file need {needed / 1e6:,.0f} MB, and {folder} has "
+        raise UserError(f"saves of {out} need {needed / 1e6:,.0f} MB, and {folder} has "
                         f"{free / 1e6:,.0f} MB free; make room, or choose another --out.")
     settings = header["settings"]
     say(f"starting {out}: {header['network']['class']}, {parameters:,} parameters, on {settings['world']} x "
@@ -1389,7 +1389,7 @@ def check_ranks(path, header):
         raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
     if different := [k for k in settings[0] if any(s[k] != settings[0][k] for s in settings)]:
         raise UserError(f"the processes differ in {', '.join(different)}; start all nodes with the same "
-                        "command and files.")
+                        "command, files and software.")
 
 
 def resume_run(out, net, ema, opt, header):
@@ -1403,8 +1403,8 @@ def resume_run(out, net, ema, opt, header):
     lock_log(out)                          # before reading: another run may be writing its last save
     try: state, old = read(path)
     except UserError as e:
-        raise UserError(f"{e} If that is not possible, delete it to start over; {out} keeps the model saved "
-                        "last.")
+        reason = str(e).removesuffix("; make it again or copy it again.")
+        raise UserError(f"{reason}; delete it to start over. {out} keeps the model saved last.")
     if old.get("stage") != header["stage"]:
         raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
                         "choose another --out.")
@@ -1546,7 +1546,8 @@ def run(main):
         text = str(e).partition("\n")[0]
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
             print(f"{name}: out of memory ({text}). In training try --microbatch N, or --dry-run, which "
-                  "estimates the memory; in sampling --precision bf16.", file=sys.stderr)
+                  "estimates the memory; in sampling --precision bf16; in solve.py a smaller --n.",
+                  file=sys.stderr)
         else: traceback.print_exc()
         code = 1
     if dist.is_initialized():

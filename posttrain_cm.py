@@ -171,7 +171,7 @@ def flags():
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
             url = PUBLIC_TEACHERS.get(file)
-            command = teacher_command if file == args.teacher else solve.GUIDE_COMMAND
+            command = teacher_command if file == args.teacher else solve.GUIDE_ADVICE
             args.command_for[file] = solve.import_command(url, args.data, file) if url else command
     return args
 

@@ -25,8 +25,8 @@ and from scratch, with the compute of pre-, mid- and post-training.
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
 On a GPU the backbone runs in bf16, which was precise enough for the JVP of two small U-Nets without guidance
-(`make precision`). With --derivative difference it runs in fp32. If imagenet256 diverges, begin without
-guidance (--omega 1 --kappa 0), or use --precision fp32.
+(`make precision`). With --derivative difference it runs in fp32. If imagenet256 diverges, train
+first without guidance (--omega 1 --kappa 0 --out X) and give X as --init, or use --precision fp32.
 """
 import copy, math, shlex
 from pathlib import Path
@@ -240,7 +240,7 @@ def main():
             dudt = derivative(net, *samples_below)
             loss_below = meanflow_loss(wrapped_net, *samples_below, dudt, args.p, args.c)
             loss_equal = meanflow_loss(wrapped_net, *samples_equal, 0, args.p, args.c)
-            loss = torch.cat([loss_below, loss_equal]).sum() / local_batch # a microbatch's share
+            loss = torch.cat([loss_below, loss_equal]).sum() / local_batch     # a microbatch's share
             loss.backward()
             mean_loss += loss.detach()
             parts["loss r<t"] += loss_below.detach().sum() / (local_batch * args.r_neq_t)

@@ -160,6 +160,7 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
     return map(sample_block, range(seeds.start // 64, (seeds.stop - 1) // 64 + 1)[rank::world])
 
 
+PATIENCE = timedelta(days=7)                               # a process waits for the slowest one's whole share
 # The label of a row in a picture, by the first word of the stage.
 ROW_NAMES = {"pretrain": "teacher", "midtrain": "after mid-training", "posttrain": "after post-training"}
 
@@ -329,7 +330,7 @@ def open_model(text, args, device):
     if without_effect:
         names = " and ".join("--" + flag.replace("_", "-") for flag in without_effect)
         described = f"{header['stage']}, {f'{solver} solver' if solver else 'no ODE'}, {steps} NFE"
-        what = f"{names} has no effect on {text} ({described})"
+        what = f"{names} {'have' if len(without_effect) > 1 else 'has'} no effect on {text} ({described})"
         if len(args.files) == 1: raise model.UserError(f"{what}. Leave it out.")
         model.say(what)
         defaults = {flag: 1.0 if flag == "guidance" else None for flag in without_effect}
@@ -490,7 +491,7 @@ def write_comparison(args, device):
 
 def main():
     args = flags()
-    rank, world, device, _ = model.setup(precision=args.precision, timeout=timedelta(days=7))
+    rank, world, device, _ = model.setup(precision=args.precision, timeout=PATIENCE)
     if len(args.files) == 1: write_samples(args.files[0], args, rank, world, device)
     elif rank == 0:          write_comparison(args, device)
 

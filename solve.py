@@ -235,14 +235,14 @@ def import_command(url, name, out=None):
 
 
 def teacher_command(recipe, name, flow=False):
-    """The command that makes a diffusion model: download and import a public one, or pre-train. flow: that
-    pre-trains a flow-matching model"""
+    """The command that makes a diffusion model: download and import a public one, or pre-train. With flow:
+    the one that pre-trains a flow-matching model."""
     if flow: return f"python pretrain.py --data {shlex.quote(name)} --objective flow"
     if url := model.DATASETS.get(recipe, {}).get("public"): return import_command(url, name)
     return f"python pretrain.py --data {shlex.quote(name)}"
 
 
-GUIDE_COMMAND = "pre-train a smaller model, or this one for fewer steps"       # that makes a guide
+GUIDE_ADVICE = "pre-train a smaller model, or this one for fewer steps"    # where a dry run prints commands
 
 
 def guidance_flags(p):

@@ -76,7 +76,7 @@ Mean Flow). All continue where they were interrupted; finished numbers are in do
 machine continues too. `python experiments/mnist.py report` prints the table and draws the curves from
 that file alone; `picture` draws samples of the checkpoints of seed 1; `limits` stores a few numbers that
 could explain the results in two steps; `checks` tries settings of the baselines that are not tuned;
-`finalists` is change 8. Start these three twice to use two cores.
+`finalists` is change 8. Start limits, checks or finalists twice to use two cores.
 """
 import argparse, fcntl, functools, itertools, json, math, os, re, shutil, statistics, subprocess, sys, time
 from pathlib import Path
@@ -101,7 +101,9 @@ EXPONENTS = [0.0, 0.25, 0.5, 0.75, 1.0, 1.5]
 TEACHER_KEY, CHOSEN_KEY = "teacher {}, seed {}", "chosen: {}, {} units"
 RESULT_KEY, TRIALS_KEY = "result: {}, {} units, seed {}", "tuning: {}, {:g} units, "
 FINAL_KEY = "finalist: {}, lr {:g}, {} {:g}, seed {}"
-FINALISTS, FINAL_SEEDS = ("CMT + ECT", "plain ECT by Adam"), (3, 4)
+FINAL_SEEDS = 3, 4
+FINALISTS = {"CMT + ECT": [(3e-3, 0.25), (1e-3, 0.25), (3e-3, 0.75), (1e-3, 0.75)],        # of change 8
+             "plain ECT by Adam": [(1e-4, 1 / 32), (1e-4, 1 / 64), (1e-4, 1 / 16), (1e-4, 1 / 8)]}
 BY_RADAM = "{}, post-training by RAdam"                    # the older results
 UNTIED = "{}, post-training by RAdam, tuned after the fact"
 BEST_TRIAL = "{}, settings of the best trial"
@@ -378,19 +380,11 @@ def limits():
     share(jobs)
 
 
-def best_settings(found, method, units, n=4):
-    """-> the (rate, value) of the best n trials with this compute"""
-    name = TRIALS_KEY.format(method, units)
-    tried = sorted((score, key.removeprefix(name)) for key, score in found.items() if key.startswith(name))
-    return [tuple(float(part.split()[1]) for part in settings.split(", ")) for _, settings in tried[:n]]
-
-
 def finalists():
-    """Change 8: store the results of the best four settings of FINALISTS on two seeds of their own."""
-    found, jobs = stored(), {}
-    settings = {method: best_settings(found, method, 1) for method in FINALISTS}
+    """Change 8: store the results of FINALISTS on two seeds of their own."""
+    jobs = {}
     for place, method, seed in itertools.product(range(4), FINALISTS, FINAL_SEEDS):
-        rate, value = settings[method][place]
+        rate, value = FINALISTS[method][place]
         def run(method=method, rate=rate, value=value, seed=seed):
             return scores(train(method, 1, rate, value, seed), 5000)
         jobs[FINAL_KEY.format(method, rate, METHODS[method][2], value, seed)] = run
@@ -545,29 +539,29 @@ def print_chosen(found):
 def print_finalists(found):
     """The results of change 8: of each setting, of the mean over the settings of a method, and of the setting
     that is best on the other seed. A cell has the mean of the two seeds, and the two."""
+    runs = {(method, seed): {setting: found.get(FINAL_KEY.format(method, setting[0], METHODS[method][2],
+                                                                 setting[1], seed)) for setting in settings}
+            for method, settings in FINALISTS.items() for seed in FINAL_SEEDS}
+    if not all(all(of_seed.values()) for of_seed in runs.values()): return         # not finished
     columns = list(itertools.product("12", ("FD", "FD-pixels")))
-    def cells(runs):                                       # {seed: [results of settings]} -> text of a row
-        of_seed = [[statistics.mean(run[k][m] for run in runs[seed]) for seed in FINAL_SEEDS]
-                   for k, m in columns]
-        texts = [[f"{value:.{MEASURES[m]}f}" for value in (statistics.mean(pair), *pair)]
-                 for (_, m), pair in zip(columns, of_seed)]
-        return " | ".join("{} ({}, {})".format(*text) for text in texts)
+    def row(method, name, choose):                         # choose(seed) -> results to average
+        cells = []
+        for k, m in columns:
+            pair = [statistics.mean(run[k][m] for run in choose(seed)) for seed in FINAL_SEEDS]
+            cells.append("{:.{d}f} ({:.{d}f}, {:.{d}f})".format(statistics.mean(pair), *pair, d=MEASURES[m]))
+        print(f"| {method} | {name} | {' | '.join(cells)} |")
     print("\n| four settings, two seeds, one unit | settings | "
           + " | ".join(f"{m}, {k} NFE" for k, m in columns) + " |\n" + "|---" * 6 + "|")
-    for method in FINALISTS:
-        runs = {seed: {} for seed in FINAL_SEEDS}          # seed: {setting: result}
-        for seed, (rate, value) in itertools.product(FINAL_SEEDS, best_settings(found, method, 1)):
-            key = FINAL_KEY.format(method, rate, METHODS[method][2], value, seed)
-            if key not in found: return
-            runs[seed][f"lr {rate:g}, {METHODS[method][2]} {value:g}"] = found[key]
-        for setting in runs[FINAL_SEEDS[0]]:
-            print(f"| {method} | {setting} | {cells({seed: [runs[seed][setting]] for seed in runs})} |")
-        print(f"| {method} | mean of the four | {cells({seed: [*runs[seed].values()] for seed in runs})} |")
-        def best_of(results): return min(results, key=lambda name: results[name]["1"]["FD"]
-                                         * results[name]["2"]["FD"])
-        chosen = {a: best_of(runs[b]) for a, b in zip(FINAL_SEEDS, reversed(FINAL_SEEDS))}
-        print(f"| {method} | best on the other seed | "
-              f"{cells({seed: [runs[seed][chosen[seed]]] for seed in runs})} |")
+    for method, settings in FINALISTS.items():
+        for setting in settings:
+            row(method, "lr {:g}, {name} {:g}".format(*setting, name=METHODS[method][2]),
+                lambda seed: [runs[method, seed][setting]])
+        row(method, "mean of the four", lambda seed: [*runs[method, seed].values()])
+        def best_elsewhere(seed):
+            elsewhere = runs[method, FINAL_SEEDS[1 - FINAL_SEEDS.index(seed)]]
+            best = min(settings, key=lambda s: elsewhere[s]["1"]["FD"] * elsewhere[s]["2"]["FD"])
+            return [runs[method, seed][best]]
+        row(method, "best on the other seed", best_elsewhere)
 
 
 def draw(found):

@@ -61,7 +61,8 @@ ALLOWED_BY_CUDA = [                                        # CPU indices; a 0-di
 
 
 def test_the_lines_to_plant_errors_in_are_there():
-    for name, line, *_ in REFUSED_BY_CUDA + ALLOWED_BY_CUDA: assert (ROOT / name).read_text().count(line) == 1, (name, line)
+    for name, line, *_ in REFUSED_BY_CUDA + ALLOWED_BY_CUDA:
+        assert (ROOT / name).read_text().count(line) == 1, (name, line)
 
 
 @pytest.mark.slow

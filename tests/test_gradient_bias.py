@@ -13,7 +13,7 @@ how wrong the target is. So E ||rho||^2 at the weights where post-training start
 astray, and B = ||grad L* - grad L||^2 <= 4 G^2 E ||rho||^2 with ||J|| <= G (2509.24526; the orders in h and
 dt below are our derivation: a solver error h^p enters a squared norm as h^(2p)).
 
-`pytest tests/test_gradient_bias.py -s` prints the tables, `make theory` draws them after longer training.
+`pytest tests/test_gradient_bias.py -m slow -s` prints the tables, `make theory` draws them after longer training.
 Seeds are fixed: nothing here fails by chance.
 """
 import copy, functools, itertools, math, sys

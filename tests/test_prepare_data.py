@@ -185,13 +185,19 @@ def test_hub(prepare, monkeypatch):
         def __getitem__(self, k):
             return LABELS.tolist() if k == "animal" else {"picture": Image.fromarray(PIXELS[k])}
     hub = types.ModuleType("datasets")
-    hub.load_dataset = lambda name, config: {"train": Rows(), "test": None}
+    configs = []
+    hub.load_dataset = lambda name, config: configs.append(config) or {"train": Rows(), "test": None}
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    for source in ("hf:owner/name", "hf:owner/name:train"):
+    for source in ("hf:owner/name", "hf:owner/name:train", "hf:owner/name:train:plain"):
         done = prepare(source, "--overwrite")
         assert done.code == 0, done.err
         assert np.array_equal(done.arr_0, PIXELS) and (done.arr_1 == LABELS).all()
         assert done.class_names.tolist() == ["cat", "dog", "emu"]
+    assert configs == [None, None, "plain"]
+    assert "give hf:NAME" in prepare("hf:owner/name:train:plain:x", "--overwrite").err
+    Rows.features["animal"] = type("Value", (), {})()      # an int64 column
+    done = prepare("hf:owner/name", "--overwrite")
+    assert "no ClassLabel among" in done.out and not hasattr(done, "arr_1"), done.err
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in prepare("hf:owner/name", "--overwrite").err
 
@@ -235,7 +241,7 @@ def test_a_photo_with_damaged_exif_data_is_read(prepare):
 def test_images_that_are_not_resized_have_the_filter_of_their_source(prepare):
     for k in range(1000): save(f"small/n{k:08d}/0.png", np.full((64, 64, 3), 200, np.uint8))
     done = prepare("small", "--data", "imagenet64")
-    assert done.info["filter"] == "as in SOURCE" and "resized as by ADM" in done.out, done.err
+    assert done.info["filter"] == "as in SOURCE" and "not fit them" in done.out, done.err
 
 
 def test_a_known_dataset_with_another_number_of_images_gives_a_warning(prepare):
@@ -640,6 +646,16 @@ def test_what_a_second_round_of_inputs_broke(prepare):
     assert done.code == 2 and "0.npy cannot be used" in done.err and "--skip-bad" in done.err
     done = prepare("latents", "--pixel-range", 0, 1, "--data", "l", "--skip-bad")
     assert done.code == 0 and len(done.arr_0) == 2, done.err
+    np.save("latents/3.npy", np.ones((4, 8, 4), "f"))
+    done = prepare("latents", "--pixel-range", 0, 1, "--data", "l", "--skip-bad", "--overwrite")
+    assert done.code == 2 and "(4, 8, 4)" in done.err and "--skip-bad" not in done.err
+
+
+def test_a_negative_deviation_is_refused(prepare):
+    x = np.concatenate([RNG.normal(size=(3, 4, 8, 8)), np.ones((3, 4, 8, 8))], axis=1).astype("f")
+    x[1, 6, 0, 0] = -1                                     # as in a file of log-variances
+    np.savez("a.npz", x=x)
+    refused(prepare("a.npz", "--pixel-range", 0, 1), "image 1", "standard deviation is negative")
 
 
 @pytest.mark.parametrize("arrays, flags, words", [

@@ -210,7 +210,7 @@ def test_a_disk_without_room_is_refused_at_the_start(run, tmp_path, monkeypatch)
     usage = type("usage", (), {"free": 10_000_000})
     monkeypatch.setattr(model.shutil, "disk_usage", lambda folder: usage)
     flags = "--batch", 8, "--steps", 1, "--no-preview", "--out", tmp_path / "new/a.safetensors"
-    refused(run("pretrain", *flags), "need 27 MB", "10 MB free")           # 749,089 parameters
+    refused(run("pretrain", *flags), "a.safetensors need 27 MB", "10 MB free")           # 749,089 parameters
     usage.free = 30_000_000
     assert run("pretrain", *flags).code == 0
     files = sum(os.path.getsize(tmp_path / "new" / f) for f in ("a.safetensors", "a.resume.safetensors"))

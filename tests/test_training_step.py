@@ -63,7 +63,8 @@ def test_edm_loss_of_simple_denoisers():
 
 
 @pytest.mark.parametrize("words, precision", [
-    ("midtrain --data cifar10", "bf16"), ("posttrain_mf --data cifar10", "bf16"), ("posttrain_cm --data cifar10", "fp32"),
+    ("midtrain --data cifar10", "bf16"), ("posttrain_mf --data cifar10", "bf16"),
+    ("posttrain_cm --data cifar10", "fp32"),
     ("posttrain_cm --data imagenet512", "tf32"), ("posttrain_mf --data cifar10 --derivative difference", "fp32")])
 def test_precision_on_a_gpu(run, tmp_path, monkeypatch, words, precision):
     monkeypatch.chdir(tmp_path)
@@ -162,7 +163,8 @@ def test_a_save_every_ten_minutes(monkeypatch):
     assert timer.due(2) and not timer.due(3)
 
 
-@pytest.mark.parametrize("sign, torchrun", [("SIGTERM", False), ("SIGINT", False), ("SIGHUP", False), ("SIGTERM", True)])
+@pytest.mark.parametrize("sign, torchrun", [("SIGTERM", False), ("SIGINT", False), ("SIGHUP", False),
+                                            ("SIGTERM", True)])
 def test_a_signal_ends_a_run_after_the_step(run, chain, tmp_path, monkeypatch, sign, torchrun):
     monkeypatch.chdir(chain)
     if torchrun: monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

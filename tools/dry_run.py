@@ -125,6 +125,8 @@ def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0, multiple
     print(f"batch     {samples:,} {unit} a GPU and step\n"
           f"memory    {sum(parts.values()) / 2 ** 30:.3g} GiB a GPU: "
           + ", ".join(f"{k} {v / 2 ** 30:.3g}" for k, v in parts.items() if v))
-    if teacher: print("          and the teacher's activations for a pool of trajectories (see --microbatch)")
+    solves_pools = unit == "pairs" and not args.trajectories
+    if teacher: print("          and the activations of the teacher"
+                      + ", which solves a pool of trajectories, --microbatch at a time" * solves_pools)
     print(f"compute   {each / 1e9:,.3g} GFLOP for each of the {unit}, "
           f"{each * args.steps * args.batch / 1e15:,.3g} PFLOP in all")

@@ -303,8 +303,8 @@ def convert(path, time):
     elif time: raise model.UserError("--time is only for a SiT without r_embedder; leave it out")
     network = header["network"]
     if network["img_channels"] not in (1, 3, 4):
-        raise model.UserError(f"its latents have {network['img_channels']} channels, and only those of Stable "
-                              "Diffusion's autoencoder, with 4, are known")
+        raise model.UserError(f"its latents have {network['img_channels']} channels, and only latents of "
+                              "Stable Diffusion's autoencoder, with 4, are known")
     if network["img_channels"] == 4:
         header["latents"] = model.LATENTS.get(network["class"], model.LATENTS["EDM2UNet"])
     with torch.device("meta"): net = model.build(header)

@@ -15,10 +15,10 @@
 
 A NAME of model.DATASETS fixes the size, crop, channels, number of classes, and for latents the pixel range of
 the autoencoder. Any other NAME is a custom dataset. Images are read one by one, except from a compressed
-.npz. Colour profiles are ignored, and for a NAME of DATASETS also EXIF's rotation, as in the preparation of
-the published datasets.
+.npz, idx files and CIFAR-10's archive. Colour profiles are ignored, and for a NAME of DATASETS also EXIF's
+rotation, as in the preparation of the published datasets.
 """
-import argparse, contextlib, datetime, functools, gzip, io, itertools, json, math, os, pickle, posixpath, re
+import argparse, datetime, functools, gzip, io, itertools, json, math, os, pickle, posixpath, re
 import shutil, struct, sys, tarfile, time, warnings, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +38,7 @@ PICTURES = ".png .jpg .jpeg .jpe .jfif .webp .bmp .tif .tiff .gif .ppm .pgm .pbm
 TABLES = ".csv .tsv .json .jsonl .txt .xml .mat .xlsx .parquet".split()         # files that may list labels
 HIDDEN = r"(?i)\.(?!\.?$)|__MACOSX$|thumbs\.db$|desktop\.ini$|@eaDir$|#recycle$|\$RECYCLE\.BIN$"
 # Folders with such names are parts of a dataset. FFHQ stores a thousand images in each of 00000/, 01000/, ...
-PART = (r"(?i)(.+[-_ ](?=train|val|test))?"
+PART = (r"(?i)(.+[-_ ](?=train|val|test))?"       # seg_train; also freight_train, hence only a question
         r"((train|val|test|dev|eval|fold|split|unlabell?ed|images?|masks?|annotations?|labels?)"
         r"(ing|id|idation)?[-_ ]?(set|data|[ab]|\d+)?[-_ ]?)+|\d{5,}")
 CIFAR = r"data_batch_\d|batches\.meta"
@@ -47,7 +47,8 @@ TRAINING_IMAGES = {"cifar10": 50_000, "ffhq64": 70_000, "afhqv2-64": 15_803, "im
                    "imagenet256": 1_281_167, "imagenet512": 1_281_167}
 LANCZOS = "ffhq64", "afhqv2-64"            # resized so by EDM, for its teachers and the published FIDs
 Image.MAX_IMAGE_PIXELS = None              # a very large scan is downscaled, no error
-BAD_EXIF = SyntaxError, ValueError, struct.error           # what Pillow raises for it
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}         # by EXIF's number
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 30       # a PNG may hold long texts
 
 
@@ -74,8 +75,10 @@ def list_folder(folder, prefix="", above=()):
     real = os.path.realpath(folder)
     if real in above: return
     for entry in os.scandir(folder):
-        is_folder = entry.is_dir()
-        if not (is_folder or entry.is_file() or entry.is_symlink()): continue      # a pipe
+        linked = entry.is_symlink()                        # DirEntry knows the rest without reading it
+        is_folder = os.path.isdir(entry.path) if linked else entry.is_dir()
+        is_file = os.path.isfile(entry.path) or not os.path.exists(entry.path) if linked else entry.is_file()
+        if not (is_folder or is_file): continue            # a pipe
         yield prefix + entry.name + "/" * is_folder
         if is_folder: yield from list_folder(entry.path, f"{prefix}{entry.name}/", (*above, real))
 
@@ -263,8 +266,9 @@ def open_hub(path, classes, images, labels):
     """hf:NAME[:SPLIT[:CONFIG]] or hf:FOLDER[:SPLIT]"""
     try: import datasets
     except ImportError: raise UserError("the package datasets is missing. Run `pip install datasets`.")
-    name, split, config = (path.removeprefix("hf:").split(":") + ["", ""])[:3]
+    name, split, config, *more = [*path.removeprefix("hf:").split(":"), "", ""]
     saved = any(os.path.isfile(f"{name}/{file}.json") for file in ("dataset_dict", "state"))
+    if any(more) or saved and config: raise UserError("give hf:NAME[:SPLIT[:CONFIG]] or hf:FOLDER[:SPLIT].")
     data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config or None)
     if isinstance(data, dict): data = data[choose("hf:NAME:SPLIT", split, list(data), list(data))]
     kinds = {key: type(feature).__name__ for key, feature in data.features.items()}
@@ -321,11 +325,15 @@ def open_source(path, classes="auto", images=None, labels=None):
     except UserError as e: raise UserError(f"{path}: {e}")
     except PermissionError as e: raise UserError(f"{path} cannot be read ({e}). Change its permissions.")
     except Exception as e:                 # damaged files raise anything
-        raise UserError(f"{path} cannot be read ({e!r}). Download or create it again, with labels that are "
-                        "integers or text, not objects.")
+        advice = ", with labels that are integers or text" if "Object arrays" in str(e) else ""
+        raise UserError(f"{path} cannot be read ({e!r}). Download or create it again{advice}.")
 
 
 # === images =================================================================================================
+
+class DoesNotFit(ValueError):
+    """A sample can be decoded, so --skip-bad keeps it, but not be stored with the others."""
+
 
 def in_order(source, convert, workers=1, skip_bad=False):
     """Yield (i, convert(sample i)) in order, from a pool of threads: Pillow decodes without Python's lock. A
@@ -335,22 +343,24 @@ def in_order(source, convert, workers=1, skip_bad=False):
         except Exception as e:             # image libraries raise anything
             if isinstance(e, NotImplementedError) or "encrypted" in str(e):  # Deflate64, a password
                 raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
-            return UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
+            error = UserError(f"{source.path}: {source.names[i]} cannot be used ({e!r}).")
+            error.can_be_skipped = not isinstance(e, DoesNotFit)
+            return error
     with ThreadPoolExecutor(workers) as pool:
         results = (result for start in range(0, len(source), 256)      # read at most 256 ahead
                    for result in pool.map(attempt, range(start, min(start + 256, len(source)))))
         for i, result in enumerate(sample.progress(results, len(source), size=lambda _: 1)):
             if not isinstance(result, UserError): yield i, result
             elif skip_bad: print(f"left out: {result}")
-            elif "not decodable" in source.skipped: raise UserError(f"{result} Remove it.")
+            elif not result.can_be_skipped: raise UserError(f"{result} Remove it.")
             else: raise UserError(f"{result} Remove it (prepare_data.py --skip-bad leaves out such files).")
 
 
 def without_bad(source, workers):
     """Decode all samples once -> the Source of those that can be decoded"""
-    def decode(sample):
-        if not source.latents: to_pixels(sample, None, 3)
-        elif not np.isfinite(sample).all(): raise ValueError("not finite")
+    def decode(x):
+        if not source.latents: to_pixels(x, None, 3)
+        elif not np.isfinite(x).all(): raise ValueError("not finite")
     good = [i for i, _ in in_order(source, decode, workers, skip_bad=True)]
     if not good: raise UserError(f"{source.path}: nothing can be decoded. Give another SOURCE.")
     labels = None if source.labels is None else [source.labels[i] for i in good]
@@ -362,8 +372,7 @@ def without_bad(source, workers):
 def survey(source, workers=1):
     """The sizes of all images -> {(width, height): name of one such image}, whether all are grey"""
     def header(image):
-        try: turned = image.getexif().get(0x0112, 1) >= 5 and image.format != "TIFF"     # Pillow turns a TIFF
-        except BAD_EXIF: turned = False
+        turned = orientation(image) >= 5 and image.format != "TIFF"                # Pillow turns a TIFF
         grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
         return image.size[::-1] if turned else image.size, grey
     sizes, all_grey = {}, True
@@ -407,13 +416,18 @@ def lanczos_crop(image, size):
     return ImageOps.fit(image, (size, size), Image.LANCZOS)
 
 
+def orientation(image):
+    """EXIF's number for how to turn an image; 1, as it is, if its EXIF data are damaged"""
+    try: return image.getexif().get(0x0112, 1)
+    except (SyntaxError, ValueError, struct.error): return 1
+
+
 def to_pixels(image, size, channels, background="white", crop=centre_crop, turn=True):
     """PIL image of any mode -> uint8 (H,W,channels). size: None to keep the image, or the side of the square
     that crop(image, size) makes. turn: as its EXIF data say"""
     if size and image.width * image.height > 2 ** 26: image.draft(None, (2 * size, 2 * size))    # large JPEG
-    image.load()                                           # a damaged image raises here
-    with contextlib.suppress(*BAD_EXIF):
-        if turn: image = ImageOps.exif_transpose(image)
+    image.load()                                           # also turns a TIFF
+    if turn and (how := orientation(image)) in TURNS: image = image.transpose(TURNS[how])
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"): raise ValueError(f"pixels of mode {image.mode} have no fixed range")
@@ -662,8 +676,8 @@ def main():
         shape = size, size, channels
     resized, enlarged = [], []             # an entry for each such image
     def convert(sample):
-        if source.latents and sample.shape != shape: raise ValueError(f"shape {sample.shape}, not {shape}")
-        if source.latents and (sample[C:] < 0).any(): raise ValueError("a standard deviation is negative")
+        if source.latents and sample.shape != shape: raise DoesNotFit(f"shape {sample.shape}, not {shape}")
+        if source.latents and (sample[C:] < 0).any(): raise DoesNotFit("a standard deviation is negative")
         if source.latents: return sample
         if sample.size != (size, size): resized.append(1)
         if min(sample.size) < size: enlarged.append(1)
@@ -694,8 +708,9 @@ def main():
         if not source.latents:
             info["filter"] = "as in SOURCE" if not resized else "Lanczos" if crop is lanczos_crop else "ADM"
             if args.data == "imagenet64" and not resized:
-                print("The images have 64x64 pixels already. Public teachers of imagenet64, and FID's usual "
-                      "reference, are for ImageNet resized as by ADM, not with a Lanczos filter as by EDM.")
+                print("warning: these images had 64x64 pixels already. If they were made with EDM's Lanczos "
+                      "filter instead of ADM's, public teachers of imagenet64 and FID's usual reference do "
+                      "not fit them.")
         if not C and totals["largest"] < 32:
             raise UserError(f"{args.source}: all pixels are nearly black, at most {totals['largest']}. Scale "
                             "them to 0..255.")

@@ -504,6 +504,18 @@ def test_a_dry_run_refuses_what_the_run_refuses(run, here, command):
         assert done.code == 2 and "Traceback" not in done.err, (flags, done.err)
 
 
+def test_a_dry_run_needs_four_samples_for_each_mean_flow_process(run, here):
+    refused(run("posttrain_mf", "--batch", 8, "--dry-run", "--world", 4), "for 4 processes", "multiple of 16")
+
+
+def test_a_dry_run_says_whose_activations_it_leaves_out(run, here):
+    pool = "activations of the teacher, which solves a pool"
+    assert pool in run("midtrain", "--dry-run").out
+    ecd = run("posttrain_cm", "--loss", "ecd", "--dry-run").out
+    assert "activations of the teacher" in ecd and pool not in ecd
+    assert "activations of the teacher" not in run("posttrain_cm", "--dry-run").out
+
+
 def test_a_dry_run_counts_no_more_samples_than_there_are(run, here):
     memory = [line for flags in ((), ("--microbatch", 4096))
               for line in run("pretrain", "--data", "cifar10", "--dry-run", *flags).out.splitlines() if "GiB" in line]

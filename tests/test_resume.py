@@ -197,6 +197,17 @@ def test_a_new_run_starts_a_new_log(run, tmp_path):
     assert steps == [1, 2]
 
 
+def test_another_torch_is_said(run, tmp_path):
+    flags = "--batch", 8, "--steps", 1, "--no-preview", "--out", tmp_path / "a.safetensors"
+    assert run("pretrain", *flags).code == 0
+    for path in tmp_path / "a.safetensors", tmp_path / "a.resume.safetensors":
+        tensors, header = model.read(path)
+        header["settings"]["torch"] = "1.0"
+        model.save(path, tensors, header)
+    done = run("pretrain", *flags)
+    assert done.code == 0 and "continuing with another torch" in done.out, (done.out, done.err)
+
+
 def test_a_new_run_empties_the_log_where_files_cannot_be_locked(run, tmp_path, monkeypatch):
     def no_locks(*args): raise OSError(38, "Function not implemented")
     monkeypatch.setattr(model.fcntl, "flock", no_locks)

@@ -502,6 +502,14 @@ def print_ratios(found):
                       f"{speed_up(*both(seeds))}; seeds {ratios}")
 
 
+def compare(pairs, k, measure):
+    """Pairs of results with and without mid-training -> text of a cell, in which of them the former is ahead"""
+    a, b = zip(*((x[k][measure], y[k][measure]) for x, y in pairs))
+    means = " / ".join(f"{statistics.mean(values):.{MEASURES[measure]}f}" for values in (a, b))
+    ahead = [x < y for x, y in zip(a, b)]
+    return f"{means} ({sum(ahead)} of {len(ahead)})", ahead
+
+
 def print_pairs(found):
     """With and without mid-training at equal compute: means, and with how many seeds the former is ahead"""
     columns = list(itertools.product("12", ("FD", "FD-pixels")))
@@ -515,10 +523,8 @@ def print_pairs(found):
             if not (pairs := [(found[a], found[b]) for a, b in keys if a in found and b in found]): continue
             cells = []
             for k, measure in columns:
-                a, b = zip(*((x[k][measure], y[k][measure]) for x, y in pairs))
-                means = " / ".join(f"{statistics.mean(values):.{MEASURES[measure]}f}" for values in (a, b))
-                ahead = [x < y for x, y in zip(a, b)]
-                cells.append(f"{means} ({sum(ahead)} of {len(ahead)})")
+                cell, ahead = compare(pairs, k, measure)
+                cells.append(cell)
                 wins[k] += ahead
             print(f"| {chain} / {baseline} | {units} | {' | '.join(cells)} |")
         for k, ahead in wins.items():
@@ -562,6 +568,13 @@ def print_finalists(found):
             best = min(settings, key=lambda s: elsewhere[s]["1"]["FD"] * elsewhere[s]["2"]["FD"])
             return [runs[method, seed][best]]
         row(method, "best on the other seed", best_elsewhere)
+    def all_seeds(method):                                 # with the settings that the tuning chose
+        chosen = tuple(found[CHOSEN_KEY.format(method, 1)])
+        return ([found[RESULT_KEY.format(method, 1, seed)] for seed in SEEDS]
+                + [runs[method, seed][chosen] for seed in FINAL_SEEDS])
+    pairs = list(zip(*map(all_seeds, FINALISTS)))
+    print(f"\n{' / '.join(FINALISTS)}, one unit, settings of the tuning, {len(pairs)} seeds: "
+          + ", ".join(f"{m} {k} NFE {compare(pairs, k, m)[0]}" for k, m in columns))
 
 
 def draw(found):

@@ -235,10 +235,12 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
     (readme,) = re.findall(r"\n\| with / without mid-training \| units .*?\n\n", (ROOT / "README.md").read_text(), re.S)
     pairs = [line.split(" | ") for line in lines if re.match(r"\| CMT .* / .* \| \d \| ", line)]
     shown = [row.split(" | ") for row in readme.splitlines() if "NFE" not in row and "---" not in row and row]
-    names = ["ECT", "the same, with the settings for two units", "MeanFlow, r and t drawn as for CIFAR-10",
-             "the same, other settings for plain MeanFlow", "MeanFlow by RAdam, r and t drawn as for ImageNet"]
-    name = {f"| {' / '.join(pair)}": f"| {name}" for pair, name in zip(mnist.PAIRS, names, strict=True)}
-    assert shown == [[name[pair], units, one, f"{two} |"] for pair, units, one, _, two, _ in pairs]
+    names = ["ECT", None, "MeanFlow", "MeanFlow, other settings of the baseline", None]
+    name = {f"| {' / '.join(pair)}": name for pair, name in zip(mnist.PAIRS, names, strict=True)}
+    expected = [[f"| {name[pair]}", units, one, f"{two} |"] for pair, units, one, _, two, _ in pairs if name[pair]]
+    a, b = ([cell.split(" (")[0] for cell in line.split(" | ")[2:]] for line in lines if " | mean of the four | " in line)
+    expected.insert(3, ["| ECT, four settings of each side, two other seeds", "1", f"{a[0]} / {b[0]}", f"{a[2]} / {b[2]} |"])
+    assert shown == expected
 
 
 # --- tools/plot_log.py, docs/cmt.ipynb ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Evaluation: the Frechet distance between two sets of images.
 
-  reads   FILE ...: NAME of prepared data, images as .npz (arr_0 uint8 NHWC), .zip or folder, or a checkpoint
-          FILE[:STEPS];
+  reads   FILE ...: NAME of prepared data; images as .npz (arr_0 uint8 NHWC), .zip or folder; or FILE[:STEPS],
+          a checkpoint
           --ref: NAME of prepared data, images, or statistics (an .npz with mu and sigma, or EDM2's .pkl)
   prints  for each FILE one line, and then the same as JSON
   writes  with --save-stats X.npz the statistics of FILE, mu and sigma in EDM's layout, for a later --ref

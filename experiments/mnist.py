@@ -382,13 +382,15 @@ def limits():
 
 def finalists():
     """Change 8: store the results of FINALISTS on two seeds of their own."""
-    jobs = {}
-    for place, method, seed in itertools.product(range(4), FINALISTS, FINAL_SEEDS):
-        rate, value = FINALISTS[method][place]
-        def run(method=method, rate=rate, value=value, seed=seed):
-            return scores(train(method, 1, rate, value, seed), 5000)
-        jobs[FINAL_KEY.format(method, rate, METHODS[method][2], value, seed)] = run
-    share(jobs)
+    def run(method, setting, seed): return scores(train(method, 1, *setting, seed), 5000)
+    places = itertools.product(range(4), FINALISTS, FINAL_SEEDS)
+    jobs = [(method, FINALISTS[method][place], seed) for place, method, seed in places]
+    share({final_key(*job): functools.partial(run, *job) for job in jobs})
+
+
+def final_key(method, setting, seed):
+    rate, value = setting
+    return FINAL_KEY.format(method, rate, METHODS[method][2], value, seed)
 
 
 def baseline_checks():
@@ -503,7 +505,7 @@ def print_ratios(found):
 
 
 def compare(pairs, k, measure):
-    """Pairs of results with and without mid-training -> text of a cell, in which of them the former is ahead"""
+    """Pairs of results with and without mid-training -> text of a cell, for which pairs the former is ahead"""
     a, b = zip(*((x[k][measure], y[k][measure]) for x, y in pairs))
     means = " / ".join(f"{statistics.mean(values):.{MEASURES[measure]}f}" for values in (a, b))
     ahead = [x < y for x, y in zip(a, b)]
@@ -545,12 +547,11 @@ def print_chosen(found):
 def print_finalists(found):
     """The results of change 8: of each setting, of the mean over the settings of a method, and of the setting
     that is best on the other seed. A cell has the mean of the two seeds, and the two."""
-    runs = {(method, seed): {setting: found.get(FINAL_KEY.format(method, setting[0], METHODS[method][2],
-                                                                 setting[1], seed)) for setting in settings}
+    runs = {(method, seed): {setting: found.get(final_key(method, setting, seed)) for setting in settings}
             for method, settings in FINALISTS.items() for seed in FINAL_SEEDS}
     if not all(all(of_seed.values()) for of_seed in runs.values()): return         # not finished
     columns = list(itertools.product("12", ("FD", "FD-pixels")))
-    def row(method, name, choose):                         # choose(seed) -> results to average
+    def print_line(method, name, choose):                  # choose(seed) -> results to average
         cells = []
         for k, m in columns:
             pair = [statistics.mean(run[k][m] for run in choose(seed)) for seed in FINAL_SEEDS]
@@ -560,14 +561,14 @@ def print_finalists(found):
           + " | ".join(f"{m}, {k} NFE" for k, m in columns) + " |\n" + "|---" * 6 + "|")
     for method, settings in FINALISTS.items():
         for setting in settings:
-            row(method, "lr {:g}, {name} {:g}".format(*setting, name=METHODS[method][2]),
-                lambda seed: [runs[method, seed][setting]])
-        row(method, "mean of the four", lambda seed: [*runs[method, seed].values()])
+            print_line(method, "lr {:g}, {name} {:g}".format(*setting, name=METHODS[method][2]),
+                       lambda seed: [runs[method, seed][setting]])
+        print_line(method, "mean of the four", lambda seed: [*runs[method, seed].values()])
         def best_elsewhere(seed):
             elsewhere = runs[method, FINAL_SEEDS[1 - FINAL_SEEDS.index(seed)]]
             best = min(settings, key=lambda s: elsewhere[s]["1"]["FD"] * elsewhere[s]["2"]["FD"])
             return [runs[method, seed][best]]
-        row(method, "best on the other seed", best_elsewhere)
+        print_line(method, "best on the other seed", best_elsewhere)
     def all_seeds(method):                                 # with the settings that the tuning chose
         chosen = tuple(found[CHOSEN_KEY.format(method, 1)])
         return ([found[RESULT_KEY.format(method, 1, seed)] for seed in SEEDS]

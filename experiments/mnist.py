@@ -505,7 +505,7 @@ def print_ratios(found):
 
 
 def compare(pairs, k, measure):
-    """Pairs of results with and without mid-training -> a cell, and for each pair whether the former is ahead"""
+    """Pairs of results with and without mid-training -> a cell, for which pairs the former is ahead"""
     a, b = zip(*((x[k][measure], y[k][measure]) for x, y in pairs))
     means = " / ".join(f"{statistics.mean(values):.{MEASURES[measure]}f}" for values in (a, b))
     ahead = [x < y for x, y in zip(a, b)]

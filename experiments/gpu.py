@@ -55,7 +55,8 @@ def script(minutes, *command, stop_after=None, **env):
 
 
 def tests(device):
-    names = "runs", "midtrain", "posttrain_cm", "posttrain_mf", "solve", "model", "sample_fid", "resume"
+    names = ("runs", "midtrain", "posttrain_cm", "posttrain_mf", "solve", "model", "training_step",
+             "sample_fid", "resume")
     files = [f"tests/test_{name}.py" for name in names]
     for line in script(10, "-m", "pytest", "-v", "--tb=line", "-rN", *files, CUDA_VISIBLE_DEVICES="0"):
         if " passed" in line or " FAILED" in line: yield {"what": "tests on CUDA", "result": line}

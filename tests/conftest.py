@@ -77,10 +77,11 @@ def mixture_denoiser(means, stds, weights):
 
 
 @pytest.fixture(autouse=True)
-def eager_on_a_gpu(monkeypatch):
+def eager_on_a_gpu(monkeypatch, request):
     """On a GPU --compile is the default, and compiling takes minutes; experiments/gpu.py tests it."""
     import model
-    if torch.cuda.is_available(): monkeypatch.setattr(model, "compiled", lambda function, wanted: function)
+    if torch.cuda.is_available() and not request.node.get_closest_marker("compiles"):
+        monkeypatch.setattr(model, "compiled", lambda function, wanted: function)
 
 
 one_process_a_gpu = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="NCCL takes one process per GPU")

@@ -240,6 +240,12 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
     expected = [[f"| {name[pair]}", units, one, f"{two} |"] for pair, units, one, _, two, _ in pairs if name[pair]]
     a, b = ([cell.split(" (")[0] for cell in line.split(" | ")[2:]] for line in lines if " | mean of the four | " in line)
     expected.insert(3, ["| ECT, four settings of each side, two other seeds", "1", f"{a[0]} / {b[0]}", f"{a[2]} / {b[2]} |"])
+    monkeypatch.setattr(mnist, "RESULTS", Path("docs/mnist_x10.json"))
+    mnist.report()
+    ((pair, _, one, one_pixels, two, two_pixels),) = (
+        line.split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| CMT .* / .* \| 1 \| ", line))
+    assert " | ".join((pair, "1", one, one_pixels, two, two_pixels)) in page.partition("### Ten times the compute")[2]
+    expected.insert(4, ["| ECT, a network four times as large, on an H100", "10", one, f"{two} |"])
     assert shown == expected
 
 

@@ -151,6 +151,7 @@ def test_resize():
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_gradients_are_those_of_eager_mode():
     """Up-sampling by F.interpolate compiled to a gradient of 0 for the attention before it (torch 2.13,

@@ -58,6 +58,7 @@ def test_target_shares_the_dropout_mask_and_carries_no_gradient():
 
 
 @pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_networks_draw_the_same_masks():
     torch.manual_seed(0)
@@ -75,6 +76,7 @@ def test_compiled_networks_draw_the_same_masks():
     assert posttrain_cm.ect_loss(g, x0, eps, t, t, None, torch.ones(4), 0.0).max() < 1e-4
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("version, allowed", [("2.11.0+cu130", False), ("2.12.0", True), ("2.13.0+cpu", True)])
 def test_old_versions_of_torch_compile_without_a_choice_of_layout(monkeypatch, version, allowed):
     """It gave the two passes of ECT different dropout masks on a GPU."""

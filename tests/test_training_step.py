@@ -109,7 +109,7 @@ def test_times_of_training(train, monkeypatch, stage, t):
     seen, microbatches = [], model.microbatches
     monkeypatch.setattr(model, "microbatches", lambda *a: seen.append(a[4]) or microbatches(*a))
     train(stage, "--P-mean", -0.5, "--P-std", 1e-9)
-    assert torch.allclose(seen[0], torch.full((8,), t), rtol=1e-5)
+    assert torch.allclose(seen[0].cpu(), torch.full((8,), t), rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage, variants", [

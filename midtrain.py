@@ -205,9 +205,10 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    flow = branch == "mf" and Path(args.teacher).name != "pretrain.safetensors"
-    command = solve.teacher_command(args.recipe_name, args.data, flow)
-    args.command_for = {args.init: command, args.teacher: p.get_default("teacher_command") or command}
+    args.command_for = {file: model.stage_command(file, "pretrain_flow" if branch == "mf" else "pretrain",
+                                                  args.recipe_name, args.data)
+                        for file in (args.init, args.teacher)}
+    if command := p.get_default("teacher_command"): args.command_for[args.teacher] = command
     if args.trajectories:
         solving = (f"python solve.py --data {shlex.quote(args.data)} --teacher {shlex.quote(args.teacher)} "
                    f"--out {shlex.quote(args.trajectories)} --guidance {args.guidance:g}")

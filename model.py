@@ -557,6 +557,24 @@ def prepare_command(name, source="SOURCE"):
     return f"python tools/prepare_data.py {shlex.quote(str(source))} --data {shlex.quote(name)}{vae}"
 
 
+def import_command(url, name, out=None):
+    """The command that downloads a public checkpoint and imports it."""
+    file = url.rpartition("/")[2]
+    command = f"curl -LO {url} && python tools/import_checkpoint.py {file} --data {shlex.quote(name)}"
+    return command + (f" --out {shlex.quote(out)}" if out else "")
+
+
+def stage_command(path, stage, recipe, name):
+    """The command that makes a missing checkpoint. The stage is that of the file's name, else `stage`; a
+    public diffusion model of the data set is imported instead of pre-trained."""
+    if Path(path).stem in KIND: stage = Path(path).stem
+    url = DATASETS.get(recipe, {}).get("public")
+    if stage == "pretrain" and url: return import_command(url, name)
+    flags = {"pretrain_flow": " --objective flow", "midtrain_mf": " --branch mf"}.get(stage, "")
+    script = stage if stage.startswith("post") else stage.partition("_")[0]
+    return f"python {script}.py --data {shlex.quote(name)}{flags}"
+
+
 def npz_array(path, name, limit=2 ** 31):
     """An array of an .npz: memory-mapped if it is stored uncompressed, as by numpy.savez and prepare_data.py,
     else loaded, up to `limit` bytes. A damaged file can raise any exception."""

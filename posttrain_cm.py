@@ -26,8 +26,7 @@ steps. This baseline, without mid-training, is run by
 The backbones run in fp32, even on a GPU: for large q the difference f(x_t) - f(x_r) is lost in the
 rounding error of bf16. Only imagenet512 runs in TF32, as in the authors' code.
 """
-import copy, math, os, shlex
-from pathlib import Path
+import copy, math, os
 
 import torch
 
@@ -162,17 +161,16 @@ def flags():
     if args.loss == "ect":
         model.reject_if_typed("--teacher", "--solver", "--guidance", "--guide",
                               because="--loss ect has no teacher")
-    teacher_command = solve.teacher_command(args.recipe_name, args.data)
+    teacher_command = model.stage_command(args.teacher, "pretrain", args.recipe_name, args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
-                        args.init: f"python midtrain.py --data {shlex.quote(args.data)}"}
-    if Path(args.init).name == "pretrain.safetensors": args.command_for[args.init] = teacher_command
+                        args.init: model.stage_command(args.init, "midtrain_cm", args.recipe_name, args.data)}
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
         args.command_for = {teacher_path: teacher_command} | args.command_for
     if args.loss == "ecd":
         for file in filter(None, (args.teacher, solve.guide_file(args))):
             url = PUBLIC_TEACHERS.get(file)
             command = teacher_command if file == args.teacher else solve.GUIDE_ADVICE
-            args.command_for[file] = solve.import_command(url, args.data, file) if url else command
+            args.command_for[file] = model.import_command(url, args.data, file) if url else command
     return args
 
 

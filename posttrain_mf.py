@@ -28,8 +28,7 @@ On a GPU the backbone runs in bf16, which was precise enough for the JVP of two 
 (`make precision`). With --derivative difference it runs in fp32. If imagenet256 diverges, train
 first without guidance (--omega 1 --kappa 0 --out X) and give X as --init, or use --precision fp32.
 """
-import copy, math, shlex
-from pathlib import Path
+import copy, math
 
 import torch
 
@@ -168,12 +167,10 @@ def flags():
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
-    data = shlex.quote(args.data)
-    args.command_for = {args.npz: model.prepare_command(args.name),
-                        args.init: f"python midtrain.py --branch mf --data {data}"}
-    flow_command = f"python pretrain.py --objective flow --data {data}"
-    if Path(args.init).name == "pretrain_flow.safetensors": args.command_for[args.init] = flow_command
-    if args.velocity == "teacher": args.command_for[args.teacher] = flow_command
+    inputs = [(args.init, "midtrain_mf")]
+    if args.velocity == "teacher": inputs.append((args.teacher, "pretrain_flow"))
+    args.command_for = {file: model.stage_command(file, stage, args.recipe_name, args.data)
+                        for file, stage in inputs} | {args.npz: model.prepare_command(args.name)}
     return args
 
 
@@ -228,7 +225,7 @@ def main():
 
         mean_loss, parts, batch = 0, {"loss r<t": 0, "loss r=t": 0}, (z, r, t, y, v)
         for z, r, t, y, v in model.microbatches(wrapped_net, args.microbatch, *batch):
-            if teacher:
+            if teacher is not None:      # a compiled network has no truth value
                 with torch.no_grad(): v = teacher(z, t, t, y)
             v = guided_velocity(net, z, t, y, v, args.omega, args.kappa, null, *args.guidance_interval)
 

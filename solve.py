@@ -12,7 +12,7 @@ midtrain.py imports the solvers and solves while it trains, because the trajecto
 length (38.4M states of CIFAR-10) would take half a terabyte. The file written here is for looking at
 trajectories, and for `midtrain.py --trajectories`.
 """
-import argparse, functools, math, shlex
+import argparse, functools, math
 from pathlib import Path
 
 import torch
@@ -227,21 +227,6 @@ def check_solver(solver, path, header):
                               f"choose one of {', '.join(solvers_of(header))}.")
 
 
-def import_command(url, name, out=None):
-    """The command that downloads a public checkpoint and imports it."""
-    file = url.rpartition("/")[2]
-    command = f"curl -LO {url} && python tools/import_checkpoint.py {file} --data {shlex.quote(name)}"
-    return command + (f" --out {shlex.quote(out)}" if out else "")
-
-
-def teacher_command(recipe, name, flow=False):
-    """The command that makes a diffusion model: download and import a public one, or pre-train. With flow:
-    the one that pre-trains a flow-matching model."""
-    if flow: return f"python pretrain.py --data {shlex.quote(name)} --objective flow"
-    if url := model.DATASETS.get(recipe, {}).get("public"): return import_command(url, name)
-    return f"python pretrain.py --data {shlex.quote(name)}"
-
-
 GUIDE_ADVICE = "pre-train a smaller model, or this one for fewer steps"    # where a dry run prints commands
 
 
@@ -326,8 +311,8 @@ def main():
 
     model.check_replaceable(args.out, "solve", name)
     device = model.setup(one_process=True)[2]
-    is_flow = Path(args.teacher).name == "pretrain_flow.safetensors"
-    args.npz, args.command_for = path, {args.teacher: teacher_command(recipe, args.data, is_flow)}
+    teacher_command = model.stage_command(args.teacher, "pretrain", recipe, args.data)
+    args.npz, args.command_for = path, {args.teacher: teacher_command}
     teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)
     solver = args.solver or default_solver(header)
     check_solver(solver, args.teacher, header)

@@ -128,6 +128,20 @@ def test_every_variant_trains_other_weights(train, stage, variants):
         for j, b in enumerate(weights[:i]): assert not torch.equal(a, b), (([], *variants)[i], ([], *variants)[j])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, flags", [
+    ("pretrain", []), ("midtrain_cm", ["--guidance", 2]), ("midtrain_mf", []),
+    ("posttrain_cm", ["--loss", "ecd", "--guidance", 2]), ("posttrain_mf", ["--velocity", "teacher", "--omega", 0.5])])
+def test_compiled_networks_train_the_same_weights(train, monkeypatch, stage, flags):
+    """A compiled module lacks some of a module's methods, its truth value for example. torch's "eager" backend makes
+    such modules without the minutes of a compiler."""
+    monkeypatch.setattr(model, "compiled", lambda f, wanted: torch.compile(f, backend="eager") if wanted else f)
+    torch._dynamo.reset()
+    eager, fast = (read_state(train(stage, *flags, "--batch", 4, compile, name=compile))
+                   for compile in ("--no-compile", "--compile"))
+    for k, weight in eager.items(): assert torch.allclose(fast[k], weight, atol=1e-6), k
+
+
 def test_forced_normalisation_after_a_step(run, tmp_path, monkeypatch):
     """EDM2's weights keep the magnitude 1, although Adam moves them by 0.1."""
     monkeypatch.chdir(tmp_path)

@@ -542,10 +542,11 @@ def find_data(data, flag="--data"):
     then the name.
     -> key of the recipe (a name in DATASETS, else "custom"), name, path of the .npz"""
     path = Path(data)
-    if "/" in data and os.path.isfile(f"{data}.npz"): path = Path(f"{data}.npz")                # data/NAME
-    if path.suffix == ".npz" and not path.exists() and Path("data", data).is_file(): path = Path("data", data)
     if not ("/" in data or os.sep in data or path.suffix in (".npz", ".npy", ".zip", ".tar", ".gz", ".tgz")):
-        path = Path("data", f"{data}.npz")
+        path = Path("data", f"{data}.npz")                                                      # NAME
+    elif os.path.isfile(f"{data}.npz"): path = Path(f"{data}.npz")                              # data/NAME
+    elif path.suffix == ".npz" and not path.exists() and Path("data", data).is_file():
+        path = Path("data", data)                                                               # NAME.npz
     if path.suffix != ".npz":
         raise UserError(f"{flag} {data} is not prepared; `{prepare_command(path.stem, data)}` prepares it.")
     return path.stem if path.stem in DATASETS else "custom", path.stem, str(path)
@@ -566,13 +567,14 @@ def import_command(url, name, out=None):
 
 def stage_command(path, stage, recipe, name):
     """The command that makes a missing checkpoint. The stage is that of the file's name, else `stage`; a
-    public diffusion model of the data set is imported instead of pre-trained."""
+    public diffusion model of the dataset is imported instead of pre-trained."""
     if Path(path).stem in KIND: stage = Path(path).stem
-    url = DATASETS.get(recipe, {}).get("public")
+    url, data = DATASETS.get(recipe, {}).get("public"), shlex.quote(name)
     if stage == "pretrain" and url: return import_command(url, name)
-    flags = {"pretrain_flow": " --objective flow", "midtrain_mf": " --branch mf"}.get(stage, "")
-    script = stage if stage.startswith("post") else stage.partition("_")[0]
-    return f"python {script}.py --data {shlex.quote(name)}{flags}"
+    return {"pretrain_flow": f"python pretrain.py --data {data} --objective flow",
+            "midtrain_cm": f"python midtrain.py --data {data}",
+            "midtrain_mf": f"python midtrain.py --data {data} --branch mf"}.get(
+                stage, f"python {stage}.py --data {data}")
 
 
 def npz_array(path, name, limit=2 ** 31):
@@ -674,29 +676,28 @@ def describe(shape, latents):
 
 def open_data(args):
     """The data of --data, and the dataset's config. Raises UserError where the two do not fit."""
-    data, dataset, command = Data(args.npz), DATASETS.get(args.recipe_name), prepare_command(args.name)
-    classes = (dataset or {}).get("classes", data.classes)
-    if data.labels is not None and classes and (missing := classes - len(data.labels.unique())) > 0:
-        say(f"warning: {data.path} has no images of {missing} of {classes} classes, so samples of these will "
-            "be bad. Number the classes from 0 without gaps, and give the file another name.")
+    data, dataset = Data(args.npz), DATASETS.get(args.recipe_name)
     if not dataset:
         if data.shape[1] != data.shape[2] or data.shape[1] % 4:
             raise UserError(f"{data.path} has images of {data.shape[2]}x{data.shape[1]} pixels; they have to "
                             "be square with a side divisible by 4; prepare them with --size N.")
-        return data, custom_dataset(data.shape, data.classes, data.latents)
-    wanted = describe(dataset["shape"], dataset.get("latents"))
+        dataset = custom_dataset(data.shape, data.classes, data.latents)
+    classes, wanted = dataset["classes"], describe(dataset["shape"], dataset.get("latents"))
     if describe(data.shape, data.latents) != wanted or classes and not 0 < data.classes <= classes:
         raise UserError(f"{data} do not fit the recipe {args.recipe_name}, which is for {wanted}, {classes} "
-                        f"classes; prepare such data with `{command}`, or give the file another name to "
-                        "train on it as a custom dataset.")
-    if not classes: data.labels = None                     # an unconditional recipe ignores labels
+                        f"classes; prepare such data with `{prepare_command(args.name)}`, or give the file "
+                        "another name to train on it as a custom dataset.")
+    if not classes: data.labels, data.classes = None, 0    # an unconditional recipe ignores labels
+    elif (missing := classes - len(data.labels.unique())) > 0:
+        say(f"warning: {data.path} has no images of {missing} of {classes} classes, so samples of these will "
+            "be bad. Number the classes from 0 without gaps, and give the file another name.")
     return data, dataset
 
 
 def dataset_at_hand(args):
     """The dataset's config, of a custom dataset as `open_data` finds it; None if its file is missing."""
-    if args.recipe_name in DATASETS or not os.path.exists(args.npz): return DATASETS.get(args.recipe_name)
-    return open_data(args)[1]
+    if args.recipe_name in DATASETS: return DATASETS[args.recipe_name]
+    return open_data(args)[1] if os.path.exists(args.npz) else None
 
 
 # === 4. checkpoints =========================================================================================
@@ -740,9 +741,9 @@ def save(path, tensors, header):
     with atomic_write(path) as part: save_file(tensors, part, {"config": config})
 
 
-def read(path, tensors=True):
+def read(path, tensors=True, advice="make it again or copy it again"):
     """-> {name: tensor} on the CPU, header. tensors=False: only the header is read. Raises UserError if the
-    file is missing, damaged, or not a checkpoint of this project."""
+    file is missing, damaged, or not a checkpoint of this project. advice: what to do with a damaged file"""
     if not os.path.isfile(path):
         raise UserError(f"{path} is a folder." if os.path.isdir(path) else f"{path} does not exist.")
     if str(path).endswith((".pkl", ".pt", ".pth", ".ckpt")):
@@ -757,7 +758,7 @@ def read(path, tensors=True):
         return found, header
     except Exception as e:                                 # a damaged file can raise any exception
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
-                        "make it again or copy it again.")
+                        f"{advice}.")
 
 
 def build(header):
@@ -923,27 +924,26 @@ class SetNetwork(argparse.Action):
         namespace.network = namespace.network | {self.dest: value}
 
 
-def number(kind, low, high, what):
-    """A type for argparse: an int or float in [low, high), described by `what` in the error."""
+def number(kind, fits, what):
+    """A type for argparse: an int or float for which `fits` is true, described by `what` in the error."""
     def convert(text):
         try: value = kind(text)
         except ValueError: value = math.nan
-        if not low <= value < high: raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        if not fits(value): raise argparse.ArgumentTypeError(f"{text} is not {what}")
         return value
     return convert
 
 
-positive_int = number(int, 1, math.inf, "a positive integer")
-not_negative_int = number(int, 0, 2 ** 63, "an integer >= 0")
-positive_float = number(float, sys.float_info.min, math.inf, "a number > 0")
-finite = number(float, -sys.float_info.max, math.inf, "a finite number")
-fraction = number(float, 0, 1, "a number in [0, 1)")
-fraction_or_1 = number(float, 0, math.nextafter(1, 2), "a number in [0, 1]")
+positive_int = number(int, lambda n: n >= 1, "a positive integer")
+not_negative_int = number(int, lambda n: 0 <= n < 2 ** 63, "an integer >= 0")
+positive_float = number(float, lambda a: 0 < a < math.inf, "a number > 0")
+finite = number(float, math.isfinite, "a finite number")
+fraction = number(float, lambda a: 0 <= a < 1, "a number in [0, 1)")
 
 
 def lr_decay(text):
     if text in ("constant", "linear"): return text
-    return number(int, 1, math.inf, "constant, linear or a positive integer")(text)
+    return number(int, lambda n: n >= 1, "constant, linear or a positive integer")(text)
 
 
 def existing_parent(path):
@@ -969,7 +969,8 @@ def output_path(text):
 HYPERPARAMETERS = {
     "steps":     dict(type=positive_int, help="optimizer steps in total"),
     "batch":     dict(type=positive_int, help="samples in one optimizer step, over all processes"),
-    "lr":        dict(type=number(float, 0, 1e12, "a number in [0, 1e12)"), help="peak learning rate"),
+    "lr":        dict(type=number(float, lambda a: 0 <= a < 1e12, "a number in [0, 1e12)"),
+                      help="peak learning rate"),
     "ema":       dict(type=fraction, help="decay of the averaged weights; min(EMA, (1+k)/(10+k)) at step k"),
     "optimizer": dict(choices=["Adam", "RAdam"], help="eps 1e-8, no weight decay"),
     "beta1":     dict(type=fraction, help="of Adam and RAdam"),
@@ -978,7 +979,7 @@ HYPERPARAMETERS = {
     "warmup":    dict(type=not_negative_int, help="samples over which the learning rate rises linearly"),
     "P_mean":    dict(type=finite, help="mean of ln t, or of logit t in flow time"),
     "P_std":     dict(type=positive_float, help="standard deviation of ln t, or of logit t in flow time"),
-    "mid_t":     dict(type=number(float, 0.002, 80, "between 0.002 and 80"),
+    "mid_t":     dict(type=number(float, lambda t: 0.002 <= t < 80, "between 0.002 and 80"),
                       help="time of the second sampling step, stored in the result"),
 }
 
@@ -1042,8 +1043,10 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     add("--log-every", type=positive_int, default=50, metavar="STEPS", help="steps between log lines")
     add("--precision", choices=DTYPES, default=precision or ("bf16" if gpu else "fp32"),
         help="of the network's backbone; everything else is fp32, or TF32 with tf32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the networks",
-        default=compile and torch.cuda.is_available() and recipe_name != "digits")     # too short a run
+    # Not for digits, where a run is too short, nor on Windows, where torch comes without its compiler.
+    compile = compile and torch.cuda.is_available() and recipe_name != "digits" and sys.platform != "win32"
+    add("--compile", action=argparse.BooleanOptionalAction, default=compile,
+        help="torch.compile the networks")
     add("--preview", action=argparse.BooleanOptionalAction, default=True, help="draw samples at each save")
     if recipe_name == "custom" or "latents" in DATASETS.get(recipe_name, {}):
         add("--vae", metavar="PATH", help="autoencoder (diffusers) that decodes the latents of the preview")
@@ -1144,7 +1147,7 @@ def compiled(function, wanted):
     config.fallback_random = True      # dropout masks as in eager mode: the two passes of ECT share them
     # Before torch 2.12 a mask depended on the layout of its input, which on a GPU differs between a pass with
     # and one without gradient (pytorch/pytorch#177077). Without this optimization it does not.
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12): config.layout_optimization = False
+    if torch.__version__ < (2, 12): config.layout_optimization = False
     return torch.compile(function, dynamic=False)
 
 
@@ -1267,14 +1270,15 @@ MAY_CHANGE = {"microbatch", "world", "precision", "compile", "device", "torch"}
 def run_metadata(args, stage, unit, world, data_identity=None, **files):
     """What a stage adds to the header: its name, and the settings that a continued run has to share. Among
     these are the files that it reads, by sha256, and the data, by identity (midtrain.py passes its
-    teacher's). unit: what the batch counts, "images" or "pairs"."""
+    teacher's). unit: what the batch counts, "images" or "pairs". Raises UserError if --out is one of the
+    files."""
+    for flag, file in files.items():
+        if file and os.path.realpath(file) == os.path.realpath(args.out):
+            raise UserError(f"--out {args.out} is the file that is read for --{flag}; choose another --out.")
     settings = {k: v for k, v in vars(args).items() if k not in NOT_COMPARED}
     settings |= {"world": world, "device": "cuda" if torch.cuda.is_available() else "cpu",
                  "torch": torch.__version__}
     settings |= {f"sha256 of {k}": sha256(v) if v and v != "none" else None for k, v in files.items()}
-    for flag, file in files.items():
-        if file and os.path.realpath(file) == os.path.realpath(args.out):
-            raise UserError(f"--out {args.out} is the file that is read for --{flag}; choose another --out.")
     settings["data_identity"] = data_identity
     return {"stage": stage, "data": args.name, "data_path": args.npz, "data_identity": data_identity,
             "steps": args.steps, "unit": unit, "settings": json.loads(json.dumps(settings)), "argv": sys.argv,
@@ -1300,9 +1304,16 @@ class SaveTimer:
 
     def due(self, step):
         if self.every: return step % self.every == 0
-        is_due = time.monotonic() - self.last > 600
-        if is_due: self.last = time.monotonic()
-        return is_due
+        if self.last is None: self.last = time.monotonic()           # the last save has ended just now
+        if time.monotonic() - self.last <= 600: return False
+        self.last = None
+        return True
+
+
+def saved_so_far(out):
+    """What a run that diverges leaves, and what to do"""
+    if not os.path.exists(out): return "nothing was saved. Try a smaller --lr"
+    return f"{out} keeps what was saved before. Try a smaller --lr, with another --out"
 
 
 @torch.no_grad()
@@ -1313,9 +1324,7 @@ def check_finite(ema, header, out):
     x, t = (a.to(next(ema.parameters()).device) for a in (x, torch.linspace(0.1, 1, 4)))
     results = [ema(x, t) if header["kind"] == "Denoiser" else ema(x, t / 2, t), *ema.parameters()]
     if not all(a.isfinite().all() for a in results):
-        saved = f"{out} keeps what was saved before" if os.path.exists(out) else "nothing was saved"
-        raise Diverged(f"the averaged weights or their output are not finite; {saved}. Try a smaller --lr, "
-                       "with another --out.")
+        raise Diverged(f"the averaged weights or their output are not finite; {saved_so_far(out)}.")
 
 
 def save_run(args, step, net, ema, opt, header):
@@ -1405,7 +1414,7 @@ def check_ranks(path, header):
     seen, settings = zip(*found)
     if len(set(seen)) > 1:
         raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
-    if different := [k for k in settings[0] if any(s[k] != settings[0][k] for s in settings)]:
+    if different := [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)]:
         raise UserError(f"the processes differ in {', '.join(different)}; start all nodes with the same "
                         "command, files and software.")
 
@@ -1419,10 +1428,7 @@ def resume_run(out, net, ema, opt, header):
         lock_log(out, new=True)
         return 0
     lock_log(out)                          # before reading: another run may be writing its last save
-    try: state, old = read(path)
-    except UserError as e:
-        reason = str(e).removesuffix("; make it again or copy it again.")
-        raise UserError(f"{reason}; delete it to start over. {out} keeps the model saved last.")
+    state, old = read(path, advice=f"delete it to start over. {out} keeps the model saved last")
     if old.get("stage") != header["stage"]:
         raise UserError(f"{path} belongs to {old.get('stage', 'something else')}, not to {header['stage']}; "
                         "choose another --out.")
@@ -1457,20 +1463,20 @@ class Stop:
     under torchrun with 0, because torchrun would restart what exits with another code."""
     ended_by = 0                                           # the signal
     def __init__(self, world):
-        self.world, self.signalled = world, 0
+        self.world, self.signalled, self.under_torchrun = world, 0, "TORCHELASTIC_RUN_ID" in os.environ
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
         hang_up = getattr(signal, "SIGHUP", None)          # not on Windows; nohup ignores it
         if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN: signal.signal(hang_up, self.receive)
 
     def receive(self, sign, frame):
         self.signalled = sign
-        if "TORCHELASTIC_RUN_ID" not in os.environ: signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.under_torchrun: signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self, step):
         # Only the handler writes `signalled`: a signal during the exchange counts at the next step.
         sign = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
         if self.world > 1: dist.all_reduce(sign, dist.ReduceOp.MAX)
-        if "TORCHELASTIC_RUN_ID" not in os.environ: Stop.ended_by = sign.item()
+        if not self.under_torchrun: Stop.ended_by = sign.item()
         if sign: say(f"asked to stop: saves and ends after step {step:,}; the same command continues.")
         return bool(sign)
 
@@ -1494,7 +1500,7 @@ class Log:
         self.losses, self.skipped, self.in_a_row, self.clock = [], 0, 0, time.time()
         self.start = self.last = step
         self.first_loss, self.warned = math.inf, False
-        if args.compile: say("compiling the network; the first step can take minutes")
+        if args.compile and step < args.steps: say("compiling the network; the first step can take minutes")
 
     def __call__(self, step, loss, norm, lr, parts={}):
         if math.isfinite(norm):
@@ -1503,9 +1509,8 @@ class Log:
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == 10 or step == self.args.steps == self.in_a_row:
-            saved = "what was saved is good" if os.path.exists(self.args.out) else "nothing was saved"
             raise Diverged(f"the gradient was not finite for {self.in_a_row} steps in a row, up to step "
-                           f"{step}; {saved}. Try a smaller --lr or --precision fp32, with another --out.")
+                           f"{step}; {saved_so_far(self.args.out)}. --precision fp32 may help, too.")
         if step % self.args.log_every == 0 or step in (self.start + 1, 2, 5, 10, self.args.steps):
             self.write(step, ["loss", *parts], norm, lr)
 
@@ -1552,7 +1557,8 @@ def run(main):
         if Stop.ended_by: sys.exit(128 + Stop.ended_by)
         return
     except UserError as e:
-        print(f"{'' if is_rank_0() else '[rank ' + os.environ['RANK'] + '] '}{name}: {e}", file=sys.stderr)
+        rank = "" if is_rank_0() else f"[rank {os.environ['RANK']}] "
+        print(f"{rank}{name}: {e}", file=sys.stderr)
         code = e.code
     except KeyboardInterrupt:
         print(f"{name}: stopped at once; what was saved before is untouched.", file=sys.stderr)

@@ -143,11 +143,11 @@ def ect_r(t, q, k=0):
 def flags():
     """The command line -> args. args.command_for: {input file: how to make it}"""
     p = model.parser(__doc__, RECIPES, predecessor="midtrain_cm", writes="posttrain_cm", precision="fp32")
-    p.add_argument("--q", type=model.number(int, 2, 2 ** 16 + 1, "an integer in [2, 65536]"),
+    p.add_argument("--q", type=model.number(int, lambda n: 2 <= n <= 65536, "an integer in [2, 65536]"),
                    help="gap: r = t (1 - n(t) / q^(k+1)), k = 0 at the start")
     p.add_argument("--double", type=model.not_negative_int, metavar="STEPS",
                    help="steps after which k grows by 1, which narrows the gap; 0: it stays fixed")
-    p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
+    p.add_argument("--c", type=model.number(float, lambda a: 0 <= a < 1e6, "a number in [0, 1e6)"),
                    help="constant of pseudo-Huber; 0: the plain l2 norm")
     p.add_argument("--weight", choices=["gap", "denoising"],
                    help="gap: 1/(t-r); denoising: 1/c_out^2, as in pre-training")

@@ -144,14 +144,15 @@ def flags():
     p.add_argument("--derivative", choices=["jvp", "difference"], default="jvp",
                    help="du/dt along the trajectory: exact, or by central differences")
     p.add_argument("--r-neq-t", type=float, choices=[0.25, 0.5, 0.75], help="fraction of samples with r < t")
-    p.add_argument("--p", type=model.number(float, 0, 2, "a number in [0, 2)"),
+    p.add_argument("--p", type=model.number(float, lambda a: 0 <= a < 2, "a number in [0, 2)"),
                    help="exponent of the adaptive weight")
-    p.add_argument("--c", type=model.number(float, 0, 1e6, "a number in [0, 1e6)"),
+    p.add_argument("--c", type=model.number(float, lambda a: 0 <= a < 1e6, "a number in [0, 1e6)"),
                    help="constant of the adaptive weight")
     p.add_argument("--omega", type=model.finite, help="guidance: weight of v")
     p.add_argument("--kappa", type=model.fraction,
                    help="guidance: weight of u(z,t,t|y); the rest is u(z,t,t|null)")
-    p.add_argument("--guidance-interval", type=model.fraction_or_1, nargs=2, metavar=("LOW", "HIGH"),
+    p.add_argument("--guidance-interval", nargs=2, metavar=("LOW", "HIGH"),
+                   type=model.number(float, lambda t: 0 <= t <= 1, "a number in [0, 1]"),
                    help="guidance only where LOW <= t <= HIGH")
     args = p.parse_args()
     if args.p == 0: model.reject_if_typed("--c", because="p is 0, which means no adaptive weight")

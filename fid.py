@@ -253,20 +253,22 @@ def evaluate(file, args, features, rank, world, device):
         ref_statistics = reference(args, header, features, rank, world)
     n, mu, cov = moments_of_all_ranks(*sums(features(x) for x in batches))
     if rank: return
+    if ref_statistics:
+        ref, n_ref, mu_ref, cov_ref = ref_statistics
+        if mu.shape != mu_ref.shape:
+            raise model.UserError(f"{ref} has {len(mu_ref):,} features, {file} has {len(mu):,}; the "
+                                  "reference has to be of the same features and, for pixels, of the same "
+                                  "size.")
+        distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
+        key, name = ("fid", f"FID-{n / 1000:g}k") if args.features == "inception" else ("fd", "FD-pixels")
+        if key == "fid": details |= {"features": "Inception-v3 of 2015", "resize": "TF1 bilinear, 299x299"}
+        print(f"{name} {distance:.4f}  {n:,} images against {f'the {n_ref:,} of ' if n_ref else ''}{ref}  "
+              + "  ".join(f"{k} {v}" for k, v in details.items()))
+        print(json.dumps({key: distance, "name": name, "n": n, "ref": ref, "n_ref": n_ref} | details),
+              flush=True)
     if args.save_stats:
         save_statistics(args.save_stats, n, mu, cov)
         print(f"statistics of {n:,} images of {file} in {args.save_stats}")
-        if not ref_statistics: return
-    ref, n_ref, mu_ref, cov_ref = ref_statistics
-    if mu.shape != mu_ref.shape:
-        raise model.UserError(f"{ref} has {len(mu_ref):,} features, {file} has {len(mu):,}; the reference "
-                              "has to be of the same features and, for pixels, of the same size.")
-    distance = frechet_distance(mu.cpu(), cov.cpu(), mu_ref.cpu(), cov_ref.cpu()).item()
-    key, name = ("fid", f"FID-{n / 1000:g}k") if args.features == "inception" else ("fd", "FD-pixels")
-    if key == "fid": details |= {"features": "Inception-v3 of 2015", "resize": "TF1 bilinear, 299x299"}
-    print(f"{name} {distance:.4f}  {n:,} images against {f'the {n_ref:,} of ' if n_ref else ''}{ref}  "
-          + "  ".join(f"{k} {v}" for k, v in details.items()))
-    print(json.dumps({key: distance, "name": name, "n": n, "ref": ref, "n_ref": n_ref} | details), flush=True)
 
 
 if __name__ == "__main__":

@@ -205,8 +205,7 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    args.command_for = {file: model.stage_command(file, "pretrain_flow" if branch == "mf" else "pretrain",
-                                                  args.recipe_name, args.data)
+    args.command_for = {file: model.stage_command(file, TEACHER_STAGES[branch], args.recipe_name, args.data)
                         for file in (args.init, args.teacher)}
     if command := p.get_default("teacher_command"): args.command_for[args.teacher] = command
     if args.trajectories:
@@ -266,6 +265,8 @@ def batches_from_file(teacher_header, args, step, rank, local_batch, device):
     states, times, y = (tensors[k].to(device) for k in ("states", "times", "labels"))
     states, times = to_student_time(states.transpose(0, 1), times, teacher_header, args.branch)
     i, j = (k.to(device) for k in pair_table(len(times) - 1, args.branch, args.pairing))
+    model.say(f"{len(y):,} trajectories of {len(i)} pairs; the whole run uses each pair "
+              f"{args.steps * args.batch / (len(y) * len(i)):.3g} times")
     while True:
         start = step * args.batch + rank * local_batch
         indices = model.batch_indices(len(y) * len(i), args.seed, start, local_batch)
@@ -282,7 +283,7 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     GPU and fills a batch with strongly correlated states. Here the pool of a rank has at least 128
     trajectories of N steps, and N pairs of each (mf: at random from all N (N+1) / 2), so a pair costs one
     step of the solver, as in the paper. (--pairing kd and slow take one pair of each.) A pool is a function
-    of (seed, rank, its index), and a resumed run solves its pool again. All pools have one size, so a
+    of (seed, world, rank, its index), and a resumed run solves its pool again. All pools have one size, so a
     compiled teacher is compiled once (twice if --microbatch does not divide it)."""
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
@@ -290,9 +291,11 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     steps_per_pool = P * pairs_per_trajectory // local_batch
     model.say(f"pairs per trajectory {pairs_per_trajectory}, so the whole run takes about "
               f"{args.steps * args.batch // pairs_per_trajectory:,} trajectories")
+    world = args.batch // local_batch
+    process = world * (world - 1) // 2 + rank              # unique, so that no other world draws these pools
     while True:
         pool_index, batches_used = divmod(step, steps_per_pool)
-        model.reseed(args.seed, rank, "pool", pool_index)
+        model.reseed(args.seed, process, "pool", pool_index)
         states, times, y = solve_pool(teacher, teacher_header, P, args, device)
         pool = draw_pair_indices(P, pairs_per_trajectory, len(i), device)
         for indices in pool.split(local_batch)[batches_used:]:

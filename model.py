@@ -401,6 +401,7 @@ class SiT(nn.Module):
         side, dim = img_resolution // patch_size, hidden_size
         self.x_embedder = nn.ModuleDict({
             "proj": initialised(Conv(img_channels, dim, patch_size, stride=patch_size))})
+        nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))   # as of a linear layer of a patch
         self.t_embedder = TimeEmbedding(dim)
         self.r_embedder = TimeEmbedding(dim, starts_at_zero=True) if interval else None
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(label_dim + 1, dim)})
@@ -565,10 +566,10 @@ def import_command(url, name, out=None):
     return command + (f" --out {shlex.quote(out)}" if out else "")
 
 
-def stage_command(path, stage, recipe, name):
-    """The command that makes a missing checkpoint. The stage is that of the file's name, else `stage`; a
-    public diffusion model of the dataset is imported instead of pre-trained."""
-    if Path(path).stem in KIND: stage = Path(path).stem
+def stage_command(path, stages, recipe, name):
+    """The command that makes a missing checkpoint of one of `stages`: of that in the file's name, else of the
+    first. A public diffusion model of the dataset is imported instead of pre-trained."""
+    stage = Path(path).stem if Path(path).stem in stages else stages[0]
     url, data = DATASETS.get(recipe, {}).get("public"), shlex.quote(name)
     if stage == "pretrain" and url: return import_command(url, name)
     return {"pretrain_flow": f"python pretrain.py --data {data} --objective flow",
@@ -628,14 +629,19 @@ class Data:
     def __init__(self, path):
         self.path, self.labels, self.classes, command = str(path), None, 0, prepare_command(Path(path).stem)
         if not os.path.isfile(path):
-            raise UserError(f"{path} does not exist; `{command}` makes it from images in any form.")
+            if self.path in ("data/digits.npz", "data/mnist.npz"):
+                raise UserError(f"{path}, which comes with the code, is not here; start the scripts in their "
+                                "folder.")
+            other = "" if Path(path).parent == Path("data") else f" as data/{Path(path).stem}.npz"
+            raise UserError(f"{path} does not exist; `{command}` makes it from images in any form{other}.")
         try:
             members, info = read_info(path)
             self.array = x = npz_array(path, "arr_0")
             y = npz_array(path, "arr_1") if "arr_1.npy" in members else None
             self.latents = info.get("latents")
             C = len(self.latents["mean"]) if self.latents else x.shape[-1]
-        except UserError: raise
+        except (UserError, MemoryError): raise
+        except PermissionError as e: raise UserError(f"{path} cannot be read ({e.strerror}).")
         except Exception as e:                             # a damaged file can raise any exception
             raise UserError(f"{path} is damaged, or not made by tools/prepare_data.py ({type(e).__name__}: "
                             f"{e}); `{command}` makes such a file.")
@@ -711,17 +717,29 @@ def atomic_write(path):
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        with open(part, "rb+") as f: os.fsync(f.fileno())
-        umask = os.umask(0)                                # safetensors gives 0600, whatever the umask
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)
-        os.replace(part, path)
+        with open(part, "ab") if fcntl else contextlib.nullcontext() as file:
+            lock_file(file, f"another process writes {path}; wait for it, or choose another path.")
+            try:
+                yield part
+                with open(part, "rb+") as f: os.fsync(f.fileno())
+                umask = os.umask(0)                        # safetensors gives 0600, whatever the umask
+                os.umask(umask)
+                os.chmod(part, 0o666 & ~umask)
+                os.replace(part, path)
+            except BaseException:                          # also Ctrl-C
+                with contextlib.suppress(OSError): part.unlink()
+                raise
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path} could not be written ({e}); what was there before is untouched. Check the "
                         "free space and the folder's permissions, or choose another path.")
-    finally:
-        with contextlib.suppress(OSError): part.unlink()   # exists only if writing failed, or after Ctrl-C
+
+
+def lock_file(file, message):
+    """Lock an open file until it is closed. Raises UserError(message) if another process has locked it."""
+    try:
+        if fcntl: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: raise UserError(message)
+    except OSError: pass                                   # not every file system has locks
 
 
 def checksum(tensors, header):
@@ -748,6 +766,8 @@ def read(path, tensors=True, advice="make it again or copy it again"):
         raise UserError(f"{path} is a folder." if os.path.isdir(path) else f"{path} does not exist.")
     if str(path).endswith((".pkl", ".pt", ".pth", ".ckpt")):
         raise UserError(f"{path} has to be imported first: python tools/import_checkpoint.py {path}")
+    try: open(path, "rb").close()
+    except OSError as e: raise UserError(f"{path} cannot be read ({e.strerror}).")
     try:
         with safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["config"])
@@ -756,6 +776,7 @@ def read(path, tensors=True, advice="make it again or copy it again"):
         if tensors and crc != checksum(found, header):
             raise ValueError("its checksum is not that of its content")
         return found, header
+    except MemoryError: raise
     except Exception as e:                                 # a damaged file can raise any exception
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({type(e).__name__}: {e}); "
                         f"{advice}.")
@@ -777,6 +798,8 @@ def load(path, device="cpu", **network):
     tensors, header = read(path)
     if any(k.startswith("ema.") for k in tensors):
         raise UserError(f"{path} is the state of a run; its model is NAME.safetensors, beside it.")
+    if "network" not in header:
+        raise UserError(f"{path} was written by stage {header.get('stage')}; it is not a model.")
     try:
         adds_interval = network.get("interval") and not header["network"].get("interval")
         header["network"].update(network)
@@ -1075,9 +1098,15 @@ def setup(batch=0, precision="fp32", one_process=False, timeout=timedelta(minute
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     device, cuda = torch.device("cpu"), torch.cuda.is_available()
     if cuda:                                # a process sees all GPUs of its machine, or only its own (SLURM)
-        device = torch.device("cuda", local % torch.cuda.device_count())
+        gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if "TORCHELASTIC_RUN_ID" in os.environ and processes > gpus:
+            raise UserError(f"torchrun started {processes} processes, and this machine has {gpus} GPUs; give "
+                            f"--nproc_per_node={gpus}.")
+        device = torch.device("cuda", local % gpus)
         torch.cuda.set_device(device)
     if world > 1:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            say(f"RANK and WORLD_SIZE are set: waiting for {world} processes; unset both for one process.")
         try: store = next(dist.rendezvous("env://"))[0]
         except ValueError as e:
             raise UserError(f"RANK and WORLD_SIZE are set, but not all that a process group needs ({e}); "
@@ -1380,11 +1409,8 @@ def lock_log(out, new=False):
     with contextlib.suppress(OSError):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         lock_log.file = open(beside(out, ".jsonl"), "a")
-        try:
-            if fcntl: fcntl.flock(lock_log.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run writes to {out}; wait for it, end it, or choose another --out.")
-        except OSError: pass                               # not every file system has locks
+        lock_file(lock_log.file, f"another run writes to {out}; wait for it, end it, or choose another "
+                                 "--out.")
         if new: lock_log.file.truncate(0)
 
 

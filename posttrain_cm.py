@@ -161,9 +161,10 @@ def flags():
     if args.loss == "ect":
         model.reject_if_typed("--teacher", "--solver", "--guidance", "--guide",
                               because="--loss ect has no teacher")
-    teacher_command = model.stage_command(args.teacher, "pretrain", args.recipe_name, args.data)
+    teacher_command = model.stage_command(args.teacher, ["pretrain"], args.recipe_name, args.data)
     args.command_for = {args.npz: model.prepare_command(args.name),
-                        args.init: model.stage_command(args.init, "midtrain_cm", args.recipe_name, args.data)}
+                        args.init: model.stage_command(args.init, ["midtrain_cm", "pretrain", "posttrain_cm"],
+                                                       args.recipe_name, args.data)}
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
         args.command_for = {teacher_path: teacher_command} | args.command_for
     if args.loss == "ecd":

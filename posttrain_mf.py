@@ -168,10 +168,10 @@ def flags():
     if args.derivative == "difference" and args.precision == "bf16":
         raise model.UserError("--derivative difference is lost in the rounding error of bf16; "
                               "choose --precision fp32 or --derivative jvp.")
-    inputs = [(args.init, "midtrain_mf")]
-    if args.velocity == "teacher": inputs.append((args.teacher, "pretrain_flow"))
-    args.command_for = {file: model.stage_command(file, stage, args.recipe_name, args.data)
-                        for file, stage in inputs} | {args.npz: model.prepare_command(args.name)}
+    inputs = [(args.init, ["midtrain_mf", "pretrain_flow", "posttrain_mf"])]
+    if args.velocity == "teacher": inputs.append((args.teacher, ["pretrain_flow"]))
+    args.command_for = {file: model.stage_command(file, stages, args.recipe_name, args.data)
+                        for file, stages in inputs} | {args.npz: model.prepare_command(args.name)}
     return args
 
 

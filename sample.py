@@ -82,8 +82,8 @@ def open_vae(header, path, device):
         model.reject_if_typed("--vae", because="the model makes images, not latents")
         return None
     if not path:
-        raise model.UserError(f"the model makes latents; give --vae, a folder of {header['latents']['vae']} "
-                              "in diffusers' format.")
+        vae = header["latents"]["vae"] or "the autoencoder that they were made with,"
+        raise model.UserError(f"the model makes latents; give --vae, a folder of {vae} in diffusers' format.")
     return load_vae(path, device)
 
 
@@ -350,8 +350,8 @@ def count_nfe(header, steps, solver, guidance=1):
 def seed_range(text):
     """A-B -> range(A, B + 1)"""
     first, _, last = text.partition("-")
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 63):
-        raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B < 2^63")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 32):
+        raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B < 2^32")      # torch keeps 32 bits
     return range(int(first), int(last) + 1)
 
 
@@ -360,6 +360,8 @@ def open_real(name, header):
     path = model.find_data(name)[2] if name else header["data_path"]
     if not path: raise model.UserError("--real: the first FILE does not name its data; give --data.")
     data, shape = model.Data(path), model.image_shape(header)
+    if not name and header["data_identity"] not in (None, data.identity):
+        model.say(f"warning: {path} holds other data than the model was trained on.")
     if header["network"]["label_dim"] and data.labels is None:
         raise model.UserError(f"{path} has no labels; leave out --real.")
     if tuple(data.shape) != tuple(shape):

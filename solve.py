@@ -311,7 +311,7 @@ def main():
 
     model.check_replaceable(args.out, "solve", name)
     device = model.setup(one_process=True)[2]
-    teacher_command = model.stage_command(args.teacher, "pretrain", recipe, args.data)
+    teacher_command = model.stage_command(args.teacher, ODE_STAGES, recipe, args.data)
     args.npz, args.command_for = path, {args.teacher: teacher_command}
     teacher, header = model.load_predecessor(args, "teacher", ODE_STAGES, device)
     solver = args.solver or default_solver(header)

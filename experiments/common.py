@@ -26,6 +26,15 @@ def command(script, *args):
     return lines
 
 
+def pyplot():
+    """matplotlib.pyplot for figures without a screen"""
+    try: import matplotlib
+    except ImportError: sys.exit("matplotlib is missing; `pip install matplotlib`.")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
 def distances(files, n=None, ref="digits"):
     """FD-pixels of each FILE:STEPS from n samples, or of each set of images."""
     samples = ["--n", n] if n else []

@@ -7,6 +7,7 @@ figure, docs/curves_digits_BRANCH.png, in an hour or two. An interrupted run con
 """
 import math, statistics, sys
 
+import common
 from common import command, compute, scores, steps_for
 import midtrain, posttrain_cm, posttrain_mf, pretrain
 
@@ -66,9 +67,7 @@ def speed_up(with_mid, without):
 
 
 def main():
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     from matplotlib.ticker import LogLocator, NullLocator
     for branch in sys.argv[1:] or CASES:
         seeds = [points(branch, seed) for seed in range(SEEDS)]

@@ -328,9 +328,12 @@ def tune(method, units):
 
 
 def write_training_half():
-    x, y = halves()[0]
-    with model.atomic_write(FOLDER / "train.npz") as part, open(part, "wb") as f:
-        np.savez(f, arr_0=x, arr_1=y)
+    with open(FOLDER / "train.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (FOLDER / "train.npz").exists(): return
+        x, y = halves()[0]
+        with model.atomic_write(FOLDER / "train.npz") as part, open(part, "wb") as f:
+            np.savez(f, arr_0=x, arr_1=y)
 
 
 def run_seeds(name, method, units, setting):
@@ -582,9 +585,7 @@ def print_finalists(found):
 
 def draw(found):
     """docs/mnist_curves.png or mnist_x10_curves.png: FD against compute, one and two steps, both branches"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, sharey="row", layout="constrained")
     for (branch, k), axes in zip(itertools.product(("cm", "mf"), "12"), panels.flat):
         name, legend, place = {"cm": ("consistency model", "1", "lower left"),
@@ -647,8 +648,9 @@ def main():
     args = p.parse_args()
     if args.scale == 10: use_scale_10()
     if args.what == "report": return report()
+    if args.what == "all": common.pyplot()                 # missing? say so before training
     FOLDER.mkdir(parents=True, exist_ok=True)
-    if not (FOLDER / "train.npz").exists(): write_training_half()
+    write_training_half()
     torch.set_num_threads(1)
     model.setup(one_process=True)                          # TF32 off
     if args.what == "work":

@@ -225,6 +225,9 @@ def test_every_rank_has_its_own_gpu(monkeypatch, gpus):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         model.setup(8)
     assert chosen == [torch.device("cuda", rank % gpus) for rank in range(2)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")            # torchrun's: all processes see the same GPUs
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(model.UserError, match=f"--nproc_per_node={gpus}"): model.setup(8)
 
 
 # --- sampling without a common disk -------------------------------------------------------------------------

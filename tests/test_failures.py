@@ -549,7 +549,32 @@ def test_other_files_are_not_replaced(run, here, tmp_path):
                 "--save-stats", tmp_path / "stats.npz"), "is read for --ref")
 
 
+def test_two_writers_of_a_file(tmp_path):
+    with pytest.raises(model.UserError, match="another process writes"):
+        with model.atomic_write(tmp_path / "a") as part:
+            part.write_text("first")
+            with model.atomic_write(tmp_path / "a"): pass
+    assert not list(tmp_path.iterdir())
+    with model.atomic_write(tmp_path / "a") as part: part.write_text("second")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "second"
+
+
+def test_a_file_without_permission_is_not_called_damaged(monkeypatch, here):
+    def no_permission(path, *a, **k): raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr("builtins.open", no_permission)
+    for read in (lambda: model.read("runs/digits/pretrain.safetensors", advice="delete it"),
+                 lambda: model.Data("data/digits.npz")):
+        with pytest.raises(model.UserError, match="cannot be read .Permission denied.") as refusal: read()
+        assert "delete" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("command, words", [
+    (("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"), "`python pretrain.py --data digits` makes one"),
+    (("posttrain_cm", "--loss", "ecd", "--teacher", "runs/digits/midtrain_cm.safetensors"), "`python pretrain.py"),
+    (("posttrain_mf", "--init", "runs/digits/pretrain.safetensors"), "`python midtrain.py --data digits --branch mf`"),
+    (("sample", "runs/digits/trajectories.safetensors:1"), "was written by stage solve; it is not a model"),
+    (("sample", "runs/digits/midtrain_cm.safetensors:1", "--seeds", f"0-{2 ** 32}"), "2^32"),
+    (("pretrain", "--data", "/x/y.npz"), "--data y` makes it from images in any form as data/y.npz"),
     (("posttrain_cm", "--mid-t", 1000), "between"), (("midtrain", "--mid-t", 0.0001), "between"),
     (("midtrain", "--guidance", 2, "--guide", "runs/digits/midtrain_cm.safetensors"), "cannot guide"),
     (("sample", "runs/digits/posttrain_mf.safetensors:1", "--guidance", 2,         # u(z, r, t) needs a guide with r

@@ -377,7 +377,8 @@ def test_the_cheapest_that_is_good_enough():
 
 
 def main():
-    import matplotlib
+    try: import matplotlib
+    except ImportError: raise SystemExit("matplotlib is missing; `pip install matplotlib`.")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     torch.set_default_dtype(torch.float64)

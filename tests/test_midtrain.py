@@ -106,6 +106,22 @@ def test_microbatch_limits_what_the_teacher_solves_at_a_time():
     for whole, sliced in zip(*pools): assert torch.allclose(whole, sliced, atol=1e-5)
 
 
+def test_more_processes_draw_other_pools(monkeypatch):
+    """A run that continues with more processes is at an earlier pool of each, in its count of pools."""
+    header, noise = model.fresh_header(model.DATASETS["digits"]), []
+    def solved(teacher, header, count, args, device):
+        noise.append(torch.randn(4))
+        return torch.zeros(3, count, 1, 8, 8), torch.tensor([2.0, 1.0, 0.1]), torch.zeros(count, dtype=torch.int64)
+    monkeypatch.setattr(midtrain, "solve_pool", solved)
+    monkeypatch.setattr(midtrain, "pool_size", lambda batch, N: 64)
+    args, cpu = SimpleNamespace(seed=0, batch=128, steps=64, branch="cm", pairing="cmt"), torch.device("cpu")
+    for world, first in (1, 0), (2, 8):                    # pools of 1 step, then of 2
+        for rank in range(world):
+            batches = midtrain.batches_from_teacher(None, header, 2, args, first, rank, 128 // world, cpu)
+            for _ in range(8): next(batches)
+    assert len(noise) == 8 + 2 * 4 and len({x.numpy().tobytes() for x in noise}) == len(noise)
+
+
 @pytest.mark.parametrize("source", ["solved", "file"])
 def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
     """The real command line over one and a half pools (or one epoch of a file), every pair recorded."""
@@ -123,7 +139,8 @@ def test_every_state_is_used_once(run, chain, tmp_path, monkeypatch, source):
     extra = ["--trajectories", "runs/digits/trajectories.safetensors"] if source == "file" else ["--nfe", 8]
     steps = 8 if source == "file" else 12
     done = run("midtrain", "--steps", steps, "--batch", 8, "--out", tmp_path / "a.safetensors", *extra)
-    assert done.code == 0, done.err
+    assert done.code == 0 and ("8 trajectories of 8 pairs; the whole run uses each pair 1 times" in done.out) == (
+        source == "file"), done.err
     if source == "file":
         file = model.read("runs/digits/trajectories.safetensors")[0]
         solved = [(file["states"].transpose(0, 1), file["times"], file["labels"])]

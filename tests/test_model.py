@@ -150,6 +150,13 @@ def test_resize():
     assert torch.equal(model.resize(model.resize(x, "up"), "down"), x) and model.resize(x, None) is x
 
 
+def test_patches_of_sit_are_initialised_as_by_a_linear_layer():
+    """Xavier's bound sqrt(6 / (inputs + outputs)) of a linear layer of a patch, as in SiT and MeanFlow"""
+    weight = model.SiT(8, 4, 0, patch_size=4, hidden_size=64, depth=1, num_heads=4).x_embedder["proj"].weight
+    bound = (6 / (4 * 4 * 4 + 64)) ** 0.5
+    assert 0.98 * bound < weight.abs().max() <= bound      # of 4,096 weights; fails by chance with 1e-36
+
+
 @pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")

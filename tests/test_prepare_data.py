@@ -446,6 +446,9 @@ REFUSED = [
     (npz(x=PIXELS.astype(int)), "a.npz", ["int64"]),
     (npz(x=UNIT - 0.5), "a.npz", ["[-0.5, 0.5]"]),
     (npz(x=PIXELS // 16), "a.npz", ["15", "black"]),
+    (lambda: [save(f"a/{i}/0.png", PIXELS[0]) for i in range(21)], "a", ["21 classes for 21 images", "--classes none"]),
+    (lambda: (os.mkdir("a"), np.save("a/0.npy", 2 * UNIT[0].T - 1)), "a", ["[-1, 1]", "like pixels"]),
+    (lambda: (os.mkdir("a"), np.save("a/0.npy", np.zeros((4, 10, 10), "f"))), "a", ["divisible by 4"]),
     (npz(x=np.array([{}])), "a.npz", ["allow_pickle"]),
     (npz(x=PIXELS[:, :3]), "a.npz", ["(12, 3, 16, 3)"])]
 

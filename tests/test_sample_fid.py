@@ -64,7 +64,7 @@ def test_several_files_make_one_picture(run, here, tmp_path):
     assert height == 4 + 4 * 52 and width > 5 * 52
 
 
-def test_out_names_what_is_written(run, here, tmp_path):
+def test_out_names_what_is_written(run, here, tmp_path, monkeypatch):
     one, two = "runs/digits/midtrain_cm.safetensors:1", "runs/digits/midtrain_cm.safetensors:2"
     refused(run("sample", one, "--out", tmp_path / "a.png"), "X.npz or FOLDER/")
     refused(run("sample", one, two, "--out", tmp_path / "a.npz"), "only a picture")
@@ -76,6 +76,10 @@ def test_out_names_what_is_written(run, here, tmp_path):
     refused(run("sample", one, "--real", "--data", tmp_path / "rgb.npz", "--out", tmp_path / "a"), "(3, 8, 8)")
     for script, flag in (("sample", "--out"), ("fid", "--save-stats")):
         refused(run(script, one, flag, tmp_path / "rgb.npz/a.npz"), "written")
+    with monkeypatch.context() as m:
+        m.setattr(model, "data_identity", lambda path: "prepared again")
+        done = run("sample", one, "--real", "--n", 2, "--out", tmp_path / "a")
+    assert done.code == 0 and "warning: data/digits.npz holds other data than the model was trained on" in done.out
 
 
 def test_rows_of_files_with_one_name_are_told_apart(run, here, tmp_path, monkeypatch):

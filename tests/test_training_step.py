@@ -174,7 +174,11 @@ def test_a_save_every_ten_minutes(monkeypatch):
     timer = model.SaveTimer(SimpleNamespace(save_every=None))
     assert not timer.due(1)
     now[0] = 601
-    assert timer.due(2) and not timer.due(3)
+    assert timer.due(2)
+    now[0] = 1500                                          # the save took as long as this
+    assert not timer.due(3)
+    now[0] = 2102
+    assert timer.due(4)
 
 
 @pytest.mark.parametrize("sign, torchrun", [("SIGTERM", False), ("SIGINT", False), ("SIGHUP", False),
@@ -200,6 +204,10 @@ def test_out_has_to_be_on_a_common_disk(tmp_path, monkeypatch):
     def gather(found, mine): found[:] = [mine, (not mine[0], mine[1])]
     monkeypatch.setattr(dist, "all_gather_object", gather)
     with pytest.raises(model.UserError, match="disk all share"): model.check_ranks(tmp_path / "a", {"settings": {}})
+    def gather_others(found, mine): found[:] = [mine, (mine[0], {})]       # started without --distance lpips
+    monkeypatch.setattr(dist, "all_gather_object", gather_others)
+    with pytest.raises(model.UserError, match="differ in sha256 of vgg"):
+        model.check_ranks(tmp_path / "a", {"settings": {"sha256 of vgg": "5"}})
 
 
 def test_the_log_has_means_over_ranks_and_steps(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def report(args, unit, header, forwards=0, teacher=None, teacher_nfe=0, multiple
     per sample without gradient; teacher: its header, with teacher_nfe forwards per sample; multiple: of which
     the batch of a process has to be."""
     gpus = 1 if args.recipe_name in ("digits", "custom") else 8
-    world = args.world or int(os.environ.get("WORLD_SIZE", gpus))
+    world = args.world or int(os.environ.get("WORLD_SIZE") or gpus)
     if args.batch % (multiple * world):
         raise model.UserError(f"--batch {args.batch} for {world} processes has to be a multiple of "
                               f"{multiple * world}.")

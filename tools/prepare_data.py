@@ -340,6 +340,7 @@ def in_order(source, convert, workers=1, skip_bad=False):
     sample that fails raises UserError, or is printed and left out. Shows its progress."""
     def attempt(i):
         try: return convert(source.read(i))
+        except MemoryError: raise
         except Exception as e:             # image libraries raise anything
             if isinstance(e, NotImplementedError) or "encrypted" in str(e):  # Deflate64, a password
                 raise UserError(f"{source.path}: {source.names[i]} cannot be read ({e}). Unpack the zip.")
@@ -574,9 +575,13 @@ def check_flags(args, config, source, K):
                 raise UserError(f"--{flag.replace('_', '-')} has no effect {reason}. Remove it.")
     if config and bool(latents) != ("latents" in config):
         expected = "latents" if "latents" in config else "pixels"
-        advice = "Leave out --vae" if args.vae else "Encode images with --vae PATH"
+        advice = ("Give images" if source.latents else "Leave out --vae" if args.vae else
+                  "Encode images with --vae PATH")
         raise UserError(f"{args.data} holds {expected}, and this would store the other kind. {advice}, or "
                         "choose another NAME.")
+    if not config and K > max(20, len(source) // 2):
+        raise UserError(f"{args.source} has {K:,} classes for {len(source):,} images. Pass --classes none, "
+                        "or choose labels of fewer classes.")
     if config and config["classes"] not in (0, K):
         raise UserError(f"{args.source} has {K:,} classes, and {args.data} has {config['classes']:,}. Give a "
                         "folder for each class, or choose another NAME for a custom dataset.")
@@ -609,12 +614,13 @@ def latent_shape(source):
     if z.dtype == np.uint8:
         raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}, an image or several. "
                         "Store images as PNG, or all in one .npz.")
-    if z.ndim != 3 or z.dtype.kind != "f" or z.shape[1] != z.shape[2]:
+    if z.ndim != 3 or z.dtype.kind != "f" or z.shape[1] != z.shape[2] or z.shape[1] % 4:
         raise UserError(f"{source.path}: {source.names[0]} is {z.dtype} {z.shape}. Give latents (C,H,W), "
-                        "H = W, or images as uint8 (N,H,W,C).")
-    if len(z) in (1, 3, 4) and 0 <= z.min() < z.max() <= 1:
-        raise UserError(f"{source.path}: {source.names[0]} has values in [0, 1], like pixels, not latents. "
-                        "Store images as PNG, or all in one .npz, uint8 (N,H,W,C).")
+                        "H = W divisible by 4, or images as uint8 (N,H,W,C).")
+    low = 0 if len(z) == 4 else -1
+    if len(z) in (1, 3, 4) and low <= z.min() < z.max() <= 1:
+        raise UserError(f"{source.path}: {source.names[0]} has values in [{low}, 1], like pixels, not "
+                        "latents. Store images as PNG, or all in one .npz, uint8 (N,H,W,C).")
     half = len(z) // 2
     moments = len(z) == 2 * half and (z[half:] > 0).all()              # standard deviations are positive
     return z.shape, half if moments else len(z)
@@ -645,8 +651,10 @@ def latent_statistics(source, totals):
 
 
 def main():
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")   # odd names
     args = arguments()
     if args.check: return check(args.check)
+    device = model.setup(one_process=True)[2]              # TF32 off, as in sampling
     config, out = DATASETS.get(args.data), Path("data", f"{args.data}.npz")
     sheet = Path("data", f"{args.data}.png")
     for file in (out, sheet):
@@ -683,7 +691,7 @@ def main():
         if min(sample.size) < size: enlarged.append(1)
         return to_pixels(sample, size, channels, args.background, crop, turn=not config)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
-    vae = sample.load_vae(args.vae, "cuda" if torch.cuda.is_available() else "cpu") if args.vae else None
+    vae = sample.load_vae(args.vae, device) if args.vae else None
     encode = None
     if vae and not source.latents:
         encode = functools.partial(encode_images, vae, pixel_range)
@@ -700,7 +708,8 @@ def main():
     except OSError as e: raise UserError(f"the folder data cannot be made ({e}). Make it, or link it.")
     out = Path(os.path.realpath(out))      # a link to another disk stays a link
     needed, free = math.prod(full_shape) * dtype.itemsize, shutil.disk_usage(out.parent).free
-    if needed > free: raise UserError(f"{out} needs {needed:,} bytes; {free:,} are free. Free some space.")
+    if 0 < free < needed:                  # some network disks say 0
+        raise UserError(f"{out} needs {needed:,} bytes; {free:,} are free. Free some space.")
 
     totals = defaultdict(float)
     def finish():

@@ -288,10 +288,9 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     i, j = (k.to(device) for k in pair_table(N, args.branch, args.pairing))
     pairs_per_trajectory = N if args.pairing == "cmt" else 1
     P = pool_size(local_batch, pairs_per_trajectory)                               # trajectories
-    steps_per_pool = P * pairs_per_trajectory // local_batch
-    model.say(f"pairs per trajectory {pairs_per_trajectory}, so the whole run takes about "
-              f"{args.steps * args.batch // pairs_per_trajectory:,} trajectories")
-    world = args.batch // local_batch
+    steps_per_pool, world = P * pairs_per_trajectory // local_batch, args.batch // local_batch
+    model.say(f"pairs per trajectory {pairs_per_trajectory}; the whole run solves "
+              f"{math.ceil(args.steps / steps_per_pool) * P * world:,} trajectories")
     process = world * (world - 1) // 2 + rank              # unique, so that no other world draws these pools
     while True:
         pool_index, batches_used = divmod(step, steps_per_pool)

@@ -2,11 +2,12 @@
 
 Prints the cosine similarity and the ratio of norms between a backbone of reduced precision and an fp32 one,
 for the residual (what the loss measures: output minus target) and for the gradient of the loss. Then the
-error of the endpoints, the targets of mid-training, if the teacher has reduced precision (`precision.py
-endpoints` prints this table alone). The networks are that of digits and a 32x32 RGB DDPM++ with 64 channels,
-both pre-trained here for 300 steps. The default of --precision follows from these tables. TF32 is emulated:
-the inputs of every matrix product and convolution, in the forward and in the backward pass, are rounded to 10
-bits of mantissa, and sums stay in fp32, as on tensor cores.
+error of the endpoints, the targets of mid-training, if the teacher has reduced precision. The networks are
+that of digits, and for 32x32 RGB images a DDPM++ with 64 channels, an EDM2 U-Net with 64 channels
+(consistency branch) and a SiT of full depth with 128 channels (Mean Flow branch), pre-trained for 300 steps.
+`precision.py SiT EDM2` takes these two only. The default of --precision follows from these tables. TF32 is
+emulated: the inputs of every matrix product and convolution, in the forward and in the backward pass, are
+rounded to 10 bits of mantissa, and sums stay in fp32, as on tensor cores.
 """
 import contextlib, copy, sys
 from pathlib import Path
@@ -19,6 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import midtrain, model, posttrain_cm, posttrain_mf, pretrain, solve
 
 STEPS = 300
+RGB = model.custom_dataset((3, 32, 32), 0)
+DDPMPP = RGB["network"] | {"model_channels": 64, "num_blocks": 2}
+EDM2 = {"class": "EDM2UNet", "model_channels": 64, "num_blocks": 2}
+SIT = {"class": "SiT", "patch_size": 2, "hidden_size": 128, "depth": 28, "num_heads": 4}
+NETWORKS = {                              # name: (dataset with network, batch, learning rate, its branches)
+    "digits":    (model.DATASETS["digits"], 64, 1e-3, "cm mf"),
+    "32x32 RGB": (RGB | {"network": DDPMPP}, 8, 1e-3, "cm mf"),
+    "EDM2":      (RGB | {"network": EDM2}, 8, 1e-2, "cm"),
+    "SiT":       (RGB | {"network": SIT, "time_scale": 1.0}, 8, 3e-4, "mf"),
+}
 
 
 def shapes(n, size=32):
@@ -31,11 +42,11 @@ def shapes(n, size=32):
     return torch.where(disc[:, None], colour, 0.5 * tilt * line).clamp(-1, 1)
 
 
-def trained(header, images, labels, batch, loss, device):
+def trained(header, images, labels, batch, lr, loss, device):
     """The network of `header` after STEPS steps of pre-training."""
     torch.manual_seed(0)
     net = model.build(header).to(device).train()
-    opt = torch.optim.Adam(net.parameters(), 1e-3)
+    opt = torch.optim.Adam(net.parameters(), lr)
     for step in range(STEPS):
         at = model.batch_indices(len(images), 0, step * batch, batch)
         x0, y = images[at].to(device), labels[at].to(device)
@@ -43,23 +54,34 @@ def trained(header, images, labels, batch, loss, device):
         t = (1.2 * t - 1.2).exp() if header["kind"] == "Denoiser" else t.sigmoid()
         loss(net, x0, torch.randn_like(x0), t, y).mean().backward()
         opt.step()
+        model.normalise_weights(net)
         opt.zero_grad()
     return net
 
 
 def losses(D, u, x0, y, device):
-    """-> {name: (network, function of it that gives residual and loss)}, all on the same random numbers."""
+    """-> {name: (network, function of it that gives residual and loss)}, all on the same random numbers. D or
+    u may be None."""
     torch.manual_seed(1)
     batch = len(x0)
     eps, t = torch.randn_like(x0), (2.0 * torch.randn(batch, device=device) - 1.1).exp()
     r_, t_ = posttrain_mf.sample_r_t(batch, 1.0, -0.4, 1.0, device)
-    states, times = solve.dpm_solver_pp(lambda x, t: D(x, t, y), 80 * eps, solve.log_uniform_times(16))
     z, v = x0 + t_[:, None, None, None] * (eps - x0), eps - x0
+    if D: states, times = solve.dpm_solver_pp(lambda x, t: D(x, t, y), 80 * eps, solve.log_uniform_times(16))
+    if u: flow_states, flow_times = solve.heun(lambda z, t: u(z, t, t, y), eps, solve.uniform_times(8))
+    k = torch.arange(batch, device=device)
 
     def mid(net):
-        i = torch.arange(batch, device=device) % 16
-        a = states[i, torch.arange(batch, device=device)], times.to(device).float()[i]
+        a = states[k % 16, k], times.to(device).float()[k % 16]
         return net(*a, y) - states[-1], midtrain.cmt_loss(net, *a, states[-1], y, midtrain.huber)
+
+    def mid_mf(net):
+        i = k % 8
+        j = i + 1 + k % (8 - i)                            # a later state of the trajectory
+        t, r = (flow_times.to(device).float()[index] for index in (i, j))
+        z_t, z_r = flow_states[i, k], flow_states[j, k]
+        mean_velocity = (z_t - z_r) / (t - r)[:, None, None, None]
+        return net(z_t, r, t, y) - mean_velocity, midtrain.cmt_meanflow_loss(net, z_t, t, z_r, r, y)
 
     def ect(net, q):
         r = posttrain_cm.ect_r(t, q, 0)
@@ -71,10 +93,12 @@ def losses(D, u, x0, y, device):
         return (net(z, r_, t_, y) - v + (t_ - r_)[:, None, None, None] * dudt,
                 posttrain_mf.meanflow_loss(net, z, r_, t_, y, v, dudt, 0.0))
 
-    return ({"mid-training, CM": (D, mid)} | {f"ECT, q = {q}": (D, lambda net, q=q: ect(net, q))
-                                              for q in (4, 16, 256, 512, 1024, 4096)}
-            | {"MeanFlow, JVP": (u, lambda net: mf(net, posttrain_mf.derivative_jvp)),
-               "MeanFlow, difference": (u, lambda net: mf(net, posttrain_mf.derivative_difference))})
+    of_D = {"mid-training, CM": mid} | {f"ECT, q = {q}": lambda net, q=q: ect(net, q)
+                                        for q in (4, 16, 256, 512, 1024, 4096)}
+    of_u = {"mid-training, MF": mid_mf,
+            "MeanFlow, JVP": lambda net: mf(net, posttrain_mf.derivative_jvp),
+            "MeanFlow, difference": lambda net: mf(net, posttrain_mf.derivative_difference)}
+    return {name: (net, f) for net, table in ((D, of_D), (u, of_u)) if net for name, f in table.items()}
 
 
 def compare(net, f, reduce):
@@ -92,15 +116,18 @@ def compare(net, f, reduce):
 
 
 @torch.no_grad()
-def endpoint_errors(D, x0, y):
+def endpoint_errors(teacher, x0, y):
     """-> root mean square differences of endpoints, pixels in [-1, 1]: a backbone in bf16 against fp32, one
     in TF32 against fp32, both with 16 NFE, and in fp32 16 NFE against 128"""
     torch.manual_seed(2)
-    noise = 80 * torch.randn_like(x0)
+    noise = torch.randn_like(x0)
     def endpoint(reduce, nfe=16):
-        net = copy.deepcopy(D)
+        net = copy.deepcopy(teacher)
         with reduce(net):
-            return solve.dpm_solver_pp(lambda x, t: net(x, t, y), noise, solve.log_uniform_times(nfe))[0][-1]
+            if isinstance(net, model.MeanVelocity):
+                return solve.heun(lambda z, t: net(z, t, t, y), noise, solve.uniform_times(nfe // 2))[0][-1]
+            return solve.dpm_solver_pp(lambda x, t: net(x, t, y), 80 * noise,
+                                       solve.log_uniform_times(nfe))[0][-1]
     exact = endpoint(lambda net: contextlib.nullcontext())
     return [(found - exact).square().mean().sqrt().item() for found in
             (endpoint(bf16), endpoint(tf32), endpoint(lambda net: contextlib.nullcontext(), 128))]
@@ -143,29 +170,27 @@ def tf32(net):
 
 
 def main():
-    device, only_endpoints = model.setup(one_process=True)[2], "endpoints" in sys.argv
+    device, chosen = model.setup(one_process=True)[2], sys.argv[1:] or NETWORKS
     data = model.Data(Path(__file__).parent.parent / "data/digits.npz")
-    digits = model.to_float(data.batch(range(len(data)))[0]), data.labels
-    rgb = model.custom_dataset((3, 32, 32), 0)
-    rgb["network"] = rgb["network"] | {"model_channels": 64, "num_blocks": 2}
+    digits, made_up = (model.to_float(data.batch(range(len(data)))[0]), data.labels), shapes(512)
     print(f"{STEPS} steps of pre-training, {device.type}, torch {torch.__version__}\n")
-    if not only_endpoints:
-        print("| network, batch | loss | backbone | residual: cosine | norm | gradient: cosine | norm |")
-        print("|---|---|---|---|---|---|---|")
+    print("| network, batch | loss | backbone | residual: cosine | norm | gradient: cosine | norm |")
+    print("|---|---|---|---|---|---|---|")
     endpoints = []
-    made_up = shapes(512), torch.zeros(512, dtype=torch.int64)
-    for name, row, (images, labels), batch in [("digits", model.DATASETS["digits"], digits, 64),
-                                               ("32x32 RGB", rgb, made_up, 8)]:
-        D = trained(model.fresh_header(row), images, labels, batch, pretrain.edm_loss, device)
-        x0, y = images[:batch].to(device), labels[:batch].to(device)
-        errors = endpoint_errors(D.eval(), x0, y)
-        endpoints.append(f"| {name} | " + " | ".join(f"{e:.4f}" for e in errors) + " |")
-        if only_endpoints: continue
-        flow = model.fresh_header(row, "MeanVelocity", interval=True)
-        u = trained(flow, images, labels, batch, pretrain.flow_loss, device)
-        with torch.no_grad(): table = losses(D, u.eval(), x0, y, device)
+    for name in chosen:
+        row, batch, lr, branches = NETWORKS[name]
+        images, labels = digits if name == "digits" else (made_up, torch.zeros(512, dtype=torch.int64))
+        x0, y, nets = images[:batch].to(device), labels[:batch].to(device), {}
+        for branch in branches.split():
+            kind, loss, extra = {"cm": ("Denoiser", pretrain.edm_loss, {}),
+                                 "mf": ("MeanVelocity", pretrain.flow_loss, {"interval": True})}[branch]
+            header = model.fresh_header(row, kind, **extra)
+            nets[branch] = trained(header, images, labels, batch, lr, loss, device).eval()
+            errors = endpoint_errors(nets[branch], x0, y)
+            endpoints.append(f"| {name}, {branch} | " + " | ".join(f"{e:.4f}" for e in errors) + " |")
+        with torch.no_grad(): table = losses(nets.get("cm"), nets.get("mf"), x0, y, device)
         for loss, (net, f) in table.items():
-            for body, reduce in [("bf16", bf16)] + [("tf32", tf32)] * (net is D):
+            for body, reduce in [("bf16", bf16)] + [("tf32", tf32)] * (net is nets.get("cm")):
                 numbers = " | ".join(f"{x:.4f}" for x in compare(net, f, reduce))
                 print(f"| {name}, {batch} | {loss} | {body} | {numbers} |", flush=True)
     print("\n| error of the endpoint | teacher in bf16 | in TF32 | 16 instead of 128 NFE |")

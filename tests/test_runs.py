@@ -177,7 +177,7 @@ def test_bad_files(run, chain, tmp_path, monkeypatch):
     model.save(bad, {k: v for k, v in list(tensors.items())[1:]}, header)
     refused(run("sample", bad), "do not fit")
     model.save(bad, tensors, {"stage": "pretrain"})
-    refused(run("sample", bad), "do not fit")
+    refused(run("sample", bad), "is not a model")
     refused(run("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"),
             "stage midtrain_cm", "pretrain")
     refused(run("sample", "runs/digits/midtrain_cm.resume.safetensors"), "the state of a run")

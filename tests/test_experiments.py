@@ -244,7 +244,7 @@ def test_the_tables_of_mnist_follow_from_committed_numbers(monkeypatch, capsys):
     mnist.report()
     ((pair, _, one, one_pixels, two, two_pixels),) = (
         line.split(" | ") for line in capsys.readouterr().out.splitlines() if re.match(r"\| CMT .* / .* \| 1 \| ", line))
-    assert " | ".join((pair, "1", one, one_pixels, two, two_pixels)) in page.partition("### Ten times the compute")[2]
+    assert " | ".join((pair, "1", one, one_pixels, two, two_pixels)) in page.partition("## Ten times the compute")[2]
     expected.insert(4, ["| ECT, a network four times as large, on an H100", "10", one, f"{two} |"])
     assert shown == expected
 

@@ -108,10 +108,10 @@ def moments_of_all_ranks(n, total, sum_outer):
     """Add up the output of `sums` of all ranks. -> number, mean, covariance. Raises UserError for fewer than
     two images."""
     if dist.is_initialized():
-        of_ranks = [None] * dist.get_world_size()
-        mine = n, torch.as_tensor(total).cpu(), torch.as_tensor(sum_outer).cpu()
-        dist.all_gather_object(of_ranks, mine)             # a rank without images has zeros
-        n, total, sum_outer = map(sum, zip(*of_ranks))
+        sums_of_ranks = [None] * dist.get_world_size()
+        own_sums = n, torch.as_tensor(total).cpu(), torch.as_tensor(sum_outer).cpu()
+        dist.all_gather_object(sums_of_ranks, own_sums)    # a rank without images has zeros
+        n, total, sum_outer = map(sum, zip(*sums_of_ranks))
     if n < 2: raise model.UserError(f"a distance needs at least two images on each side, not {n}.")
     return n, *moments(n, total, sum_outer)
 
@@ -146,9 +146,10 @@ def save_statistics(path, n, mu, cov):
 
 
 def reference(args, header, features, rank, world):
-    """--ref, or the data that the checkpoint was trained on -> its path, number of images or None, mean,
-    covariance; None on other ranks than 0 if they are cached. Statistics of the images of an .npz are cached
-    in runs/reference/, in a file named by a hash of the images' identity and the feature network."""
+    """The statistics of --ref, or of the data that the checkpoint was trained on -> path, number of images
+    (None for a file of statistics), mean, covariance. Those of the images of an .npz are cached in
+    runs/reference/, in a file named by a hash of the images' identity and the feature network; from there
+    only rank 0 reads them, and the other ranks get None."""
     path = args.ref or header["data_path"]
     if not path: raise model.UserError("the checkpoint does not say what it was trained on; give --ref.")
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
@@ -195,16 +196,15 @@ def main():
     p.add_argument("--n", type=model.positive_int, default=50_000, help="images to draw from a checkpoint")
     sample.sampling_flags(p)
     args = p.parse_args()
-    if args.save_stats and (len(args.files) > 1 or not args.save_stats.endswith(".npz")
-                            or not model.can_write(args.save_stats)):
-        raise model.UserError("--save-stats needs one FILE, and the name of an .npz in a folder that can be "
-                              "written.")
-    if args.save_stats and args.ref and os.path.realpath(args.save_stats) == os.path.realpath(args.ref):
-        raise model.UserError(f"--save-stats {args.save_stats} is the file that is read for --ref.")
-    if args.save_stats and os.path.exists(args.save_stats):
-        if set(sample.zip_members(args.save_stats)) != {"n.npy", "mu.npy", "sigma.npy"}:
-            raise model.UserError(f"{args.save_stats} exists and holds no statistics of this script; choose "
-                                  "another --save-stats.")
+    if path := args.save_stats:
+        if len(args.files) > 1 or not path.endswith(".npz") or not model.can_write(path):
+            raise model.UserError("--save-stats needs one FILE, and the name of an .npz in a folder that can "
+                                  "be written.")
+        if args.ref and os.path.realpath(path) == os.path.realpath(args.ref):
+            raise model.UserError(f"--save-stats {path} is the file that is read for --ref.")
+        if os.path.exists(path) and set(sample.zip_members(path)) != {"n.npy", "mu.npy", "sigma.npy"}:
+            raise model.UserError(f"{path} exists and holds no statistics of this script; choose another "
+                                  "--save-stats.")
     if args.features == "pixels": model.reject_if_typed("--inception", because="--features is pixels")
     args.files = [prepared_path(file) for file in args.files]
     if any(map(is_images, args.files)) and not (args.ref or args.save_stats):

@@ -205,8 +205,10 @@ def flags():
     if args.pairing == "slow" and args.trajectories:
         raise model.UserError("--pairing slow solves a new trajectory for each pair; "
                               "leave out --trajectories.")
-    args.command_for = {file: model.stage_command(file, TEACHER_STAGES[branch], args.recipe_name, args.data)
-                        for file in (args.init, args.teacher)}
+    teacher_stages = TEACHER_STAGES[branch]
+    inputs = (args.init, model.stages_of(model.KIND[teacher_stages[0]])), (args.teacher, teacher_stages)
+    args.command_for = {file: model.stage_command(file, stages, args.recipe_name, args.data)
+                        for file, stages in inputs}
     if command := p.get_default("teacher_command"): args.command_for[args.teacher] = command
     if args.trajectories:
         solving = (f"python solve.py --data {shlex.quote(args.data)} --teacher {shlex.quote(args.teacher)} "
@@ -291,7 +293,8 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     steps_per_pool, world = P * pairs_per_trajectory // local_batch, args.batch // local_batch
     model.say(f"pairs per trajectory {pairs_per_trajectory}; the whole run solves "
               f"{math.ceil(args.steps / steps_per_pool) * P * world:,} trajectories")
-    process = world * (world - 1) // 2 + rank              # unique, so that no other world draws these pools
+    # 0; 1, 2; 3, 4, 5; ...: other numbers in every world, so that a run continued in another draws new pools
+    process = world * (world - 1) // 2 + rank
     while True:
         pool_index, batches_used = divmod(step, steps_per_pool)
         model.reseed(args.seed, process, "pool", pool_index)

@@ -401,7 +401,7 @@ class SiT(nn.Module):
         side, dim = img_resolution // patch_size, hidden_size
         self.x_embedder = nn.ModuleDict({
             "proj": initialised(Conv(img_channels, dim, patch_size, stride=patch_size))})
-        nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))   # as of a linear layer of a patch
+        nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))   # as nn.Linear on patches
         self.t_embedder = TimeEmbedding(dim)
         self.r_embedder = TimeEmbedding(dim, starts_at_zero=True) if interval else None
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(label_dim + 1, dim)})
@@ -567,8 +567,8 @@ def import_command(url, name, out=None):
 
 
 def stage_command(path, stages, recipe, name):
-    """The command that makes a missing checkpoint of one of `stages`: of that in the file's name, else of the
-    first. A public diffusion model of the dataset is imported instead of pre-trained."""
+    """The command that makes a checkpoint of one of `stages`: of the stage that the file is named after, else
+    of the first. A public diffusion model of the dataset is imported instead of pre-trained."""
     stage = Path(path).stem if Path(path).stem in stages else stages[0]
     url, data = DATASETS.get(recipe, {}).get("public"), shlex.quote(name)
     if stage == "pretrain" and url: return import_command(url, name)
@@ -612,6 +612,7 @@ def data_identity(path):
     try:
         members, info = read_info(path)
         latents = info.get("latents") or {}
+    except PermissionError as e: raise UserError(f"{path} cannot be read ({e.strerror}).")
     except Exception as e:
         raise UserError(f"{path} is damaged, or no .npz ({type(e).__name__}: {e}).")
     arrays = {k: members[f"{k}.npy"] for k in ("arr_0", "arr_1") if f"{k}.npy" in members}
@@ -629,7 +630,7 @@ class Data:
     def __init__(self, path):
         self.path, self.labels, self.classes, command = str(path), None, 0, prepare_command(Path(path).stem)
         if not os.path.isfile(path):
-            if self.path in ("data/digits.npz", "data/mnist.npz"):
+            if Path(path) in (Path("data/digits.npz"), Path("data/mnist.npz")):
                 raise UserError(f"{path}, which comes with the code, is not here; start the scripts in their "
                                 "folder.")
             other = "" if Path(path).parent == Path("data") else f" as data/{Path(path).stem}.npz"
@@ -1100,8 +1101,9 @@ def setup(batch=0, precision="fp32", one_process=False, timeout=timedelta(minute
     if cuda:                                # a process sees all GPUs of its machine, or only its own (SLURM)
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if "TORCHELASTIC_RUN_ID" in os.environ and processes > gpus:
-            raise UserError(f"torchrun started {processes} processes, and this machine has {gpus} GPUs; give "
-                            f"--nproc_per_node={gpus}.")
+            raise UserError(f"torchrun started {processes} processes here, and this one sees {gpus} "
+                            f"GPU{'s' * (gpus > 1)}; give --nproc_per_node={gpus}, or let every process see "
+                            "all GPUs (CUDA_VISIBLE_DEVICES).")
         device = torch.device("cuda", local % gpus)
         torch.cuda.set_device(device)
     if world > 1:
@@ -1289,7 +1291,7 @@ def check_scale(path, header, other_path, other_header):
 
 # Settings that are not compared with those of a continued run: they do not change the result, or what they
 # name is compared instead (files by sha256, data by identity, the network by its arguments).
-NOT_COMPARED = {"kind", "stage", "command_for", "name", "out", "save_every", "keep", "log_every", "data",
+NOT_COMPARED = {"stage", "command_for", "name", "out", "save_every", "keep", "log_every", "data",
                 "npz", "init", "teacher", "trajectories", "guide", "lpips", "dry_run", "recipe", "preview",
                 "vae", "network", "teacher_network", "teacher_command"}
 # Settings that a continued run may change, although the result is then not bit-identical.
@@ -1440,7 +1442,8 @@ def check_ranks(path, header):
     seen, settings = zip(*found)
     if len(set(seen)) > 1:
         raise UserError(f"some processes see {path}, others do not; --out has to be on a disk all share.")
-    if different := [k for k in settings[0] if any(s.get(k) != settings[0][k] for s in settings)]:
+    keys = dict.fromkeys(k for of_rank in settings for k in of_rank)
+    if different := [k for k in keys if any(of_rank.get(k) != settings[0].get(k) for of_rank in settings)]:
         raise UserError(f"the processes differ in {', '.join(different)}; start all nodes with the same "
                         "command, files and software.")
 
@@ -1535,8 +1538,9 @@ class Log:
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == 10 or step == self.args.steps == self.in_a_row:
+            fp32 = "" if self.args.precision == "fp32" else " --precision fp32 may help, too."
             raise Diverged(f"the gradient was not finite for {self.in_a_row} steps in a row, up to step "
-                           f"{step}; {saved_so_far(self.args.out)}. --precision fp32 may help, too.")
+                           f"{step}; {saved_so_far(self.args.out)}.{fp32}")
         if step % self.args.log_every == 0 or step in (self.start + 1, 2, 5, 10, self.args.steps):
             self.write(step, ["loss", *parts], norm, lr)
 

@@ -12,8 +12,8 @@
 
 --loss ect   f(x_t, t), x_t = x_0 + t eps, is trained to match f(x_r, r): the same image and noise, r < t.
 --loss ecd   x_r is x_t after one step of the teacher's ODE. It depends on x_t alone; ECT's x_r depends on x_0
-             as well. So ECD's target f(x_r, r) has less variance, but ECD inherits the teacher's error. The
-             flag changes x_r only, not the weight, c, the times or the learning rate.
+             as well. So ECD's target f(x_r, r) has less variance, but ECD inherits the teacher's error.
+             --loss changes only x_r. Weight, c, times and learning rate stay those of the recipe.
 
 After mid-training f(x_r, r) is near the endpoint of the trajectory. It is a good target even where r is close
 to t, so the gap t - r can be small from the first step on. Without mid-training f(x_r, r) is a posterior
@@ -33,9 +33,8 @@ import torch
 import model, sample, solve
 from tools import dry_run
 
-# q              sets the gap t - r = t n(t) / q^(k+1), or t if that is less; 1 < n(t) < 5, see `ect_r`. At
-#                the start k = 0
-# double         k grows by 1 every `double` steps, which divides the gap by q. (ECT calls this doubling, as
+# q              sets the gap t - r = t n(t) / q^(k+1), at most t; 1 < n(t) < 5, see `ect_r`. At first k = 0
+# double         every `double` steps k grows by 1, so the gap is divided by q. (ECT calls this doubling, as
 #                its q is mostly 2.) 0: k stays 0, as suits a mid-trained model
 # c              constant of pseudo-Huber; 0: the plain l2 norm
 # weight         "gap" 1/(t-r), or "denoising" as in pre-training
@@ -95,8 +94,8 @@ def consistency_loss(f, x_t, x_r, t, r, y, weight, c):
 
 def ect_loss(f, x0, eps, t, r, y, weight, c):
     """Easy Consistency Tuning (2406.14548): x_t and x_r are an image with the same noise at two levels. The
-    mean of x_r given x_t is one Euler step of the ODE from x_t. x0, eps (B,C,H,W), the others as in
-    `consistency_loss` -> (B,)"""
+    mean of x_r given x_t is one Euler step of the ODE from x_t, so no teacher is needed. x0, eps (B,C,H,W),
+    the others as in `consistency_loss` -> (B,)"""
     x_t = x0 + t.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     x_r = x0 + r.reshape(-1, *[1] * (x0.dim() - 1)) * eps
     return consistency_loss(f, x_t, x_r, t, r, y, weight, c)
@@ -168,10 +167,9 @@ def flags():
     if not model.typed("--init") and not os.path.exists(args.init):      # midtrain.py will need the teacher
         args.command_for = {teacher_path: teacher_command} | args.command_for
     if args.loss == "ecd":
-        for file in filter(None, (args.teacher, solve.guide_file(args))):
-            url = PUBLIC_TEACHERS.get(file)
-            command = teacher_command if file == args.teacher else solve.GUIDE_ADVICE
-            args.command_for[file] = model.import_command(url, args.data, file) if url else command
+        for file, command in (args.teacher, teacher_command), (solve.guide_file(args), solve.GUIDE_ADVICE):
+            if file in PUBLIC_TEACHERS: command = model.import_command(PUBLIC_TEACHERS[file], args.data, file)
+            if file: args.command_for[file] = command
     return args
 
 
@@ -184,10 +182,10 @@ def main():
     model.reseed(args.seed)
     net, header = model.initial_model(args, "Denoiser", dataset, device, **args.network)
     is_consistency_model = header.get("stage") in solve.CONSISTENCY_STAGES
-    wide_at_first = args.q <= 4 and args.double            # ECT's q is 2 or 4
-    if args.loss == "ect" and not is_consistency_model and not wide_at_first:
-        model.say(f"warning: --init {args.init} is not mid-trained, and then the gap should start wide and "
-                  "narrow later. Give --q 2 and --double STEPS.")
+    starts_wide = args.q <= 4 and args.double              # as in ECT, whose q is 2 or 4
+    if args.loss == "ect" and not is_consistency_model and not starts_wide:
+        model.say(f"warning: --init {args.init} is not mid-trained. ECT's own recipe then starts with a wide "
+                  "gap: --q 2 --double STEPS.")
     if args.precision == "bf16":
         model.say("warning: for a narrow gap f(x_t) - f(x_r) is lost in the rounding error of bf16 "
                   "(docs/precision.md). Leave out --precision.")
@@ -195,6 +193,7 @@ def main():
     if args.loss == "ecd":
         teacher, teacher_header = model.load_predecessor(args, "teacher", ["pretrain"], device, dataset)
         model.check_scale(args.init, header, args.teacher, teacher_header)
+        teacher.backbone_dtype = model.DTYPES[args.precision]
         teacher = solve.guide_teacher(teacher, teacher_header, args, args.teacher)
         teacher = model.compiled(teacher, args.compile)
         files |= dict(teacher=args.teacher, guide=solve.guide_file(args))

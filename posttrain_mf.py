@@ -24,8 +24,8 @@ and from scratch, with the compute of pre-, mid- and post-training.
                             --out runs/digits/mf_flow.safetensors
      python posttrain_mf.py --init none --steps 5357 --lr 1e-3 --out runs/digits/mf_scratch.safetensors
 
-On a GPU the backbone runs in bf16, which was precise enough for the JVP of two small U-Nets without guidance
-(`make precision`). With --derivative difference it runs in fp32. If imagenet256 diverges, train
+On a GPU the backbone runs in bf16, which was precise enough for the JVP of small networks without guidance
+(docs/precision.md). With --derivative difference it runs in fp32. If imagenet256 diverges, train
 first without guidance (--omega 1 --kappa 0 --out X) and give X as --init, or use --precision fp32.
 """
 import copy, math

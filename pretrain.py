@@ -88,7 +88,7 @@ def flags():
     p = model.parser(__doc__, RECIPES[objective], predecessor=None, writes=stage)
     p.add_argument("--objective", choices=RECIPES, default="edm", help="edm: denoising; flow: flow matching")
     args = p.parse_args()
-    args.kind, args.stage = model.KIND[stage], stage
+    args.stage = stage
     args.command_for = {args.npz: model.prepare_command(args.name)}      # the command that makes each input
     return args
 
@@ -100,7 +100,7 @@ def main():
 
     data, dataset = model.open_data(args)
     model.reseed(args.seed)
-    header = model.fresh_header(dataset, args.kind, **args.network)
+    header = model.fresh_header(dataset, model.KIND[args.stage], **args.network)
     net = model.build(header).to(device).train()
     header |= model.run_metadata(args, args.stage, "images", world, data.identity)
     ema = copy.deepcopy(net).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """Sampling: images from any checkpoint, in one or a few steps, or by solving a teacher's ODE.
 
   reads   FILE[:STEPS] ...       STEPS: function evaluations (NFE), by default 16 for a pre-trained model,
-                                 else 1. Of an even STEPS Heun takes one less for a flow-matching teacher
+                                 else 1. For a flow-matching teacher Heun takes STEPS - 1 if STEPS is even
   writes  runs/NAME/samples.npz  of one FILE: arr_0 uint8 (n,H,W,C), arr_1 int64 labels (n,)
           FOLDER/000000.png ...  instead, with --out FOLDER/: one file per image, named by its seed
           runs/NAME/samples.png  one FILE: its first 64 images (with --real 20). Several FILEs: up to 20
@@ -10,7 +10,7 @@
           python sample.py runs/digits/posttrain_cm.safetensors:2 --n 10000
           torchrun --nproc_per_node=8 sample.py runs/cifar10/posttrain_cm.safetensors:2 --seeds 0-49999
           python sample.py runs/digits/pretrain.safetensors runs/digits/midtrain_cm.safetensors --n 16 --real
-  cost    STEPS forward passes per image, with --guidance twice as many, in whole blocks of 64 images
+  cost    STEPS forward passes per image, with --guidance twice as many; always whole blocks of 64 images
 
 For a given model, image k, its label and its noise are a function of seed k alone. The last bits of a
 convolution depend on the batch size, so seeds are sampled in whole blocks of 64 (block = seed // 64), and
@@ -63,8 +63,8 @@ def draw_block(block, steps, shape, classes):
 # === the run ================================================================================================
 
 def step_times(header, steps, mid_t=None):
-    """The times of a few-step model: t_max, then the list mid_t. By default they fall geometrically to the
-    number header["mid_t"] for a consistency model, uniformly for Mean Flow. -> list of `steps` numbers.
+    """The times of a few-step model: t_max, then the list mid_t. Without mid_t they fall geometrically from
+    t_max to header["mid_t"] for a consistency model, uniformly for Mean Flow. -> list of `steps` numbers.
     Raises UserError if mid_t does not fit."""
     if mid_t:
         times = [header["t_max"], *mid_t]
@@ -112,13 +112,11 @@ def to_images(x, header, vae):
 
 
 def draw_samples(net, header, eps, y, steps, times, solver):
-    """Noise eps (S,B,C,H,W) -> samples (B,C,H,W). Without a solver by consistency sampling at `times`, with
-    "jump" by Mean Flow steps at `times`, else by the teacher's ODE."""
+    """Noise eps (S,B,C,H,W) -> samples (B,C,H,W): without a solver by consistency sampling at `times`, else
+    by the solver, with "jump" at `times`."""
     if not solver: return consistency_sampler(net, eps, times, y)
-    x = header["t_max"] * eps[0]
-    if solver != "jump": return solve.solve_teacher(net, header, x, y, steps, solver)[0][-1]
-    grid = torch.tensor([*times, header["t_min"]], dtype=torch.float64)
-    return solve.flow_map(lambda z, r, t: net(z, r, t, y), x, grid)[0][-1]
+    grid = torch.tensor([*times, header["t_min"]], dtype=torch.float64) if times else None
+    return solve.solve_teacher(net, header, header["t_max"] * eps[0], y, steps, solver, grid)[0][-1]
 
 
 def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, device=None,
@@ -161,8 +159,8 @@ def generate(net, header, seeds, steps, labels="random", mid_t=None, vae=None, d
 
 
 PATIENCE = timedelta(days=7)                               # a process waits for the slowest one's whole share
-# The label of a row in a picture, by the first word of the stage.
-ROW_NAMES = {"pretrain": "teacher", "midtrain": "after mid-training", "posttrain": "after post-training"}
+# What a picture calls a model, by the first word of its stage.
+STAGE_LABELS = {"pretrain": "teacher", "midtrain": "after mid-training", "posttrain": "after post-training"}
 
 
 def write_preview(ema, header, args):
@@ -212,8 +210,8 @@ def check_overwrites(path, seeds):
     """Raise UserError if `path` holds anything but samples. Samples are an .npz outside data/ that has only
     arr_0 and arr_1, or a folder that has only images of these seeds."""
     if path.suffix != ".npz" and path.is_dir():
-        others = set(os.listdir(path)) - {f"{seed:06d}.png" for seed in seeds}
-        if others: raise model.UserError(f"{path}/ has other files ({min(others)}); choose another --out.")
+        foreign = set(os.listdir(path)) - {f"{seed:06d}.png" for seed in seeds}
+        if foreign: raise model.UserError(f"{path}/ has other files ({min(foreign)}); choose another --out.")
         return
     if not path.exists(): return
     if set(zip_members(path)) != {"arr_0.npy", "arr_1.npy"} or path.absolute().parent.name == "data":
@@ -255,14 +253,14 @@ def gather_parts(parts, rank, world):
         if rank == 0: yield content
 
 
-def write_npz(path, shape, dtype, chunks, others):
-    """Stream arrays to arr_0 of an .npz, then add the arrays {name: array} that others() returns."""
+def write_npz(path, shape, dtype, chunks, more_arrays):
+    """Stream arrays to arr_0 of an .npz, then add the arrays {name: array} that more_arrays() returns."""
     with model.atomic_write(path) as part, zipfile.ZipFile(part, "w") as z:
         with z.open("arr_0.npy", "w", force_zip64=True) as f:
             header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(f, header)
             for chunk in chunks: f.write(chunk.tobytes())
-        for name, array in others().items():
+        for name, array in more_arrays().items():
             with z.open(f"{name}.npy", "w") as f:
                 np.lib.format.write_array(f, np.array(array), allow_pickle=False)
 
@@ -285,12 +283,12 @@ def collect(parts, seeds, out, rank, world):
     """Write all parts to `out`, an .npz or a folder, a few in memory at a time, then remove them.
     -> the first 64 images, all labels; (None, None) on other ranks than 0"""
     labels, first = [], []
-    def arriving():
+    def received():
         for images, y in gather_parts(parts, rank, world):
             labels.append(y)
             if len(labels) <= 2: first.append(images[:64].copy())      # the first part may have fewer
             yield images
-    images = arriving()
+    images = received()
     if rank:
         for _ in images: pass
     elif out.suffix == ".npz":
@@ -311,9 +309,9 @@ def path_of(text):
 
 
 def open_model(text, args, device):
-    """FILE or FILE:STEPS -> the model, guided if the flags say so; header; steps, by default 16 for
-    pre-trained models and 1 for others; solver, None for a consistency model; args for this FILE. A flag of
-    the solver, guidance or times without effect on it is an error, with several FILEs only a note."""
+    """FILE or FILE:STEPS -> the model, guided if the flags say so; header; steps, by default 16 for a
+    pre-trained model, else 1; solver, None for a consistency model; args for this FILE. Where a flag of the
+    solver, of guidance or of times has no effect, that is an error with one FILE, a note with several."""
     path = path_of(text)
     if Path(path).suffix.lower() in (".png", ".jpg", ".jpeg"):
         raise model.UserError(f"{path} is no .safetensors checkpoint of this project. fid.py takes images as "
@@ -351,7 +349,7 @@ def seed_range(text):
     """A-B -> range(A, B + 1)"""
     first, _, last = text.partition("-")
     if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 2 ** 32):
-        raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B < 2^32")      # torch keeps 32 bits
+        raise argparse.ArgumentTypeError(f"{text} is not A-B with A <= B < 2^32")  # 32 bits: torch's on a CPU
     return range(int(first), int(last) + 1)
 
 
@@ -360,7 +358,7 @@ def open_real(name, header):
     path = model.find_data(name)[2] if name else header["data_path"]
     if not path: raise model.UserError("--real: the first FILE does not name its data; give --data.")
     data, shape = model.Data(path), model.image_shape(header)
-    if not name and header["data_identity"] not in (None, data.identity):
+    if not name and header.get("data_identity") not in (None, data.identity):
         model.say(f"warning: {path} holds other data than the model was trained on.")
     if header["network"]["label_dim"] and data.labels is None:
         raise model.UserError(f"{path} has no labels; leave out --real.")
@@ -434,7 +432,7 @@ def open_for_drawing(file, args, device):
         return generate(net, header, seeds, steps, args.labels, args.mid_t, vae, device, solver=solver)
     if solver: model.say(f"{file}: solver {solver}")
     nfe = count_nfe(header, steps, solver, args.guidance)
-    return header, vae, f"{ROW_NAMES[header['stage'].split('_')[0]]}, {nfe} NFE", draw
+    return header, vae, f"{STAGE_LABELS[header['stage'].split('_')[0]]}, {nfe} NFE", draw
 
 
 def output_stem(args, header, is_folder=False):

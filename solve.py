@@ -24,7 +24,7 @@ import model
 # A solver takes a function f(x, t) with t (B,) (flow_map: u(z, r, t)), a start x (B, ...) at times[0], and
 # N+1 times. It returns
 #     states (N+1, B, ...), states[0] = x,      times (N+1,) float64.
-# x and the states are fp32 or float64. Losses take times.to(x). Coefficients are computed in float64 and
+# x and the states are fp32 or float64. A loss takes times.to(x). Coefficients are computed in float64 and
 # rounded once, when they multiply x. Outside torch.no_grad() a solver keeps the graph of all its steps.
 #   EDM time    x_t = x_0 + t eps               dx/dt = (x - D(x, t)) / t
 #   flow time   z_t = (1 - t) x_0 + t eps       dz/dt = v(z, t)
@@ -142,7 +142,7 @@ def without_label(teacher, null):
 
 # === the run ================================================================================================
 
-# NAME of --solver: (the function of the model that it needs, the solver). "denoise" is D(x, t), "velocity"
+# NAME of --solver: (which function of the model it calls, the solver). "denoise" is D(x, t), "velocity"
 # dx/dt, "u" the mean velocity u(z, r, t). A new solver needs a line here, and if it makes several calls per
 # step, one in CALLS_PER_STEP too.
 SOLVERS = {
@@ -177,8 +177,8 @@ def grid_of(header, solver):
 def solver_times(header, nfe, solver):
     """The grid of `solver` for at most `nfe` function evaluations. -> (N+1,) float64
 
-    Heun takes two evaluations per step, but one in a step into t = 0. If t_min > 0, the grid of an even nfe
-    ends at t_min, that of an odd one at 0 (as in EDM, 2206.00364, algorithm 1). If t_min = 0, as for
+    Heun takes two evaluations per step, but one in a step to t = 0. If t_min > 0, the grid of an even nfe
+    ends at t_min, and an odd nfe adds a step to 0 (as in EDM, 2206.00364, algorithm 1). If t_min = 0, as for
     flow-matching teachers, an even nfe takes only nfe - 1 evaluations."""
     ends, grid = (header["t_max"], header["t_min"]), grid_of(header, solver)
     if solver == "heun" and header["t_min"] > 0 and nfe % 2:
@@ -199,35 +199,37 @@ def noise_and_labels(header, n, device):
     return x, model.drop_labels(y, header)
 
 
-def solve_teacher(teacher, header, x, y, nfe, solver):
-    """Solve the PF-ODE of a model in at most `nfe` function evaluations, on the grid of `solver`. teacher,
-    header as from model.load, x (B,C,H,W) at t_max, y (B,). The solver has to be one of `solvers_of(header)`.
-    -> states (N+1,B,C,H,W), times (N+1,) float64, on the CPU"""
+def solve_teacher(teacher, header, x, y, nfe, solver, times=None):
+    """Solve the PF-ODE of a model at `times`, by default the grid of `solver` for at most `nfe` function
+    evaluations. teacher, header as from model.load, x (B,C,H,W) at t_max, y (B,). The solver has to be one of
+    `solvers_of(header)`. -> states (N+1,B,C,H,W), times (N+1,) float64, on the CPU"""
     needs, solver_function = SOLVERS[solver]
     if header["kind"] == "Denoiser":
         functions = {"denoise":  lambda x, t: teacher(x, t, y),
                      "velocity": lambda x, t: (x - teacher(x, t, y)) / t[:, None, None, None]}
     else:
         functions = {"velocity": lambda z, t: teacher(z, t, t, y), "u": lambda z, r, t: teacher(z, r, t, y)}
-    return solver_function(functions[needs], x, solver_times(header, nfe, solver))
+    if times is None: times = solver_times(header, nfe, solver)
+    return solver_function(functions[needs], x, times)
 
 
 def solvers_of(header):
     """Names of the solvers for a model. "u" needs a network that also takes r."""
-    has = {"velocity"} | ({"denoise"} if header["kind"] == "Denoiser" else set())
+    has = {"velocity"}
+    if header["kind"] == "Denoiser": has.add("denoise")
     if header["network"].get("interval"): has.add("u")
     return [name for name, (needs, _) in SOLVERS.items() if needs in has]
 
 
-def check_solver(solver, path, header):
-    """Raise UserError unless the solver is one for the model in `path`."""
+def check_solver(solver, source, header):
+    """Raise UserError unless the solver is one for the model, which the message calls `source`."""
     if solver not in solvers_of(header):
         why = " without an embedding of t - r" * (solver == "jump" and header["kind"] == "MeanVelocity")
-        raise model.UserError(f"--solver {solver} does not fit {path}, a {header['kind']}{why}; "
+        raise model.UserError(f"--solver {solver} does not fit {source}, a {header['kind']}{why}; "
                               f"choose one of {', '.join(solvers_of(header))}.")
 
 
-GUIDE_ADVICE = "pre-train a smaller model, or this one for fewer steps"    # where a dry run prints commands
+GUIDE_ADVICE = "pre-train a smaller model, or this one for fewer steps"    # where no command makes the guide
 
 
 def guidance_flags(p):
@@ -252,16 +254,15 @@ def guide_teacher(teacher, header, args, path):
         return teacher
     if args.guide:
         if not Path(args.guide).exists():
-            raise model.UserError(f"{args.guide} does not exist; `python tools/import_checkpoint.py FILE "
-                                  f"--out {args.guide}` imports a smaller or less trained public model.")
+            advice = getattr(args, "command_for", {}).get(args.guide, GUIDE_ADVICE)
+            raise model.UserError(f"{args.guide} does not exist; to make it: {advice}.")
         guide, guide_header = model.load(args.guide, next(teacher.parameters()).device)
         model.check_fit(args.guide, guide_header, path, model.image_shape(header), classes,
                         header.get("latents"))
         model.check_scale(args.guide, guide_header, path, header)
         # the guide of a u(z, r, t) has to take r as well
-        both_take_r = guide_header["network"].get("interval") or not header["network"].get("interval")
-        same_kind = guide_header["kind"] == header["kind"] and both_take_r
-        if guide_header["stage"] not in ODE_STAGES or not same_kind:
+        lacks_r = header["network"].get("interval") and not guide_header["network"].get("interval")
+        if guide_header["stage"] not in ODE_STAGES or guide_header["kind"] != header["kind"] or lacks_r:
             raise model.UserError(f"{args.guide}, a {guide_header['kind']} of stage {guide_header['stage']}, "
                                   f"cannot guide {path}; give a smaller or less trained model of stage "
                                   f"{header['stage']}.")

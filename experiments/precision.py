@@ -118,7 +118,7 @@ def compare(net, f, reduce):
 @torch.no_grad()
 def endpoint_errors(teacher, x0, y):
     """-> root mean square differences of endpoints, pixels in [-1, 1]: a backbone in bf16 against fp32, one
-    in TF32 against fp32, both with 16 NFE, and in fp32 16 NFE against 128"""
+    in TF32 against fp32, both with 16 NFE (Heun: 15), and in fp32 16 NFE against 128 (Heun: 127)"""
     torch.manual_seed(2)
     noise = torch.randn_like(x0)
     def endpoint(reduce, nfe=16):
@@ -171,6 +171,8 @@ def tf32(net):
 
 def main():
     device, chosen = model.setup(one_process=True)[2], sys.argv[1:] or NETWORKS
+    if unknown := set(chosen) - NETWORKS.keys():
+        sys.exit(f"{', '.join(unknown)}: choose from {', '.join(NETWORKS)}.")
     data = model.Data(Path(__file__).parent.parent / "data/digits.npz")
     digits, made_up = (model.to_float(data.batch(range(len(data)))[0]), data.labels), shapes(512)
     print(f"{STEPS} steps of pre-training, {device.type}, torch {torch.__version__}\n")

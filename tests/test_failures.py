@@ -299,13 +299,13 @@ def test_dropped_labels_are_of_samples_with_r_equal_t():
 # --- platforms ----------------------------------------------------------------------------------------------
 
 def test_import_and_save_without_posix(tmp_path):
-    """As on Windows: no module `resource`, folders cannot be opened."""
+    """As on Windows: no modules `resource` and `fcntl`."""
     code = f"""
 import sys
 sys.modules["resource"] = None
 sys.path.insert(0, {str(ROOT)!r})
 import model, torch
-sys.platform = "win32"
+sys.platform, model.fcntl = "win32", None
 model.save({str(tmp_path / 'a.safetensors')!r}, {{"w": torch.ones(2)}}, {{}})
 print(model.peak_memory(), model.read({str(tmp_path / 'a.safetensors')!r})[0])
 """
@@ -561,17 +561,20 @@ def test_two_writers_of_a_file(tmp_path):
 
 def test_a_file_without_permission_is_not_called_damaged(monkeypatch, here):
     def no_permission(path, *a, **k): raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr("builtins.open", no_permission)
+    for opens in "builtins.open", "io.open": monkeypatch.setattr(opens, no_permission)
     for read in (lambda: model.read("runs/digits/pretrain.safetensors", advice="delete it"),
-                 lambda: model.Data("data/digits.npz")):
+                 lambda: model.Data("data/digits.npz"), lambda: model.data_identity("data/digits.npz")):
         with pytest.raises(model.UserError, match="cannot be read .Permission denied.") as refusal: read()
         assert "delete" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("command, words", [
     (("midtrain", "--teacher", "runs/digits/midtrain_cm.safetensors"), "`python pretrain.py --data digits` makes one"),
+    (("midtrain", "--branch", "mf", "--teacher", "runs/digits/pretrain_flow.safetensors", "--init",
+      "runs/digits/pretrain.safetensors"), "`python pretrain.py --data digits --objective flow` makes one"),
     (("posttrain_cm", "--loss", "ecd", "--teacher", "runs/digits/midtrain_cm.safetensors"), "`python pretrain.py"),
     (("posttrain_mf", "--init", "runs/digits/pretrain.safetensors"), "`python midtrain.py --data digits --branch mf`"),
+    (("midtrain", "--guidance", 2, "--guide", "nope.safetensors"), "to make it: pre-train a smaller model"),
     (("sample", "runs/digits/trajectories.safetensors:1"), "was written by stage solve; it is not a model"),
     (("sample", "runs/digits/midtrain_cm.safetensors:1", "--seeds", f"0-{2 ** 32}"), "2^32"),
     (("pretrain", "--data", "/x/y.npz"), "--data y` makes it from images in any form as data/y.npz"),

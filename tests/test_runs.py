@@ -295,7 +295,7 @@ def test_consistency_distillation_and_guidance(run, chain, tmp_path, monkeypatch
         assert not np.array_equal(a[0], a[2]) and not np.array_equal(a[2], a[3])
     refused(run("sample", "runs/digits/midtrain_cm.safetensors", "--guidance", 2),
             "--guidance has no effect", "no ODE")
-    refused(run("midtrain", "--guidance", 2, "--guide", "nowhere.safetensors"), "nowhere", "import_checkpoint.py")
+    refused(run("midtrain", "--guidance", 2, "--guide", "nowhere.safetensors"), "nowhere", "pre-train")
     flow = "runs/digits/pretrain_flow.safetensors"
     refused(run("midtrain", "--guidance", 2, "--guide", flow), "MeanVelocity", "stage pretrain")
     rgb = write_npz(tmp_path / "rgb.npz", classes=0)

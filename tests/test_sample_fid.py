@@ -80,6 +80,9 @@ def test_out_names_what_is_written(run, here, tmp_path, monkeypatch):
         m.setattr(model, "data_identity", lambda path: "prepared again")
         done = run("sample", one, "--real", "--n", 2, "--out", tmp_path / "a")
     assert done.code == 0 and "warning: data/digits.npz holds other data than the model was trained on" in done.out
+    tensors, header = model.read(one.removesuffix(":1"))
+    model.save(tmp_path / "imported.safetensors", tensors, {k: v for k, v in header.items() if k != "data_identity"})
+    assert run("sample", tmp_path / "imported.safetensors:1", "--real", "--n", 2, "--out", tmp_path / "a").code == 0
 
 
 def test_rows_of_files_with_one_name_are_told_apart(run, here, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_tf32_only_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize("stage, flags", [
-    *((stage, ()) for stage in STAGES), ("posttrain_mf", ("--velocity", "teacher"))])
+    *((stage, ()) for stage in STAGES), ("posttrain_mf", ("--velocity", "teacher")), ("posttrain_cm", ("--loss", "ecd"))])
 def test_all_backbones_run_in_the_precision_that_is_asked_for(train, monkeypatch, stage, flags):
     seen, forward = set(), model.DDPMpp.forward
     monkeypatch.setattr(model, "check_finite", lambda *a: None)        # the EMA is fp32
@@ -204,10 +204,12 @@ def test_out_has_to_be_on_a_common_disk(tmp_path, monkeypatch):
     def gather(found, mine): found[:] = [mine, (not mine[0], mine[1])]
     monkeypatch.setattr(dist, "all_gather_object", gather)
     with pytest.raises(model.UserError, match="disk all share"): model.check_ranks(tmp_path / "a", {"settings": {}})
-    def gather_others(found, mine): found[:] = [mine, (mine[0], {})]       # started without --distance lpips
-    monkeypatch.setattr(dist, "all_gather_object", gather_others)
-    with pytest.raises(model.UserError, match="differ in sha256 of vgg"):
-        model.check_ranks(tmp_path / "a", {"settings": {"sha256 of vgg": "5"}})
+    vgg, nothing = {"sha256 of vgg": "5"}, {}              # one of the two started without --distance lpips
+    for settings_of_ranks in [vgg, nothing], [nothing, vgg]:
+        def gather_both(found, mine): found[:] = [(False, settings) for settings in settings_of_ranks]
+        monkeypatch.setattr(dist, "all_gather_object", gather_both)
+        with pytest.raises(model.UserError, match="differ in sha256 of vgg"):
+            model.check_ranks(tmp_path / "a", {"settings": vgg})
 
 
 def test_the_log_has_means_over_ranks_and_steps(tmp_path, monkeypatch):

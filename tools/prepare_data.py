@@ -654,7 +654,6 @@ def main():
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")   # odd names
     args = arguments()
     if args.check: return check(args.check)
-    device = model.setup(one_process=True)[2]              # TF32 off, as in sampling
     config, out = DATASETS.get(args.data), Path("data", f"{args.data}.npz")
     sheet = Path("data", f"{args.data}.png")
     for file in (out, sheet):
@@ -691,7 +690,8 @@ def main():
         if min(sample.size) < size: enlarged.append(1)
         return to_pixels(sample, size, channels, args.background, crop, turn=not config)
     pixel_range = config["latents"]["pixel_range"] if config and "latents" in config else args.pixel_range
-    vae = sample.load_vae(args.vae, device) if args.vae else None
+    vae = None
+    if args.vae: vae = sample.load_vae(args.vae, model.setup(one_process=True)[2])       # sets TF32 off, too
     encode = None
     if vae and not source.latents:
         encode = functools.partial(encode_images, vae, pixel_range)

@@ -4,9 +4,9 @@
   (t - r) u(z_t, r, t) = int_r^t v(z_tau, tau) dtau                       the definition of u
   u = v - (t - r) du/dt                                                   d/dt of both sides, r fixed
 
-  du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). Without
-  guidance or teacher the loss uses v = eps - x_0. Its mean given z_t is v(z_t, t), and the target is affine
-  in v, so the mean of the target is unchanged (and if p = 0, that of the gradient).
+  du/dt = v ∂u/∂z + ∂u/∂t is the total derivative along the trajectory, whose velocity is v(z_t, t). The loss
+  uses eps - x_0 in its place (without guidance and --velocity teacher). E[eps - x_0 | z_t] = v(z_t, t), and
+  the target is affine in v, so the expected target is the same. For p = 0 so is the expected gradient.
 
   reads   runs/NAME/midtrain_mf.safetensors and the images of --data
   writes  runs/NAME/posttrain_mf.safetensors   EMA weights; sample.py samples from them in any number of steps

@@ -26,7 +26,7 @@ EDM2 = {"class": "EDM2UNet", "model_channels": 64, "num_blocks": 2}
 SIT = {"class": "SiT", "patch_size": 2, "hidden_size": 128, "depth": 28, "num_heads": 4}
 NETWORKS = {                              # name: (dataset with network, batch, learning rate, its branches)
     "digits":    (model.DATASETS["digits"], 64, 1e-3, "cm mf"),
-    "32x32 RGB": (RGB | {"network": DDPMPP}, 8, 1e-3, "cm mf"),
+    "DDPM++":    (RGB | {"network": DDPMPP}, 8, 1e-3, "cm mf"),
     "EDM2":      (RGB | {"network": EDM2}, 8, 1e-2, "cm"),
     "SiT":       (RGB | {"network": SIT, "time_scale": 1.0}, 8, 3e-4, "mf"),
 }

@@ -15,8 +15,8 @@
 --branch cm   a consistency model f(x, t): train it on the pairs (state, endpoint) of teacher trajectories.
 --branch mf   a Mean Flow model u(z, r, t): train it on the mean velocity between any two states.
 
-The teacher of a Mean Flow model can be a flow-matching model, a Mean Flow model (--solver jump; imagenet256: in
-8 steps), or a denoiser. A denoiser's trajectories are converted to flow time, in which a state is
+The teacher of a Mean Flow model can be a flow-matching model, a Mean Flow model (--solver jump; 8 steps for
+imagenet256), or a denoiser. A denoiser's trajectories are converted to flow time, in which a state is
 (1 - t) x_0 + t eps. It predicts x_0, not a velocity, so its weights cannot initialise the student: with a
 denoiser pass --teacher runs/digits/pretrain.safetensors --init none.
 

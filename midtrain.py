@@ -293,7 +293,7 @@ def batches_from_teacher(teacher, teacher_header, N, args, step, rank, local_bat
     steps_per_pool, world = P * pairs_per_trajectory // local_batch, args.batch // local_batch
     model.say(f"pairs per trajectory {pairs_per_trajectory}; the whole run solves "
               f"{math.ceil(args.steps / steps_per_pool) * P * world:,} trajectories")
-    # 0; 1, 2; 3, 4, 5; ...: other numbers in every world, so that a run continued in another draws new pools
+    # A number for each (world, rank): 0; 1, 2; 3, 4, 5; ... A run continued in another world draws new pools.
     process = world * (world - 1) // 2 + rank
     while True:
         pool_index, batches_used = divmod(step, steps_per_pool)

@@ -606,13 +606,19 @@ def read_info(path):
     return members, json.loads(str(npz_array(path, "info"))) if "info.npy" in members else {}
 
 
+def check_readable(path):
+    """Raise UserError unless a file can be opened. One without permission is not damaged."""
+    try: open(path, "rb").close()
+    except OSError as e: raise UserError(f"{path} cannot be read ({e.strerror}).")
+
+
 def data_identity(path):
     """A fingerprint of data: size and CRC-32 of arr_0 and arr_1, and for latents the
     autoencoder and its pixel range. No array is read. Raises UserError."""
+    check_readable(path)
     try:
         members, info = read_info(path)
         latents = info.get("latents") or {}
-    except PermissionError as e: raise UserError(f"{path} cannot be read ({e.strerror}).")
     except Exception as e:
         raise UserError(f"{path} is damaged, or no .npz ({type(e).__name__}: {e}).")
     arrays = {k: members[f"{k}.npy"] for k in ("arr_0", "arr_1") if f"{k}.npy" in members}
@@ -633,8 +639,9 @@ class Data:
             if Path(path) in (Path("data/digits.npz"), Path("data/mnist.npz")):
                 raise UserError(f"{path}, which comes with the code, is not here; start the scripts in their "
                                 "folder.")
-            other = "" if Path(path).parent == Path("data") else f" as data/{Path(path).stem}.npz"
-            raise UserError(f"{path} does not exist; `{command}` makes it from images in any form{other}.")
+            place = "" if Path(path).parent == Path("data") else f" as data/{Path(path).stem}.npz"
+            raise UserError(f"{path} does not exist; `{command}` makes it from images in any form{place}.")
+        check_readable(path)
         try:
             members, info = read_info(path)
             self.array = x = npz_array(path, "arr_0")
@@ -642,7 +649,6 @@ class Data:
             self.latents = info.get("latents")
             C = len(self.latents["mean"]) if self.latents else x.shape[-1]
         except (UserError, MemoryError): raise
-        except PermissionError as e: raise UserError(f"{path} cannot be read ({e.strerror}).")
         except Exception as e:                             # a damaged file can raise any exception
             raise UserError(f"{path} is damaged, or not made by tools/prepare_data.py ({type(e).__name__}: "
                             f"{e}); `{command}` makes such a file.")
@@ -767,8 +773,7 @@ def read(path, tensors=True, advice="make it again or copy it again"):
         raise UserError(f"{path} is a folder." if os.path.isdir(path) else f"{path} does not exist.")
     if str(path).endswith((".pkl", ".pt", ".pth", ".ckpt")):
         raise UserError(f"{path} has to be imported first: python tools/import_checkpoint.py {path}")
-    try: open(path, "rb").close()
-    except OSError as e: raise UserError(f"{path} cannot be read ({e.strerror}).")
+    check_readable(path)
     try:
         with safe_open(path, "pt") as f:
             header = json.loads(f.metadata()["config"])
@@ -1082,6 +1087,10 @@ def parser(doc, recipes, predecessor, writes, precision=None, compile=True):
     return p
 
 
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def setup(batch=0, precision="fp32", one_process=False, timeout=timedelta(minutes=30)):
     """Read torchrun's variables, choose the device, and start a process group if there are several processes.
     Plain `python` is one process. batch: the global batch, if there is one. one_process: raise UserError if
@@ -1100,14 +1109,14 @@ def setup(batch=0, precision="fp32", one_process=False, timeout=timedelta(minute
     device, cuda = torch.device("cpu"), torch.cuda.is_available()
     if cuda:                                # a process sees all GPUs of its machine, or only its own (SLURM)
         gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        if "TORCHELASTIC_RUN_ID" in os.environ and processes > gpus:
+        if under_torchrun() and processes > gpus:
             raise UserError(f"torchrun started {processes} processes here, and this one sees {gpus} "
                             f"GPU{'s' * (gpus > 1)}; give --nproc_per_node={gpus}, or let every process see "
                             "all GPUs (CUDA_VISIBLE_DEVICES).")
         device = torch.device("cuda", local % gpus)
         torch.cuda.set_device(device)
     if world > 1:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if not under_torchrun():
             say(f"RANK and WORLD_SIZE are set: waiting for {world} processes; unset both for one process.")
         try: store = next(dist.rendezvous("env://"))[0]
         except ValueError as e:
@@ -1492,20 +1501,20 @@ class Stop:
     under torchrun with 0, because torchrun would restart what exits with another code."""
     ended_by = 0                                           # the signal
     def __init__(self, world):
-        self.world, self.signalled, self.under_torchrun = world, 0, "TORCHELASTIC_RUN_ID" in os.environ
+        self.world, self.signalled = world, 0
         for sign in (signal.SIGTERM, signal.SIGINT): signal.signal(sign, self.receive)
         hang_up = getattr(signal, "SIGHUP", None)          # not on Windows; nohup ignores it
         if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN: signal.signal(hang_up, self.receive)
 
     def receive(self, sign, frame):
         self.signalled = sign
-        if not self.under_torchrun: signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not under_torchrun(): signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self, step):
         # Only the handler writes `signalled`: a signal during the exchange counts at the next step.
         sign = torch.tensor([self.signalled], dtype=torch.int32)                   # on the CPU, over gloo
         if self.world > 1: dist.all_reduce(sign, dist.ReduceOp.MAX)
-        if not self.under_torchrun: Stop.ended_by = sign.item()
+        if not under_torchrun(): Stop.ended_by = sign.item()
         if sign: say(f"asked to stop: saves and ends after step {step:,}; the same command continues.")
         return bool(sign)
 

@@ -7,8 +7,7 @@ figure, docs/curves_digits_BRANCH.png, in an hour or two. An interrupted run con
 """
 import math, statistics, sys
 
-import common
-from common import command, compute, scores, steps_for
+from common import command, compute, pyplot, scores, steps_for
 import midtrain, posttrain_cm, posttrain_mf, pretrain
 
 SEEDS, N = 3, 5_000
@@ -67,7 +66,7 @@ def speed_up(with_mid, without):
 
 
 def main():
-    plt = common.pyplot()
+    plt = pyplot()
     from matplotlib.ticker import LogLocator, NullLocator
     for branch in sys.argv[1:] or CASES:
         seeds = [points(branch, seed) for seed in range(SEEDS)]

@@ -18,13 +18,13 @@ This protocol was committed before the first run. It was changed eight times sin
   4. To save time, at 4 units plain ECT runs by Adam only. With 2 units both optimizers are equal within the
      spread.
   5. After plain ECT had its results at 4 units, CMT + ECT was added there. To save time it took the settings
-     for 2; these results are kept as "settings for two units". Later it was tuned for 4 like the others.
+     for 2; these results are kept as "settings for two units". Later it was tuned for 4 by the same rules.
   6. After CMT + MeanFlow had chosen a share of 0.97 for mid-training, the end of its ladder, the share 1 was
      added: mid-training alone. (KD + ECT chose 0.05, the other end. In a trial with a quarter of a unit that
      is one step, so there is no smaller one.)
   7. Trials of half a unit on the tuning seed (`checks`) had shown that MeanFlow is better with r < t for 75 %
      of the samples and logit-normal(-2, 2) times, those of its CIFAR-10 recipe. So this baseline was added.
-     It is by Adam, which was the better optimizer there, and tuned like the others. Its first trials were far
+     It is by Adam, which was the better optimizer there, and tuned by these rules. Its first trials were far
      better than all of MeanFlow before. So CMT + MeanFlow is tuned with these times and Adam, too. Its p in
      post-training is the one chosen for the baseline with one unit. In the trials for two units another
      setting of the baseline was better, so one unit is repeated with that, as for plain ECT.

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "experiments")]
-import choose, midtrain, model, posttrain_cm, pretrain, solve
+import choose, common, midtrain, model, posttrain_cm, pretrain, solve
 from conftest import mixture_denoiser
 
 MEANS = torch.tensor([[-0.8, 0.4], [0.6, 0.5], [0.1, -0.7]]).double()
@@ -377,10 +377,7 @@ def test_the_cheapest_that_is_good_enough():
 
 
 def main():
-    try: import matplotlib
-    except ImportError: raise SystemExit("matplotlib is missing; `pip install matplotlib`.")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = common.pyplot()
     torch.set_default_dtype(torch.float64)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     steps, gaps = [16, 32, 64, 128, 256], [1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64]

@@ -240,17 +240,22 @@ def open_arrays(path, arrays, classes="auto", images=None, labels=None):
     if vectors and not fits:
         raise UserError(f"{vectors[0]} {shapes[vectors[0]]} has no label for each of {len(x):,} images. "
                         "Correct it, or pass --classes none.")
-    others = fits if images else candidates
-    if bool(images) != bool(labels) and len(others) > 1:   # one is typed: "train" must not guess the other
+    choices = fits if images else candidates
+    if bool(images) != bool(labels) and len(choices) > 1:   # one is typed: "train" must not guess the other
         flag = "--labels KEY, or pass --classes none" if images else "--images KEY"
         raise UserError(f"found {shapes}. Choose what belongs to {images or labels} with {flag}.")
     label_key = choose("--labels KEY", labels, fits, shapes)
     y = arrays[label_key] if label_key else None
     if y is not None and y.shape[1:] == (1,): y = y[:, 0]
-    if y is not None and (y.shape != x.shape[:1] or len(np.unique(y)) > max(20, len(x) // 2)):
+    if y is not None and (y.shape != x.shape[:1] or too_many_classes(len(np.unique(y)), len(x))):
         raise UserError(f"{label_key}, {y.dtype} {y.shape}, does not hold one class for each of {len(x):,} "
                         "images. Choose with --labels KEY, or pass --classes none.")
     return Source(path, [f"image {i}" for i in range(len(x))], read, y, class_names, latents)
+
+
+def too_many_classes(classes, images):
+    """True for labels that number the images rather than the classes"""
+    return classes > max(20, images // 2)
 
 
 def float_range(x):
@@ -579,7 +584,7 @@ def check_flags(args, config, source, K):
                   "Encode images with --vae PATH")
         raise UserError(f"{args.data} holds {expected}, and this would store the other kind. {advice}, or "
                         "choose another NAME.")
-    if not config and K > max(20, len(source) // 2):
+    if not config and too_many_classes(K, len(source)):
         raise UserError(f"{args.source} has {K:,} classes for {len(source):,} images. Pass --classes none, "
                         "or choose labels of fewer classes.")
     if config and config["classes"] not in (0, K):
